@@ -1,0 +1,176 @@
+"""Recorded routing: a trace of tokens, and the window of statistics that a planner works on."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import write_atomically
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Top-k choices of every token, with LOGICAL ids.
+
+    ``topk_ids`` int16 [tokens, layers, k]; ``sequence`` int32 [tokens] and ``domain`` int8 [tokens] are optional.
+    """
+
+    topk_ids: np.ndarray
+    num_experts: int
+    sequence: np.ndarray | None = None
+    domain: np.ndarray | None = None
+    domain_names: tuple[str, ...] = ()
+    source: str = "trace"
+
+    def __post_init__(self) -> None:
+        ids = self.topk_ids
+        if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(
+                f"{self.source}: topk_ids is {ids.dtype} of shape {ids.shape}, "
+                "but must be integers of shape [tokens, layers, k]"
+            )
+        if not ids.size:
+            raise InputError(f"{self.source}: topk_ids of shape {ids.shape} holds no tokens")
+        if ids.min() < 0 or ids.max() >= self.num_experts:
+            token, layer, k = np.argwhere((ids < 0) | (ids >= self.num_experts))[0]
+            raise InputError(
+                f"{self.source}: topk_ids[{token}, {layer}, {k}] is {ids[token, layer, k]}, "
+                f"but ids must be 0 to {self.num_experts - 1} (num_experts is {self.num_experts})"
+            )
+        for name in ("sequence", "domain"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (ids.shape[0],):
+                raise InputError(
+                    f"{self.source}: {name} has shape {value.shape}, but must be [{ids.shape[0]}] (tokens)"
+                )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.topk_ids.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.topk_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.topk_ids.shape[2])
+
+    def select(self, rows: np.ndarray) -> RoutingTrace:
+        """The trace of some tokens: ``rows`` is a boolean mask or an index array."""
+        return RoutingTrace(
+            self.topk_ids[rows],
+            self.num_experts,
+            None if self.sequence is None else self.sequence[rows],
+            None if self.domain is None else self.domain[rows],
+            self.domain_names,
+            self.source,
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> RoutingTrace:
+        """Read a .npz trace file; raises InputError that names the file and what is wrong."""
+        source = str(path)
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                arrays = {name: data[name] for name in data.files}
+        except OSError as error:
+            raise InputError(f"{source}: cannot be read ({error.strerror or 'not an .npz file'})") from None
+        except (ValueError, zipfile.BadZipFile, EOFError, AttributeError):
+            raise InputError(f"{source}: not a readable .npz file") from None
+        for name in ("topk_ids", "num_experts"):
+            if name not in arrays:
+                raise InputError(f"{source}: has no array {name!r} (found: {', '.join(sorted(arrays)) or 'none'})")
+        if arrays["num_experts"].size != 1 or not np.issubdtype(arrays["num_experts"].dtype, np.integer):
+            raise InputError(f"{source}: num_experts must be one integer")
+        return RoutingTrace(
+            arrays["topk_ids"],
+            int(arrays["num_experts"].reshape(())),
+            arrays.get("sequence"),
+            arrays.get("domain"),
+            tuple(str(name) for name in arrays.get("domain_names", ())),
+            source,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        arrays: dict[str, np.ndarray] = {
+            "topk_ids": self.topk_ids.astype(np.int16),
+            "num_experts": np.int64(self.num_experts),  # type: ignore[dict-item]
+        }
+        if self.sequence is not None:
+            arrays["sequence"] = self.sequence.astype(np.int32)
+        if self.domain is not None:
+            arrays["domain"] = self.domain.astype(np.int8)
+            arrays["domain_names"] = np.array(self.domain_names)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        write_atomically(Path(path), buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class RoutingWindow:
+    """What one window of serving showed, summed over all ranks; the planner's input.
+
+    ``counts`` int64 [layers, experts]: token-expert assignments, of every token.
+    ``coactivation`` int64 [layers, experts, experts] or None: tokens that chose both experts; the diagonal is 0.
+    ``tokens`` int16 [layers, sampled_tokens, k] or None: top-k sets of a uniform sample; rows of -1 are unused.
+    """
+
+    counts: np.ndarray
+    coactivation: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        layers, experts = self.counts.shape
+        if self.coactivation is not None and self.coactivation.shape != (layers, experts, experts):
+            raise InputError(
+                f"routing window: coactivation has shape {self.coactivation.shape}, "
+                f"but counts say {(layers, experts, experts)}"
+            )
+        if self.tokens is not None:
+            if self.tokens.ndim != 3 or self.tokens.shape[0] != layers:
+                raise InputError(f"routing window: tokens has shape {self.tokens.shape}, but must be [{layers}, T, k]")
+            if self.tokens.size and (self.tokens.max() >= experts or self.tokens.min() < -1):
+                raise InputError(f"routing window: token sample has ids outside 0 to {experts - 1}")
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.counts.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.counts.shape[1])
+
+    @staticmethod
+    def from_trace(trace: RoutingTrace, sample_size: int | None = None, seed: int = 0) -> RoutingWindow:
+        """Counts and co-activation of all tokens; the token sample is uniform over the trace, not its start."""
+        ids = np.ascontiguousarray(trace.topk_ids.transpose(1, 0, 2))
+        counts = np.stack([np.bincount(layer.ravel(), minlength=trace.num_experts) for layer in ids]).astype(np.int64)
+        sample = ids
+        if sample_size is not None and sample_size < trace.num_tokens:
+            rows = np.sort(np.random.default_rng(seed).choice(trace.num_tokens, sample_size, replace=False))
+            sample = np.ascontiguousarray(ids[:, rows])
+        return RoutingWindow(counts, coactivation_of(ids, trace.num_experts), sample.astype(np.int16))
+
+
+def coactivation_of(tokens: np.ndarray, num_experts: int) -> np.ndarray:
+    """int64 [layers, experts, experts] from token sets [layers, tokens, k]; rows of -1 are skipped, diagonal 0."""
+    out = np.empty((len(tokens), num_experts, num_experts), dtype=np.int64)
+    for layer, ids in enumerate(tokens):
+        used = ids[ids[:, 0] >= 0]
+        # float32 sums of ones are exact below 2**24 tokens; chunks keep it so for any trace.
+        total = np.zeros((num_experts, num_experts), dtype=np.int64)
+        for start in range(0, len(used), 1 << 16):
+            chunk = used[start : start + (1 << 16)]
+            hot = np.zeros((len(chunk), num_experts), dtype=np.float32)
+            np.put_along_axis(hot, chunk.astype(np.int64), 1.0, axis=1)
+            total += (hot.T @ hot).astype(np.int64)
+        np.fill_diagonal(total, 0)
+        out[layer] = total
+    return out
