@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,3 @@ class ExpertMap:
         except ValueError:
             raise InputError(f"{path}: not JSON") from None
         return ExpertMap.from_json(data, num_experts, source=str(path))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None

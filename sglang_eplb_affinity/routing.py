@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RoutingTrace:
     def save(self, path: str | os.PathLike[str]) -> None:
         arrays: dict[str, np.ndarray] = {
             "topk_ids": self.topk_ids.astype(np.int16),
-            "num_experts": np.int64(self.num_experts),  # type: ignore[dict-item]
+            "num_experts": np.asarray(self.num_experts, dtype=np.int64),
         }
         if self.sequence is not None:
             arrays["sequence"] = self.sequence.astype(np.int32)

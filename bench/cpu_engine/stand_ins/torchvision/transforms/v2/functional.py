@@ -1,0 +1,2 @@
+from .. import InterpolationMode  # noqa: F401
+from ..functional import __getattr__  # noqa: F401

@@ -1,0 +1,93 @@
+"""The pinned SGLang: what `patches/UPSTREAM` says, and what is installed."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from sglang_eplb_affinity.errors import InputError
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """`patches/UPSTREAM`: ``version: X`` and one ``wheel: NAME sha256: HEX`` line for each wheel."""
+
+    version: str
+    wheels: tuple[tuple[str, str], ...]
+
+    @staticmethod
+    def read(path: Path) -> Upstream:
+        version, wheels = "", []
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            words = line.split("#", 1)[0].split()
+            if not words:
+                continue
+            if words[0] == "version:" and len(words) == 2:
+                version = words[1]
+            elif words[0] == "wheel:" and len(words) == 4 and words[2] == "sha256:":
+                wheels.append((words[1], words[3]))
+            else:
+                raise InputError(f"{path}:{number}: expected 'version: X' or 'wheel: NAME sha256: HEX', found {line!r}")
+        if not version:
+            raise InputError(f"{path}: has no 'version:' line")
+        return Upstream(version, tuple(wheels))
+
+
+def checksum(data: bytes) -> str:
+    """A file's checksum as a wheel's RECORD writes it."""
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+@dataclass(frozen=True)
+class Installation:
+    """An installed SGLang: ``site`` holds ``sglang/`` and its ``.dist-info``."""
+
+    site: Path
+    dist_info: Path
+    version: str
+
+    @staticmethod
+    def find() -> Installation:
+        """The SGLang that this Python would import; raises InputError if there is none."""
+        try:
+            distribution = importlib.metadata.distribution("sglang")
+        except importlib.metadata.PackageNotFoundError:
+            raise InputError(
+                "PYTHON: has no SGLang installed; run `make setup`, or name the Python that has it: "
+                "`make apply PYTHON=/path/to/python`"
+            ) from None
+        dist_info = Path(str(getattr(distribution, "_path", "")))
+        if not (dist_info / "RECORD").is_file():
+            raise InputError(
+                f"{dist_info}: has no RECORD, so SGLang was not installed from a wheel; "
+                "install the wheel that patches/UPSTREAM names"
+            )
+        return Installation(dist_info.parent, dist_info, distribution.version)
+
+    def require(self, upstream: Upstream) -> None:
+        if self.version != upstream.version:
+            raise InputError(
+                f"{self.site / 'sglang'}: is SGLang {self.version}, but the series is for {upstream.version}; "
+                f"install sglang=={upstream.version}"
+            )
+
+    @cached_property
+    def recorded(self) -> dict[str, str]:
+        """Checksum of every file of the wheel, by path relative to ``site``."""
+        with (self.dist_info / "RECORD").open(newline="") as file:
+            return {row[0]: row[1] for row in csv.reader(file) if len(row) >= 2}
+
+    def checksum_of(self, name: str) -> str | None:
+        """Checksum of a file as it is now, None if it is not there."""
+        path = self.site / name
+        return checksum(path.read_bytes()) if path.is_file() else None
+
+    @property
+    def state_dir(self) -> Path:
+        """Copies of the patches that are applied, so that they can be undone after the checkout moved on."""
+        return self.dist_info / "eplb_affinity_patches"

@@ -1,0 +1,62 @@
+"""What the patched SGLang 0.5.17 calls. This is the only part of the package that imports SGLang, and it does so late.
+
+SGLang's side is one small module that the series adds, ``sglang/srt/eplb/eplb_affinity.py``; it finds these names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_eplb_affinity.sglang_hooks.rebalance import RebalanceRound
+    from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
+
+ALGORITHM = "affinity"
+
+
+def exit_on_input_error(function: Callable[..., Any], *args: Any) -> Any:
+    """The command line's way to end on bad input: one line and exit code 2, no traceback."""
+    from sglang_eplb_affinity.errors import InputError
+
+    try:
+        return function(*args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def resolve_server_args(server_args: Any) -> None:
+    """Early in SGLang's argument resolution: check the algorithm's name, turn EPLB on for ours."""
+    from sglang_eplb_affinity.sglang_hooks import arguments
+
+    arguments.resolve(server_args)
+
+
+def check_server_args(server_args: Any) -> None:
+    """Once parallel sizes are resolved: refuse what cannot work, in one line."""
+    from sglang_eplb_affinity.sglang_hooks import arguments
+
+    arguments.check(server_args)
+
+
+def make_recorder(server_args: Any, expert_location_metadata: Any) -> ServerRecorder | None:
+    """The affinity recorder of this rank, None if it is off."""
+    from sglang_eplb_affinity.sglang_hooks import recording
+
+    return recording.make(server_args, expert_location_metadata)
+
+
+def initial_physical_to_logical_map(server_args: Any, model_config: Any, data: dict[str, Any]) -> Any:
+    """A map planned from a dump given to --init-expert-location, None if the algorithm is not ours."""
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    return rebalance.initial_map(server_args, model_config, data)
+
+
+def begin_round(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | None:
+    """A rebalance of SGLang's EPLB manager begins; None if there is no affinity record to work with."""
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    return rebalance.begin(manager, dump_output)

@@ -1,0 +1,200 @@
+"""One rebalance of SGLang's EPLB manager: plan with affinity, and say what changed.
+
+Rank 0 plans and broadcasts the map, so that all ranks agree even if they were given different planners. Any failure
+to plan keeps the map that is in force. One line per rebalance is logged on rank 0, for every EPLB algorithm as long
+as the affinity recorder is on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.evaluate import Traffic, measure, moved_experts
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.planner import PlannerConfig, plan
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.sglang_hooks import ALGORITHM
+from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
+from sglang_eplb_affinity.slot_alignment import align_slots
+from sglang_eplb_affinity.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_RULE_OF_SGLANG: dict[str | None, DispatchRule] = {"static": "static", "dynamic": "dynamic", "cover": "cover"}
+
+
+def planner_config(server_args: Any) -> PlannerConfig:
+    """The planner's settings that follow from the server's flags."""
+    low_latency = server_args.moe_a2a_backend == "deepep" and server_args.deepep_mode == "low_latency"
+    return PlannerConfig(
+        objective="low_latency" if low_latency else "normal",
+        max_load_increase=server_args.eplb_affinity_max_load_increase,
+        effort="fast",
+        dispatch=_RULE_OF_SGLANG.get(server_args.ep_dispatch_algorithm, "dynamic"),
+    )
+
+
+def topology_of(server_args: Any, ep_size: int) -> Topology:
+    return Topology(ep_size, server_args.eplb_affinity_nodes or server_args.nnodes)
+
+
+def initial_map(server_args: Any, model_config: Any, data: dict[str, Any]) -> torch.Tensor | None:
+    """int64 [layers, slots] planned from a dump's ``affinity`` entry, or from its counts alone."""
+    if server_args.eplb_algorithm != ALGORITHM or "logical_count" not in data:
+        return None
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+    common = ExpertLocationMetadata._init_common(server_args, model_config)
+    if "affinity" in data:
+        window = window_of_dump(data["affinity"])
+    else:
+        count = torch.as_tensor(data["logical_count"])
+        window = RoutingWindow(count.reshape(-1, *count.shape[-2:]).sum(0).cpu().numpy().astype(np.int64))
+    topology = topology_of(server_args, common["ep_size"])
+    planned = plan(window, topology, common["num_physical_experts"], planner_config(server_args))
+    logger.info("[eplb-affinity] initial map planned: %s", planned.report.summary())
+    return torch.from_numpy(planned.expert_map.physical_to_logical.astype(np.int64))
+
+
+def begin(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | None:
+    window = dump_output.get("affinity")
+    if not isinstance(window, RoutingWindow):
+        return None
+    return RebalanceRound(manager, window)
+
+
+class RebalanceRound:
+    """From the recorded window to the log line."""
+
+    def __init__(self, manager: Any, window: RoutingWindow) -> None:
+        from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+        self._server_args = manager._server_args
+        self._window = window
+        self._started = time.perf_counter()
+        self._plan_seconds = 0.0
+        metadata = get_global_expert_location_metadata()
+        self._metadata = metadata
+        self._before = _map_of(metadata)
+        self._topology = topology_of(self._server_args, metadata.ep_size)
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        manager._eplb_affinity_rounds = getattr(manager, "_eplb_affinity_rounds", 0) + 1
+        self._number = manager._eplb_affinity_rounds
+
+    @property
+    def plans(self) -> bool:
+        """Whether the algorithm is ours; otherwise this round only observes."""
+        return bool(self._server_args.eplb_algorithm == ALGORITHM)
+
+    def plan(self) -> Any | None:
+        """New ExpertLocationMetadata, None to keep the map in force (nothing recorded, no gain, or a failure)."""
+        if not self._window.counts.any():
+            # The window is the same on all ranks, so all of them return here.
+            self._log("skipped", self._before, reason="no tokens recorded")
+            return None
+        started = time.perf_counter()
+        planned, failure = self._plan_on_rank_0()
+        self._plan_seconds = time.perf_counter() - started
+        if planned is None:
+            self._log("failed", self._before, reason=failure)
+            return None
+        if np.array_equal(planned.physical_to_logical, self._before.physical_to_logical):
+            self._log("unchanged", self._before)
+            return None
+        return self._metadata_of(planned)
+
+    def finish(self, metadata: Any) -> None:
+        """The new map is in force on this rank."""
+        self._log("applied", _map_of(metadata))
+
+    def _plan_on_rank_0(self) -> tuple[ExpertMap | None, str]:
+        before = self._before
+        device = self._metadata.physical_to_logical_map.device
+        message = torch.zeros(before.physical_to_logical.size + 1, dtype=torch.int64)
+        failure = "rank 0 could not plan; its log says why"
+        if self._rank == 0:
+            try:
+                planned = plan(
+                    self._window, self._topology, before.num_slots, planner_config(self._server_args), before
+                ).expert_map
+                planned = align_slots(before, planned, self._topology)
+                message[0] = 1
+                message[1:] = torch.from_numpy(planned.physical_to_logical.astype(np.int64).ravel())
+            except Exception as error:  # whatever goes wrong, the server goes on with the map it has
+                failure = f"{type(error).__name__}: {error}"
+                if not isinstance(error, InputError):
+                    logger.exception("[eplb-affinity] planning failed; the map in force stays")
+        if dist.is_initialized():
+            on_device = message.to(device)
+            dist.broadcast(on_device, src=0)
+            message = on_device.cpu()
+        if not message[0]:
+            return None, failure
+        ids = message[1:].numpy().reshape(before.physical_to_logical.shape)
+        return ExpertMap(ids, before.num_experts), ""
+
+    def _metadata_of(self, expert_map: ExpertMap) -> Any:
+        from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+        device = self._metadata.physical_to_logical_map.device
+        return ExpertLocationMetadata._init_raw(
+            ep_size=self._metadata.ep_size,
+            physical_to_logical_map=torch.from_numpy(expert_map.physical_to_logical.astype(np.int64)).to(device),
+            logical_to_all_physical_map=torch.from_numpy(expert_map.logical_to_all_physical().astype(np.int64)).to(
+                device
+            ),
+        )
+
+    def _log(self, result: str, after: ExpertMap, reason: str | None = None) -> None:
+        if self._rank:
+            return
+        try:
+            logger.info("[eplb-affinity] rebalance %s", json.dumps(self._record(result, after, reason)))
+        except Exception:  # a log line must not stop the server
+            logger.exception("[eplb-affinity] rebalance %s, but its figures could not be computed", result)
+
+    def _record(self, result: str, after: ExpertMap, reason: str | None) -> dict[str, Any]:
+        moved = moved_experts(self._before, after, self._topology)
+        record: dict[str, Any] = {
+            "result": result,
+            "algorithm": self._server_args.eplb_algorithm,
+            "round": self._number,
+            "tokens": int(self._window.counts.sum(1).max()),
+            "moved_experts": int(moved.sum()),
+            "moved_layers": int((moved > 0).sum()),
+        }
+        for name, expert_map in (("before", self._before), ("after", after)):
+            for key, value in self._figures(expert_map).items():
+                record[f"{key}_{name}"] = value
+        record["plan_seconds"] = round(self._plan_seconds, 4)
+        record["seconds"] = round(time.perf_counter() - self._started, 4)
+        if reason:
+            record["reason"] = reason
+        return record
+
+    def _figures(self, expert_map: ExpertMap) -> dict[str, float]:
+        rule = _RULE_OF_SGLANG.get(self._server_args.ep_dispatch_algorithm, "dynamic")
+        tokens = self._window.tokens
+        recorded = np.flatnonzero(self._window.counts.any(1))
+        if tokens is None or not len(recorded):
+            return {}
+        sub_map = ExpertMap(expert_map.physical_to_logical[recorded], expert_map.num_experts)
+        traffic: Traffic = measure(tokens[recorded], sub_map, self._topology, rule, None)
+        return {
+            "balancedness": round(float((1 / np.maximum(traffic.load_max_over_mean, 1e-9)).mean()), 4),
+            "gpu_fanout": round(float(traffic.gpu_fanout.mean()), 4),
+            "node_fanout": round(float(traffic.node_fanout.mean()), 4),
+        }
+
+
+def _map_of(metadata: Any) -> ExpertMap:
+    return ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts)

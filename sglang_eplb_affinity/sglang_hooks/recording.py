@@ -1,0 +1,147 @@
+"""The affinity recorder inside SGLang's expert distribution recorder: which rows of a batch are real tokens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.sglang_hooks.arguments import MoeShape, records_affinity
+from sglang_eplb_affinity.window_reduce import Reduction, reduce_window
+
+logger = logging.getLogger(__name__)
+
+DUMP_VERSION = 1
+
+
+def make(server_args: Any, expert_location_metadata: Any) -> ServerRecorder | None:
+    if not records_affinity(server_args):
+        return None
+    shape = MoeShape.of(server_args.get_model_config().hf_text_config)
+    if shape is None:
+        raise InputError(f"--eplb-algorithm affinity: {server_args.model_path} has no routed experts")
+    return ServerRecorder(server_args, expert_location_metadata, shape.top_k)
+
+
+class ServerRecorder:
+    """One rank's recorder, and what it needs to know of SGLang's batches.
+
+    Without an all-to-all backend every rank of an expert-parallel group runs all tokens of the batch, so one rank of
+    the group records; with one, each rank routes tokens of its own and all record. Padding is never recorded.
+    """
+
+    def __init__(self, server_args: Any, expert_location_metadata: Any, top_k: int) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        parallel = get_parallel()
+        self._all_to_all = server_args.moe_a2a_backend != "none"
+        self._num_groups = 1 if self._all_to_all else max(parallel.attn_dp_size, 1)
+        self._reduction = Reduction(
+            contributes=self._all_to_all or (parallel.moe_ep_rank == 0 and parallel.moe_tp_rank == 0)
+        )
+        # EPLB plans on the same window: the HTTP endpoints must neither stop nor empty it.
+        self.serves_eplb = bool(server_args.enable_eplb)
+        chunk = server_args.chunked_prefill_size or 0
+        self._recorder = AffinityRecorder(
+            num_layers=expert_location_metadata.num_layers,
+            num_experts=expert_location_metadata.num_logical_experts,
+            top_k=top_k,
+            num_groups=self._num_groups,
+            device=server_args.device,
+            config=RecorderConfig(
+                sample_tokens=server_args.expert_affinity_sample_tokens,
+                max_pass_tokens=max(chunk, 8192) * self._num_groups,
+                seed=server_args.random_seed or 0,
+            ),
+        )
+        self._warned: set[str] = set()
+
+    def on_forward_pass_start(self, forward_batch: Any) -> None:
+        if self._reduction.contributes:
+            self._recorder.begin_pass(self._tokens_of_groups(forward_batch))
+
+    def on_forward_pass_end(self) -> None:
+        if self._reduction.contributes:
+            self._recorder.end_pass()
+
+    def on_logical_topk(
+        self, layer: int | None, topk_ids: torch.Tensor, num_token_non_padded: torch.Tensor | None
+    ) -> None:
+        if not self._reduction.contributes or layer is None or not layer < self._recorder.num_layers:
+            return
+        rows = self._row_layout(topk_ids.shape[0])
+        if rows is not None:
+            self._recorder.record(layer, topk_ids, rows, num_token_non_padded if self._all_to_all else None)
+
+    def reset(self) -> None:
+        self._recorder.reset()
+
+    def window(self) -> RecordedWindow:
+        """The window summed over ranks (a collective call); the same on every rank."""
+        return RecordedWindow(reduce_window(self._recorder, self._reduction))
+
+    def _tokens_of_groups(self, forward_batch: Any) -> list[int]:
+        local = forward_batch.num_token_non_padded_cpu
+        if local is None:
+            local = len(forward_batch.input_ids)
+        if self._num_groups == 1:
+            return [local]
+        counts = forward_batch.global_num_tokens_cpu
+        if counts is None or len(counts) != self._num_groups:
+            self._warn("a batch without per-rank token counts is not recorded")
+            return [0] * self._num_groups
+        return [int(count) for count in counts]
+
+    def _row_layout(self, num_rows: int) -> RowLayout | None:
+        if self._num_groups == 1:
+            return RowLayout((num_rows,))
+        from sglang.srt.layers.dp_attention import get_dp_global_num_tokens, is_dp_max_padding
+
+        if is_dp_max_padding() and num_rows % self._num_groups == 0:
+            return RowLayout((num_rows // self._num_groups,) * self._num_groups)
+        padded = get_dp_global_num_tokens()
+        if padded is not None and len(padded) == self._num_groups and sum(padded) == num_rows:
+            return RowLayout(tuple(int(count) for count in padded))
+        self._warn("a batch whose rows do not follow the data-parallel ranks is not recorded")
+        return None
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("[eplb-affinity] %s", message)
+
+
+@dataclass(frozen=True)
+class RecordedWindow:
+    """A window on its way into the recorder's output."""
+
+    window: RoutingWindow
+
+    def for_output(self, mode: str) -> RoutingWindow | dict[str, Any]:
+        """For SGLang's output mode: plain tensors for a ``file``, the window itself for an ``object``."""
+        return window_to_dump(self.window) if mode == "file" else self.window
+
+
+def window_to_dump(window: RoutingWindow) -> dict[str, Any]:
+    """The ``affinity`` entry of a recorder dump: plain tensors, readable with ``torch.load(weights_only=True)``."""
+    assert window.coactivation is not None and window.tokens is not None
+    return {
+        "version": DUMP_VERSION,
+        "counts": torch.from_numpy(window.counts),
+        "coactivation": torch.from_numpy(window.coactivation),
+        "tokens": torch.from_numpy(window.tokens),
+    }
+
+
+def window_of_dump(data: dict[str, Any]) -> RoutingWindow:
+    """The window that :func:`window_to_dump` wrote; raises InputError if the entry is of another version."""
+    if data.get("version") != DUMP_VERSION:
+        raise InputError(
+            f"dump: affinity entry of version {data.get('version')}, but this package reads {DUMP_VERSION}"
+        )
+    return RoutingWindow(data["counts"].cpu().numpy(), data["coactivation"].cpu().numpy(), data["tokens"].cpu().numpy())

@@ -1,0 +1,77 @@
+"""Sum the recorders of all ranks into one window, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sglang_eplb_affinity.recorder import AffinityRecorder
+from sglang_eplb_affinity.routing import RoutingWindow
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """``group``: ranks to sum over (None: the default group). ``contributes``: this rank saw tokens no other counts."""
+
+    contributes: bool
+    group: dist.ProcessGroup | None = None
+
+
+def reduce_window(recorder: AffinityRecorder, reduction: Reduction) -> RoutingWindow:
+    """One window from all ranks' recorders; a collective call, with equal results everywhere.
+
+    Counts and co-activations are summed. The sample takes from each rank a share in proportion to the tokens it saw,
+    so it stays uniform over all tokens; the shares are placed side by side and summed in one all-reduce.
+    """
+    totals = recorder.totals() if reduction.contributes else torch.zeros_like(recorder.totals())
+    world = dist.get_world_size(reduction.group) if dist.is_initialized() else 1
+    rank = dist.get_rank(reduction.group) if dist.is_initialized() else 0
+    seen = torch.zeros(world, dtype=torch.int64, device=totals.device)
+    if reduction.contributes:
+        seen[rank] = recorder.seen_tokens
+    if world > 1:
+        totals = totals.clone()
+        dist.all_reduce(totals, group=reduction.group)
+        dist.all_reduce(seen, group=reduction.group)
+    shares = sample_shares(seen.cpu().numpy(), recorder.config.sample_tokens)
+    tokens = _own_share(recorder, shares, rank, reduction)
+    if world > 1:
+        # NCCL sums no int16. Ids are shifted by one so that 0 means "not mine".
+        shifted = (tokens.to(torch.int32) + 1).contiguous()
+        dist.all_reduce(shifted, group=reduction.group)
+        tokens = (shifted - 1).to(torch.int16)
+    matrix = totals.cpu().numpy()
+    counts = np.ascontiguousarray(np.diagonal(matrix, axis1=1, axis2=2))
+    coactivation = matrix.copy()
+    layers, experts = counts.shape
+    coactivation[:, np.arange(experts), np.arange(experts)] = 0
+    return RoutingWindow(counts, coactivation, tokens.cpu().numpy())
+
+
+def sample_shares(seen: np.ndarray, capacity: int) -> np.ndarray:
+    """int64 [ranks]: rows each rank puts into a sample of ``capacity``, in proportion to the tokens it saw."""
+    total = int(seen.sum())
+    if total <= capacity:
+        return seen.astype(np.int64)
+    exact = seen * (capacity / total)
+    shares = np.floor(exact).astype(np.int64)
+    # Largest remainders first, lower rank on ties, so that every rank computes the same.
+    rest = np.argsort(-(exact - shares), kind="stable")[: capacity - int(shares.sum())]
+    shares[rest] += 1
+    return shares
+
+
+def _own_share(recorder: AffinityRecorder, shares: np.ndarray, rank: int, reduction: Reduction) -> torch.Tensor:
+    sample = recorder.sample()
+    tokens = torch.full_like(sample, -1)
+    if not reduction.contributes or not shares[rank]:
+        return tokens
+    start, count = int(shares[:rank].sum()), int(shares[rank])
+    filled = min(recorder.seen_tokens, recorder.config.sample_tokens)
+    # The slots of a sample that is not full yet are in order of time, so a share of them must be drawn.
+    rows = np.sort(np.random.default_rng(recorder.config.seed).permutation(filled)[:count])
+    tokens[:, start : start + len(rows)] = sample[:, torch.from_numpy(rows).to(sample.device)]
+    return tokens

@@ -1,0 +1,57 @@
+"""The project's own series on a copy of the installed SGLang."""
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sglang_eplb_affinity.patching import actions
+from sglang_eplb_affinity.patching.series import files_of, read_series
+from sglang_eplb_affinity.patching.upstream import Installation, Upstream
+
+PATCHES = Path(__file__).resolve().parents[2] / "patches"
+
+
+@pytest.fixture
+def project(tmp_path) -> actions.Project:
+    """A copy of the files that the series touches, as the wheel installed them."""
+    try:
+        importlib.metadata.distribution("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("SGLang is not installed; run `make setup`")
+    here = Installation.find()
+    dist_info = tmp_path / here.dist_info.name
+    dist_info.mkdir()
+    shutil.copy(here.dist_info / "RECORD", dist_info)
+    for name in files_of(read_series(PATCHES)):
+        kept = here.state_dir / "originals" / name
+        source = kept if kept.is_file() else here.site / name
+        if name in here.recorded:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, tmp_path / name)
+    return actions.Project(PATCHES, Installation(tmp_path, dist_info, here.version))
+
+
+def test_series_applies_comes_off_and_refreshes_without_a_diff(project) -> None:
+    names = [name for name in files_of(project.series) if name in project.installation.recorded]
+    assert "verified" in actions.verify(project)
+    actions.apply(project)
+    for name in files_of(project.series):
+        compile((project.installation.site / name).read_text(), name, "exec")
+    assert "changed: none" in actions.refresh(project)
+    actions.unapply(project)
+    for name in names:
+        assert project.installation.checksum_of(name) == project.installation.recorded[name]
+
+
+def test_every_patch_alone_in_the_folder_is_in_the_series() -> None:
+    listed = [patch.name for patch in read_series(PATCHES)]
+    assert sorted(listed) == sorted(path.name for path in PATCHES.glob("*.patch"))
+    assert all(patch.diff for patch in read_series(PATCHES))
+
+
+def test_upstream_names_wheels_with_checksums() -> None:
+    upstream = Upstream.read(PATCHES / "UPSTREAM")
+    assert upstream.version == "0.5.17" and len(upstream.wheels) >= 4
+    assert all(name.startswith("sglang-0.5.17-") and len(value) == 64 for name, value in upstream.wheels)
