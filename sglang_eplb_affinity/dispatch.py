@@ -1,0 +1,150 @@
+"""Which replica serves a (token, logical expert): the rules ``cover``, ``dynamic`` and ``static``, in plain torch.
+
+These are the references that kernels must equal bit for bit. All take ``topk_ids`` [tokens, k] (logical ids, -1 for
+padding) and give physical ids of the same shape and dtype (-1 stays -1).
+
+``cover``, per token:
+
+1. Experts with one replica have no choice; their GPUs and nodes are "visited".
+2. Replicated experts follow in top-k order. The candidates are the first of these sets that is not empty: replicas on
+   a visited GPU, on a visited node, on the source GPU, on the source node, all. Of n candidates in rising slot order
+   number ``replica_hash(row, expert) % n`` is taken, and its GPU and node become visited.
+
+``dynamic`` takes number ``replica_hash(row, expert) % n`` of all n replicas: even spreading, as EPLB assumes.
+``static`` depends on the source only: a replica on the source GPU, else on its node (if that narrows the choice), else
+number ``(source_gpu + expert) % n``; SGLang draws the last choice from a seeded shuffle, equally fair.
+
+Without a source (no all-to-all backend: every rank runs all tokens and must choose alike) pass ``source_gpu=None``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.topology import Topology
+
+if TYPE_CHECKING:
+    import torch
+
+DispatchRule = Literal["cover", "static", "dynamic"]
+DISPATCH_RULES: tuple[DispatchRule, ...] = ("cover", "static", "dynamic")
+
+
+def replica_hash(row: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """int64 in [0, 2**32): a multiplicative hash of token row and logical expert (uint32 arithmetic)."""
+    mask = 0xFFFFFFFF
+    h = (row.long() * 0x9E3779B1 + expert.long() * 0x85EBCA77) & mask
+    h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & mask
+    return h ^ (h >> 13)
+
+
+def choose_replicas(
+    topk_ids: torch.Tensor,
+    logical_to_all_physical: torch.Tensor,
+    topology: Topology,
+    num_slots: int,
+    rule: DispatchRule,
+    source_gpu: torch.Tensor | int | None = None,
+    first_row: int = 0,
+) -> torch.Tensor:
+    """Physical ids [tokens, k] for one layer.
+
+    ``logical_to_all_physical`` [experts, max_replicas] lists slots in rising order, padded with -1 (one layer of
+    :meth:`ExpertMap.logical_to_all_physical`). ``source_gpu`` is one rank, or int [tokens]; ``first_row`` is the row
+    number of the first token, for callers that go in chunks.
+    """
+    import torch
+
+    device = topk_ids.device
+    tokens = topk_ids.shape[0]
+    table = logical_to_all_physical.to(device).long()
+    slots_per_gpu = topology.slots_per_gpu(num_slots)
+    row = torch.arange(first_row, first_row + tokens, device=device)[:, None]
+    ids = topk_ids.long()
+    used = ids >= 0
+    safe = ids.clamp(min=0)
+    replicas = table[safe]  # [tokens, k, max_replicas]
+    valid = replicas >= 0
+    gpu = torch.where(valid, replicas, 0) // slots_per_gpu
+    node = gpu // topology.gpus_per_node
+    number = replica_hash(row, safe)
+    source = None if source_gpu is None else torch.as_tensor(source_gpu, device=device).long().expand(tokens)[:, None]
+
+    if rule == "dynamic":
+        choice = _nth(valid, number % valid.sum(-1))
+    elif rule == "static":
+        choice = _choose_static(valid, gpu, node, safe, source, topology, number)
+    elif rule == "cover":
+        choice = _choose_cover(valid, gpu, node, used, source, topology, number)
+    else:
+        raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
+    physical = replicas.gather(-1, choice[..., None])[..., 0]
+    return torch.where(used, physical, -1).to(topk_ids.dtype)
+
+
+def _nth(candidates: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """Index along the last axis of the n-th True of ``candidates`` [..., replicas]."""
+    return ((candidates.cumsum(-1) == (n + 1)[..., None]) & candidates).int().argmax(-1)
+
+
+def _choose_static(valid, gpu, node, ids, source, topology, number):  # type: ignore[no-untyped-def]
+    count = valid.sum(-1)
+    if source is None:
+        return _nth(valid, number % count)
+    near_gpu = valid & (gpu == source[..., None])
+    near_node = valid & (node == (source // topology.gpus_per_node)[..., None])
+    fair = _nth(valid, (source + ids) % count)
+    on_node = near_node.any(-1) & (near_node.sum(-1) < count)
+    choice = fair.where(~on_node, near_node.int().argmax(-1))
+    return choice.where(~near_gpu.any(-1), near_gpu.int().argmax(-1))
+
+
+def _choose_cover(valid, gpu, node, used, source, topology, number):  # type: ignore[no-untyped-def]
+    import torch
+
+    tokens, k, _ = valid.shape
+    count = valid.sum(-1)
+    visited_gpu = torch.zeros(tokens, topology.num_gpus + 1, dtype=torch.bool, device=valid.device)
+    visited_node = torch.zeros(tokens, topology.num_nodes + 1, dtype=torch.bool, device=valid.device)
+    pinned = used & (count == 1)
+    # The last column takes what must not count.
+    visited_gpu.scatter_(1, torch.where(pinned, gpu[..., 0], topology.num_gpus), True)
+    visited_node.scatter_(1, torch.where(pinned, node[..., 0], topology.num_nodes), True)
+    choice = torch.zeros(tokens, k, dtype=torch.long, device=valid.device)
+    for j in range(k):
+        steps = [visited_gpu.gather(1, gpu[:, j]), visited_node.gather(1, node[:, j])]
+        if source is not None:
+            steps += [gpu[:, j] == source, node[:, j] == source // topology.gpus_per_node]
+        candidates = valid[:, j]
+        for step in reversed(steps):
+            narrowed = valid[:, j] & step
+            candidates = torch.where(narrowed.any(-1, keepdim=True), narrowed, candidates)
+        choice[:, j] = _nth(candidates, number[:, j] % candidates.sum(-1))
+        mark = used[:, j]
+        chosen_gpu = gpu[:, j].gather(1, choice[:, j : j + 1])
+        visited_gpu.scatter_(1, torch.where(mark[:, None], chosen_gpu, topology.num_gpus), True)
+        chosen_node = chosen_gpu // topology.gpus_per_node
+        visited_node.scatter_(1, torch.where(mark[:, None], chosen_node, topology.num_nodes), True)
+    return choice
+
+
+def dispatch_trace(
+    topk_ids: np.ndarray, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, source_gpu: np.ndarray | None
+) -> np.ndarray:
+    """Physical ids [tokens, layers, k] of a whole trace; for tests and small traces (evaluate.py is the fast way)."""
+    import torch
+
+    table = torch.from_numpy(expert_map.logical_to_all_physical())
+    source = None if source_gpu is None else torch.from_numpy(source_gpu)
+    layers = [
+        choose_replicas(
+            torch.from_numpy(np.ascontiguousarray(topk_ids[:, layer])), table[layer], topology, expert_map.num_slots,
+            rule, source,
+        ).numpy()
+        for layer in range(expert_map.num_layers)
+    ]  # fmt: skip
+    return np.stack(layers, axis=1)

@@ -1,0 +1,205 @@
+"""What a map costs on recorded tokens: fan-outs, remote copies and GPU load under a dispatch rule.
+
+Terms, all per token and layer: GPU (node) fan-out is the number of distinct GPUs (nodes) that a token's experts sit
+on. Remote copies are the destinations other than the token's own: GPUs other than its source GPU, nodes other than
+its source node. Load is the number of token-expert assignments of a GPU; max/mean over the GPUs of a layer.
+
+Traces do not record where a token was. :func:`source_gpus` says what is assumed: with data-parallel attention a
+sequence lives on one rank, so sequence s belongs to GPU s modulo GPUs; without sequences token t to GPU t modulo GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_eplb_affinity._numba import kernel
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.topology import Topology
+
+SOURCE_MODEL = "GPU of a token = its sequence modulo GPUs (as with data-parallel attention); without sequences its row"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One map on one trace under one rule; every array has one value per layer.
+
+    ``gpu_fanout``, ``node_fanout``, ``remote_gpu_copies``, ``remote_node_copies`` and ``expert_node_copies`` (the
+    copies that low-latency dispatch sends to other nodes: one per token and expert) are float64 [layers] means per
+    token; ``gpu_load`` is int64 [layers, gpus] and ``load_max_over_mean`` float64 [layers].
+    """
+
+    gpu_fanout: np.ndarray
+    node_fanout: np.ndarray
+    remote_gpu_copies: np.ndarray
+    remote_node_copies: np.ndarray
+    expert_node_copies: np.ndarray
+    gpu_load: np.ndarray
+    load_max_over_mean: np.ndarray
+
+
+@kernel
+def measure_layer(  # type: ignore[no-untyped-def]
+    tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_nodes, rule, sums, load
+):
+    """One layer of :func:`measure`; the same rules as dispatch.py.
+
+    tokens int16 [T, k]; source int32 [T] or empty; table int32 [experts, max_replicas]; replicas int32 [experts];
+    rule 0 cover, 1 static, 2 dynamic. Adds to sums int64 [5] and load int64 [slots].
+    """
+    count, k = tokens.shape
+    num_gpus = load.shape[0] // slots_per_gpu
+    gpu_mark = np.full(num_gpus, -1, np.int64)
+    node_mark = np.full(num_nodes, -1, np.int64)
+    candidates = np.empty(table.shape[1], np.int64)
+    has_source = source.shape[0] > 0
+    for t in range(count):
+        if tokens[t, 0] < 0:
+            continue
+        home = np.int64(-1)
+        home_node = np.int64(-1)
+        if has_source:
+            home = np.int64(source[t])
+            home_node = home // gpus_per_node
+        fan = 0
+        node_fan = 0
+        if rule == 0:
+            for j in range(k):
+                e = tokens[t, j]
+                if e >= 0 and replicas[e] == 1:
+                    gpu = np.int64(table[e, 0]) // slots_per_gpu
+                    node = gpu // gpus_per_node
+                    load[table[e, 0]] += 1
+                    if gpu_mark[gpu] != t:
+                        gpu_mark[gpu] = t
+                        fan += 1
+                    if node_mark[node] != t:
+                        node_mark[node] = t
+                        node_fan += 1
+                    if has_source and node != home_node:
+                        sums[4] += 1
+        for j in range(k):
+            e = tokens[t, j]
+            if e < 0 or (rule == 0 and replicas[e] == 1):
+                continue
+            n = np.int64(replicas[e])
+            h = (np.int64(t) * np.int64(0x9E3779B1) + np.int64(e) * np.int64(0x85EBCA77)) & np.int64(0xFFFFFFFF)
+            h = ((h ^ (h >> 15)) * np.int64(0x2C1B3C6D)) & np.int64(0xFFFFFFFF)
+            h = h ^ (h >> 13)
+            slot = np.int64(table[e, h % n])
+            if rule == 1 and has_source:
+                slot = np.int64(table[e, (home + e) % n])
+                on_node = 0
+                nearest = np.int64(-1)
+                on_gpu = np.int64(-1)
+                for i in range(n):
+                    gpu = np.int64(table[e, i]) // slots_per_gpu
+                    if gpu // gpus_per_node == home_node:
+                        on_node += 1
+                        if nearest < 0:
+                            nearest = np.int64(table[e, i])
+                    if gpu == home and on_gpu < 0:
+                        on_gpu = np.int64(table[e, i])
+                if 0 < on_node < n:
+                    slot = nearest
+                if on_gpu >= 0:
+                    slot = on_gpu
+            elif rule == 0:
+                for step in range(4):
+                    found = 0
+                    for i in range(n):
+                        gpu = np.int64(table[e, i]) // slots_per_gpu
+                        node = gpu // gpus_per_node
+                        if (
+                            (step == 0 and gpu_mark[gpu] == t)
+                            or (step == 1 and node_mark[node] == t)
+                            or (step == 2 and gpu == home)
+                            or (step == 3 and node == home_node)
+                        ):
+                            candidates[found] = table[e, i]
+                            found += 1
+                    if found:
+                        slot = candidates[h % found]
+                        break
+            gpu = slot // slots_per_gpu
+            node = gpu // gpus_per_node
+            load[slot] += 1
+            if gpu_mark[gpu] != t:
+                gpu_mark[gpu] = t
+                fan += 1
+            if node_mark[node] != t:
+                node_mark[node] = t
+                node_fan += 1
+            if has_source and node != home_node:
+                sums[4] += 1
+        sums[0] += fan
+        sums[1] += node_fan
+        if has_source:
+            sums[2] += fan - (1 if gpu_mark[home] == t else 0)
+            sums[3] += node_fan - (1 if node_mark[home_node] == t else 0)
+
+
+def source_gpus(trace: RoutingTrace, topology: Topology) -> np.ndarray:
+    """int32 [tokens]: the GPU that each token is assumed to come from (see the module's text)."""
+    key = np.arange(trace.num_tokens) if trace.sequence is None else trace.sequence
+    return (key % topology.num_gpus).astype(np.int32)
+
+
+def check_fits(expert_map: ExpertMap, num_layers: int, num_experts: int, source: str, map_source: str = "map") -> None:
+    """Raise InputError unless the map has the layers and experts of the routing."""
+    if expert_map.num_layers != num_layers:
+        raise InputError(f"{map_source}: has {expert_map.num_layers} layers, but {source} has {num_layers}")
+    if expert_map.num_experts != num_experts:
+        raise InputError(f"{map_source}: holds {expert_map.num_experts} experts, but {source} has {num_experts}")
+
+
+def measure(
+    tokens: np.ndarray, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, source: np.ndarray | None
+) -> Traffic:
+    """Traffic and load of ``tokens`` int16 [layers, T, k] (rows of -1 are skipped) under ``rule``.
+
+    ``source`` int32 [T] is the GPU of each token, or None: then remote copies are 0 and source steps are skipped.
+    """
+    if rule not in DISPATCH_RULES:
+        raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
+    layers = len(tokens)
+    table = expert_map.logical_to_all_physical()
+    replicas = expert_map.replica_counts()
+    slots_per_gpu = topology.slots_per_gpu(expert_map.num_slots)
+    sums = np.zeros((layers, 5), np.int64)
+    slot_load = np.zeros((layers, expert_map.num_slots), np.int64)
+    where = np.empty(0, np.int32) if source is None else source
+    for layer in range(layers):
+        measure_layer(
+            np.ascontiguousarray(tokens[layer], dtype=np.int16), where, table[layer], replicas[layer], slots_per_gpu,
+            topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums[layer],
+            slot_load[layer],
+        )  # fmt: skip
+    used = np.maximum((tokens[:, :, 0] >= 0).sum(1), 1)
+    means = sums / used[:, None]
+    load = slot_load.reshape(layers, topology.num_gpus, -1).sum(2)
+    mean_load = np.maximum(load.mean(1), 1e-12)
+    gpu, node, remote_gpu, remote_node, expert_node = means.T.copy()
+    return Traffic(gpu, node, remote_gpu, remote_node, expert_node, load, load.max(1) / mean_load)
+
+
+def measure_trace(trace: RoutingTrace, expert_map: ExpertMap, topology: Topology, rule: DispatchRule) -> Traffic:
+    """:func:`measure` for a whole trace with the assumed source GPUs."""
+    check_fits(expert_map, trace.num_layers, trace.num_experts, trace.source)
+    tokens = np.ascontiguousarray(trace.topk_ids.transpose(1, 0, 2), dtype=np.int16)
+    return measure(tokens, expert_map, topology, rule, source_gpus(trace, topology))
+
+
+def moved_experts(old: ExpertMap, new: ExpertMap, topology: Topology) -> np.ndarray:
+    """int64 [layers]: slots of ``new`` whose expert is not on that GPU in ``old`` (weights that must travel)."""
+    gpus = topology.num_gpus
+    moved = np.zeros(new.num_layers, np.int64)
+    for layer in range(new.num_layers):
+        before = old.physical_to_logical[layer].reshape(gpus, -1)
+        after = new.physical_to_logical[layer].reshape(gpus, -1)
+        moved[layer] = sum(len(set(after[g].tolist()) - set(before[g].tolist())) for g in range(gpus))
+    return moved

@@ -1,0 +1,9 @@
+"""The planner: which expert goes to which slot, so that tokens visit few GPUs and nodes at EPLB's load balance."""
+
+from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.core import plan
+from sglang_eplb_affinity.planner.eplb import eplb_placement
+from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
+from sglang_eplb_affinity.planner.warm_up import warm_up
+
+__all__ = ["MapQuality", "Plan", "PlanReport", "PlannerConfig", "eplb_placement", "plan", "warm_up"]

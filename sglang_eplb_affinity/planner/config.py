@@ -1,0 +1,67 @@
+"""What the planner is told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.errors import InputError
+
+Objective = Literal["normal", "low_latency", "mixed"]
+Effort = Literal["fast", "thorough"]
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """All settings of :func:`sglang_eplb_affinity.planner.plan`; every one has a default.
+
+    ``objective``: what dispatch pays for. ``normal`` (DeepEP normal mode, prefill): one copy per token and destination.
+    ``low_latency`` (decode): one copy per token and expert. ``mixed`` weighs them by ``prefill_share``.
+    ``max_load_increase``: largest allowed rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).
+    ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it.
+    ``max_moves``: at most so many experts newly placed on each rank in each layer; needs a current map.
+    ``move_cost``: what one moved expert must save, in parts per million of a layer's tokens times one GPU copy.
+    ``node_weight``: cost of a copy to another node in copies to another GPU (RDMA against NVLink bandwidth).
+    ``threads``: worker threads over layers; None takes 1/16 of the cores, at least 2, at most 8.
+    """
+
+    objective: Objective = "normal"
+    prefill_share: float = 0.5
+    max_load_increase: float = 0.01
+    effort: Effort = "fast"
+    dispatch: DispatchRule = "cover"
+    seed: int = 0
+    max_moves: int | None = None
+    move_cost: int = 500
+    node_weight: int = 2
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("objective", ("normal", "low_latency", "mixed")),
+            ("effort", ("fast", "thorough")),
+            ("dispatch", DISPATCH_RULES),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"planner: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if not 0.0 <= self.prefill_share <= 1.0:
+            raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")
+        if not self.max_load_increase >= 0.0:
+            raise InputError(f"planner: max_load_increase={self.max_load_increase} must be 0 or more")
+        for name in ("seed", "max_moves", "move_cost", "node_weight"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"planner: {name}={value} must be 0 or more")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"planner: threads={self.threads} must be at least 1")
+
+    @property
+    def normal_share(self) -> float:
+        """The share of traffic that pays per destination (the rest pays per expert)."""
+        return {"normal": 1.0, "low_latency": 0.0, "mixed": self.prefill_share}[self.objective]
+
+    def resolved_threads(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        return self.threads or min(cores, max(2, min(8, cores // 16)))

@@ -1,0 +1,40 @@
+"""Compile or load every kernel before the first rebalance needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.core import plan
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.topology import Topology
+
+
+def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (frozen)
+    """Run tiny plans that touch every kernel; returns the seconds it took.
+
+    Kernels are specialised by type, never by shape, so one call serves every model. With a warm disk cache it takes
+    about a second, else the compilation (some tens of seconds, once per machine).
+    """
+    began = time.perf_counter()
+    tokens = np.array([[[0, 1], [2, 3], [0, 2], [1, 3]]], np.int16)
+    counts = np.array([[2, 2, 2, 2]], np.int64)
+    pairs = np.ones((1, 4, 4), np.int64)
+    topology = Topology(2, 2)
+    for window in (RoutingWindow(counts, None, tokens), RoutingWindow(counts, pairs, None)):
+        for slots in (4, 6):
+            for rule in ("cover", "dynamic"):
+                rules = dataclasses.replace(config, dispatch=rule, max_moves=None, threads=1)
+                first = plan(window, topology, slots, rules).expert_map
+                plan(
+                    window,
+                    topology,
+                    slots,
+                    dataclasses.replace(rules, max_moves=1),
+                    ExpertMap(first.physical_to_logical, 4),
+                )
+    return time.perf_counter() - began

@@ -1,0 +1,152 @@
+"""Properties of every plan: valid maps, determinism, never worse than EPLB's own map on the plan sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.evaluate import moved_experts
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
+from sglang_eplb_affinity.planner.core import NO_AFFINITY, NO_TRAFFIC
+from sglang_eplb_affinity.routing import RoutingWindow, coactivation_of
+from sglang_eplb_affinity.topology import Topology
+
+RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def skewed_tokens(rng: np.random.Generator, layers: int, tokens: int, experts: int, k: int) -> np.ndarray:
+    """int16 [layers, tokens, k] top-k sets with hot experts and groups of experts that fire together."""
+    base = rng.gumbel(size=(layers, tokens, experts)) + rng.normal(size=(layers, 1, experts))
+    topic = rng.integers(0, 4, size=(layers, tokens, 1))
+    group = rng.integers(0, 4, size=(layers, 1, experts))
+    scores = base + 2.0 * (topic == group)
+    return np.argsort(-scores, axis=-1)[..., :k].astype(np.int16)
+
+
+def window_of(tokens: np.ndarray, experts: int) -> RoutingWindow:
+    counts = np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in tokens]).astype(np.int64)
+    return RoutingWindow(counts, coactivation_of(tokens, experts), tokens)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[RoutingWindow, Topology, int]:
+    nodes = draw(st.sampled_from([1, 2, 3]))
+    gpus = nodes * draw(st.sampled_from([1, 2, 4]))
+    slots_per_gpu = draw(st.integers(1, 5))
+    slots = gpus * slots_per_gpu
+    experts = draw(st.integers(max(slots_per_gpu, slots // 2, 1), slots))
+    k = draw(st.integers(1, min(experts, 8)))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    tokens = skewed_tokens(rng, 2, draw(st.sampled_from([1, 70, 300])), experts, k)
+    return window_of(tokens, experts), Topology(gpus, nodes), slots
+
+
+@RELAXED
+@given(problems(), st.sampled_from(["cover", "static", "dynamic"]), st.sampled_from(["normal", "low_latency", "mixed"]))
+def test_every_plan_is_valid_and_not_worse_than_eplb(problem, rule, objective):  # type: ignore[no-untyped-def]
+    window, topology, slots = problem
+    result = plan(window, topology, slots, PlannerConfig(dispatch=rule, objective=objective))
+    placed = result.expert_map.physical_to_logical
+    assert placed.shape == (window.num_layers, slots)
+    assert (result.expert_map.replica_counts() >= 1).all()
+    for layer, reason in enumerate(result.report.fallback):
+        if not reason:
+            for gpu in placed[layer].reshape(topology.num_gpus, -1):
+                assert len(set(gpu.tolist())) == len(gpu)
+    better = result.report.planned.cost <= result.report.eplb.cost + 1e-9
+    lighter = result.report.planned.load_max_over_mean < result.report.eplb.load_max_over_mean
+    assert (better | lighter).all()
+
+
+@RELAXED
+@given(problems(), st.integers(0, 3))
+def test_moves_stay_under_the_cap(problem, max_moves):  # type: ignore[no-untyped-def]
+    window, topology, slots = problem
+    start = eplb_placement(window.counts[:, ::-1], topology, slots)
+    result = plan(window, topology, slots, PlannerConfig(max_moves=max_moves), start)
+    before = start.physical_to_logical.reshape(window.num_layers, topology.num_gpus, -1)
+    after = result.expert_map.physical_to_logical.reshape(before.shape)
+    for layer in range(window.num_layers):
+        for gpu in range(topology.num_gpus):
+            assert len(set(after[layer, gpu].tolist()) - set(before[layer, gpu].tolist())) <= max_moves
+    assert (result.report.moved_experts == moved_experts(start, result.expert_map, topology)).all()
+
+
+@pytest.mark.parametrize("rule", ["cover", "dynamic"])
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_equal_input_gives_equal_maps_for_any_number_of_threads(rule, redundant):  # type: ignore[no-untyped-def]
+    tokens = skewed_tokens(np.random.default_rng(1), 4, 500, 32, 4)
+    window = window_of(tokens, 32)
+    plans = [
+        plan(window, Topology(8, 2), 32 + redundant, PlannerConfig(dispatch=rule, threads=threads))
+        for threads in (1, 3, 1)
+    ]
+    for other in plans[1:]:
+        assert (plans[0].expert_map.physical_to_logical == other.expert_map.physical_to_logical).all()
+
+
+def test_tied_counts_plan_deterministically():
+    tokens = np.tile(np.arange(32, dtype=np.int16).reshape(1, 8, 4), (2, 20, 1))
+    window = window_of(tokens, 32)
+    first, second = (plan(window, Topology(4), 40).expert_map.physical_to_logical for _ in range(2))
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize("redundant", [0, 8])
+@pytest.mark.parametrize("use_tokens", [True, False])
+def test_experts_that_fire_together_meet_on_a_gpu(redundant, use_tokens):  # type: ignore[no-untyped-def]
+    # Four groups of eight experts, each token draws all its experts from one group: fan-out can fall to 1.
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(32).reshape(4, 8)
+    tokens = np.stack([rng.permutation(groups[rng.integers(4)])[:4] for _ in range(2000)])[None].astype(np.int16)
+    window = window_of(tokens, 32)
+    if not use_tokens:
+        window = RoutingWindow(window.counts, window.coactivation, None)
+    result = plan(window, Topology(4), 32 + redundant, PlannerConfig(max_load_increase=0.1))
+    assert result.report.planned.gpu_fanout[0] < 1.1
+    assert result.report.eplb.gpu_fanout[0] > 1.8
+
+
+def test_layers_without_traffic_keep_their_map():
+    tokens = skewed_tokens(np.random.default_rng(2), 2, 300, 16, 4)
+    window = window_of(tokens, 16)
+    counts, pairs = window.counts.copy(), window.coactivation.copy()
+    counts[1], pairs[1], tokens[1] = 0, 0, -1
+    window = RoutingWindow(counts, pairs, tokens)
+    current = eplb_placement(counts[::-1].copy(), Topology(4), 16)
+    assert plan(window, Topology(4), 16).report.fallback[1] == NO_TRAFFIC
+    kept = plan(window, Topology(4), 16, PlannerConfig(), current)
+    assert (kept.expert_map.physical_to_logical[1] == current.physical_to_logical[1]).all()
+
+
+def test_counts_alone_give_eplbs_map():
+    window = RoutingWindow(np.arange(1, 17, dtype=np.int64)[None])
+    result = plan(window, Topology(4), 16)
+    assert result.report.fallback == (NO_AFFINITY,)
+    assert (
+        result.expert_map.physical_to_logical == eplb_placement(window.counts, Topology(4), 16).physical_to_logical
+    ).all()
+
+
+@pytest.mark.parametrize(
+    ("slots", "counts", "config", "current_slots", "message"),
+    [
+        (18, 1, {}, None, "do not divide"),
+        (12, 1, {}, None, "cannot hold"),
+        (16, 0, {}, None, "empty"),
+        (16, -1, {}, None, "negative"),
+        (16, 1, {"max_moves": 1}, None, "current map"),
+        (16, 1, {}, 20, "current map"),
+    ],
+)
+def test_bad_input_is_one_line(slots, counts, config, current_slots, message):  # type: ignore[no-untyped-def]
+    window = RoutingWindow(np.full((1, 16), counts, np.int64))
+    current = None
+    if current_slots:
+        current = eplb_placement(np.ones((1, 16), np.int64), Topology(4), current_slots)
+    with pytest.raises(InputError, match=message) as error:
+        plan(window, Topology(4), slots, PlannerConfig(**config), current)
+    assert "\n" not in str(error.value)
