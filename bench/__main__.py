@@ -1,0 +1,174 @@
+"""Command line of the benchmark: `python -m bench run|report|summary|readme`."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from bench import sharegpt
+from bench.arms import ARMS, arms_named
+from bench.console import ConsoleProgress
+from bench.engine import CACHE, ROOT
+from bench.environment import command_line, describe_environment, hardware, provenance
+from bench.profile import PROFILE_DIR, Profile
+from bench.report import build_report
+from bench.run_folder import RunFolder, RunPlan, open_run
+from bench.runner import Runner
+from bench.summary_cli import readme, summary
+from sglang_eplb_affinity.errors import InputError
+
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Bad input ends in one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"show_default": True})
+def main() -> None:
+    """Compare SGLang servers that place experts in different ways."""
+
+
+@main.command()
+@click.option("--profile", "profile_name", default="cpu", help="Name of a file in bench/profiles/, or a path (.toml).")
+@click.option("--results-dir", default=str(ROOT / "results"), help="Folder of all runs.")
+@click.option("--run", "run_name", help="Name of the run; an existing one is continued. Default: by date and time.")
+@click.option("--sharegpt", "sharegpt_file", help="ShareGPT JSON file. Default: a PyPI package, cached outside git.")
+@click.option("--arms", help=f"Comma-separated; known: {', '.join(ARMS)}. Default: the profile's.")
+@click.option("--concurrency", help="Comma-separated numbers of requests in flight. Default: the profile's.")
+@click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
+@click.option("--model", help="Model path or hub id instead of the profile's.")
+@click.option("--port", type=int, help="Port of the server on 127.0.0.1. Default: the profile's.")
+@click.option("--no-report", is_flag=True, help="Only measure; build tables and notebook later with `report`.")
+def run(
+    profile_name: str,
+    results_dir: str,
+    run_name: str | None,
+    sharegpt_file: str | None,
+    arms: str | None,
+    concurrency: str | None,
+    blocks: int | None,
+    model: str | None,
+    port: int | None,
+    no_report: bool,
+) -> None:
+    """Measure all arms at all concurrencies and write tables, plots and a notebook."""
+    profile = Profile.named(profile_name).with_model(model)
+    if port is not None:
+        profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
+    arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))
+    levels = _levels(concurrency) if concurrency is not None else profile.load.concurrency
+    repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
+    source = sharegpt.locate(sharegpt_file, CACHE / "sharegpt")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest)
+
+    folder, continued = open_run(Path(results_dir), run_name, plan, hardware())
+    click.echo(f"{'continuing' if continued else 'new run'}: {folder.path}", err=True)
+    plan = _merge(folder, plan) if continued else plan
+    folder.write_json("run.json", plan.to_json())
+    if not (folder.path / "environment.json").is_file():
+        folder.write_json("environment.json", describe_environment(command_line()))
+    interrupted = _measure(folder, plan, source)
+    if interrupted:
+        click.echo(f"interrupted; go on with: python -m bench run --run {folder.name} (and the same options)", err=True)
+        sys.exit(INTERRUPTED)
+    if not no_report:
+        build_report(folder, plan)
+        click.echo((folder.path / "table.md").read_text(encoding="utf-8"))
+        click.echo(f"report: {folder.path / 'report.html'}", err=True)
+    latest = folder.store.latest()
+    if any(latest[cell].void for cell in plan.cells() if cell in latest):
+        click.echo("some rows are void; table.md says why", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("folder")
+def report(folder: str) -> None:
+    """Build the tables, plots and notebook of a run again (FOLDER: results/RUN)."""
+    run_folder = RunFolder(Path(folder))
+    build_report(run_folder, run_folder.plan())
+    click.echo(str(run_folder.path / "report.html"))
+
+
+@main.command()
+def profiles() -> None:
+    """List the profiles."""
+    for path in sorted(PROFILE_DIR.glob("*.toml")):
+        click.echo(f"{path.stem:12} {Profile.named(path.stem).title}")
+
+
+main.add_command(summary)
+main.add_command(readme)
+
+
+def _measure(folder: RunFolder, plan: RunPlan, source: Path) -> bool:
+    """Measure what is missing; True when it was interrupted."""
+    cells, done = plan.cells(), folder.store.complete()
+    requests = {c: plan.profile.load.requests_at(c.concurrency) for c in cells}
+    provenance()  # taken before the run: files changed while it goes on are not what was measured
+    progress = ConsoleProgress(sum(requests.values()), sum(requests[c] for c in cells if c in done))
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        Runner(folder, plan, sharegpt.first_turns(sharegpt.load(source)), progress).run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        progress.close()
+    return False
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # stops the server and the load generator on the way out
+
+
+def _merge(folder: RunFolder, plan: RunPlan) -> RunPlan:
+    """A continued run keeps the arms, concurrencies and blocks that it already has."""
+    old = folder.plan()
+    arms = (*old.arms, *(a for a in plan.arms if a not in old.arms))
+    levels = tuple(sorted({*old.concurrency, *plan.concurrency}))
+    return replace(plan, arms=arms, concurrency=levels, blocks=max(old.blocks, plan.blocks))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        levels = tuple(sorted({int(part) for part in _names(text)}))
+    except ValueError:
+        levels = ()
+    if not levels or levels[0] < 1:
+        raise InputError(f"--concurrency: {text!r} is not a list of whole numbers of at least 1, such as 1,4,8")
+    return levels
+
+
+def _at_least(least: int, value: int, flag: str) -> int:
+    if value < least:
+        raise InputError(f"{flag}: {value} is too small; it must be at least {least}")
+    return value
+
+
+def _source_name(path: Path, given: str | None) -> str:
+    return f"ShareGPT ({path.name if given else f'{sharegpt.PACKAGE} {sharegpt.PACKAGE_VERSION}'})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The arms of the comparison: what differs between two servers that get the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_eplb_affinity.errors import InputError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to place experts.
+
+    ``flags`` are added to the server command; ``uses_eplb`` also adds the profile's EPLB flags (redundant
+    experts, rebalance interval, dispatch rule), which are the same for every such arm. ``expects_rebalances``
+    is the claim that the server log must prove, or the rows of this arm are void.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...] = ()
+    uses_eplb: bool = False
+    expects_rebalances: bool = False
+
+
+_ARMS = (
+    Arm("none", "no EPLB"),
+    Arm("vanilla", "vanilla EPLB", ("--enable-eplb", "--eplb-algorithm", "deepseek"), True, True),
+    Arm("affinity", "affinity EPLB", ("--enable-eplb", "--eplb-algorithm", "affinity"), True, True),
+    # The same server twice: what differs between `vanilla` and `vanilla-again` is noise (the A/A floor).
+    Arm("vanilla-again", "vanilla EPLB (A/A)", ("--enable-eplb", "--eplb-algorithm", "deepseek"), True, True),
+)
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
+
+
+def arms_named(names: Sequence[str]) -> tuple[Arm, ...]:
+    """The arms of these names, in this order; raises InputError for an unknown or repeated name."""
+    if not names:
+        raise InputError(f"--arms: no arm named; choose from {', '.join(ARMS)}")
+    for name in names:
+        if name not in ARMS:
+            raise InputError(f"--arms: unknown arm {name!r}; choose from {', '.join(ARMS)}")
+    if len(set(names)) != len(names):
+        raise InputError(f"--arms: {','.join(names)} names an arm twice")
+    return tuple(ARMS[name] for name in names)

@@ -1,0 +1,104 @@
+"""Where a figure comes from: hardware, versions, commit, date."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bench.engine import ROOT
+
+_PACKAGES = ("sglang", "sglang-eplb-affinity", "torch", "transformers", "numpy", "deep-ep", "sgl-kernel")
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@lru_cache(maxsize=1)
+def provenance() -> dict[str, Any]:
+    """What every record of the store carries: hardware, versions, commit, patches."""
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ":!results")
+    return {
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit or "unknown",
+        "uncommitted_changes": bool(changed),
+        "patches_sha256": patches_digest(ROOT / "patches"),
+    }
+
+
+def describe_environment(command: Sequence[str]) -> dict[str, Any]:
+    """The content of a run's environment.json."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": now(),
+        "command": " ".join(command),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average_at_start": [round(x, 2) for x in os.getloadavg()],
+        **provenance(),
+    }
+
+
+def hardware() -> str:
+    """One line: GPUs if there are any, and the CPU cores that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    cpu = f"{cores} cores of {_cpu_model()}"
+    gpus = [line.strip() for line in _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()]
+    counted = [f"{gpus.count(name)} x {name}" for name in sorted(set(filter(None, gpus)))]
+    return ", ".join([*counted, cpu])
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def patches_digest(folder: Path) -> str | None:
+    """sha256 over the names and contents of the patch series; None where there is none."""
+    files = sorted(path for path in folder.glob("**/*") if path.is_file()) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def command_line() -> list[str]:
+    """The command that was given, without this machine's folders."""
+    return ["python", "-m", "bench", *sys.argv[1:]]
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.machine()
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,73 @@
+"""Processes in a group of their own, so that a benchmark never leaves a server's workers behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.engine import ROOT
+
+
+def start_group(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start ``command`` as leader of a new process group with both outputs appended to ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+
+
+def stop_group(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
+    """Ask the whole group to end, then kill what is left of it."""
+    for sign, wait in ((signal.SIGTERM, patience_s), (signal.SIGKILL, patience_s)):
+        if not _signal_group(process.pid, sign):
+            break
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline and _signal_group(process.pid, 0):
+            process.poll()  # reaps the leader, so that an empty group is seen as gone
+            time.sleep(0.1)
+    process.poll()
+
+
+def _signal_group(group: int, sign: int) -> bool:
+    """Whether the group still had a process to signal."""
+    try:
+        os.killpg(group, sign)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def scrub(text: str) -> str:
+    """Take this machine's folders out of a log, so that a run can be published as it is."""
+    folders = {str(ROOT): ".", sys.prefix: "$PREFIX", sys.base_prefix: "$BASE_PREFIX", str(Path.home()): "~"}
+    for folder in sorted(folders, key=len, reverse=True):
+        if len(folder) > 1:
+            text = text.replace(folder, folders[folder])
+    # A progress bar rewrites its line; only what it showed last is kept.
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+
+
+def scrub_file(path: Path) -> None:
+    if path.is_file():
+        path.write_text(scrub(path.read_bytes().decode("utf-8", "replace")), encoding="utf-8")
+
+
+def last_error(log: Path, fallback: str) -> str:
+    """The last line of a log that looks like an error, for a one-line message."""
+    if not log.is_file():
+        return fallback
+    lines = [line.strip() for line in scrub(log.read_bytes().decode("utf-8", "replace")).splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "error:" in line or "Exception" in line]
+    return (errors or lines or [fallback])[-1][:300]

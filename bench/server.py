@@ -1,0 +1,105 @@
+"""One SGLang server in its own process, with its log in the run's folder."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from bench.arms import Arm
+from bench.engine import Engine
+from bench.process import last_error, scrub_file, start_group, stop_group
+from bench.profile import ServerConfig
+from bench.rebalance_log import LogSummary, parse_log
+
+HOST = "127.0.0.1"
+
+
+class ServerFailed(RuntimeError):
+    """The server ended or was not ready in time; the message is the one line that says why."""
+
+
+def server_command(config: ServerConfig, arm: Arm, model: str) -> list[str]:
+    """The command of one arm. Arms differ only in ``arm.flags`` and, if they use EPLB, ``config.eplb_flags``."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+    command += ["--host", HOST, "--port", str(config.port), *config.flags, *arm.flags]
+    return command + (list(config.eplb_flags) if arm.uses_eplb else [])
+
+
+@dataclass
+class Server:
+    """Use as a context manager: started and ready inside, its whole process group gone outside."""
+
+    command: Sequence[str]
+    engine: Engine
+    log: Path
+    port: int
+    ready_timeout_s: float
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    log_start: int = field(default=0, init=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def __enter__(self) -> Server:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, self.port))
+            except OSError:
+                raise ServerFailed(f"port {self.port} is in use; choose another with --port") from None
+        self.log_start = self.log.stat().st_size if self.log.is_file() else 0
+        self.process = start_group(self.command, self.log, self.engine.environment)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            stop_group(self.process)
+            self.process = None
+            scrub_file(self.log)
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.ready_timeout_s
+        while time.monotonic() < deadline:
+            if not self.alive:
+                raise ServerFailed(f"server ended while starting: {last_error(self.log, 'its log is empty')}")
+            if self.healthy():
+                return
+            time.sleep(0.5)
+        raise ServerFailed(f"server not ready after {self.ready_timeout_s:.0f} s")
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def log_size(self) -> int:
+        return self.log.stat().st_size
+
+    def summary(self, start: int | None = None) -> LogSummary:
+        """Rebalances since byte ``start`` of the log; None: since this server was started."""
+        with self.log.open("rb") as file:
+            file.seek(self.log_start if start is None else start)
+            return parse_log(file.read().decode("utf-8", "replace"))
