@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from sglang_eplb_affinity.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
-CPU_ENGINE = Path(os.environ.get("BENCH_CPU_ENGINE", ROOT / "bench" / "cpu_engine"))
+STAND_INS = ROOT / "bench" / "cpu_engine" / "stand_ins"
 
 
 @dataclass(frozen=True)
@@ -31,14 +29,14 @@ def prepare_engine(config: ServerConfig) -> Engine:
         environment |= cpu_environment(config.ranks)
     model = config.model
     if model.startswith("tiny:"):
-        model = str(build_tiny_model(model.removeprefix("tiny:"), environment))
+        model = str(build_tiny_model(model.removeprefix("tiny:")))
     return Engine(model, environment)
 
 
 def cpu_environment(ranks: int) -> dict[str, str]:
     """Environment of SGLang's CPU engine: one thread a rank, ranks spread over the cores."""
     cores = sorted(os.sched_getaffinity(0))
-    python_path = os.pathsep.join(filter(None, [str(CPU_ENGINE), os.environ.get("PYTHONPATH", "")]))
+    python_path = os.pathsep.join(filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH", "")]))
     return {
         "PYTHONPATH": python_path,
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -50,17 +48,13 @@ def cpu_environment(ranks: int) -> dict[str, str]:
     }
 
 
-def build_tiny_model(name: str, environment: dict[str, str]) -> Path:
+def build_tiny_model(name: str) -> Path:
     """Random weights in float32, made on the spot in well under a second."""
+    from bench.cpu_engine import tiny_models
+
     folder = CACHE / "models"
-    builder = CPU_ENGINE / "make_tiny_models.py"
-    if not builder.is_file():
-        raise InputError(f"{builder}: missing, but the profile serves a tiny model")
-    command = [sys.executable, str(builder), str(folder)]
-    done = subprocess.run(command, env={**environment, "DT": "fp32"}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    tiny_models.build(folder)
     if not (folder / name / "config.json").is_file():
-        known = ", ".join(sorted(p.parent.name for p in folder.glob("*/config.json")))
+        known = ", ".join(sorted(path.parent.name for path in folder.glob("*/config.json")))
         raise InputError(f"--model: no tiny model {name!r}; known are {known}")
     return folder / name

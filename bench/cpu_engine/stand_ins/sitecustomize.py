@@ -1,6 +1,6 @@
 """With this folder on PYTHONPATH, ``import triton`` gives the stub that SGLang itself ships."""
 
-import importlib.machinery  # noqa: F401  (the stub uses importlib.machinery without importing it)
+import importlib.machinery
 import importlib.util
 import pathlib
 

@@ -1,0 +1,127 @@
+"""Start patched SGLang servers on the CPU and ask them for greedy outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.engine import cpu_environment
+from bench.process import last_error, start_group, stop_group
+from bench.rebalance_log import LogSummary, parse_log
+
+WORDS = (
+    "one two three four five six seven eight nine ten hello world expert parallel load balancing in mixture of models "
+    "the quick brown fox jumps over a lazy dog"
+).split()
+OUTPUT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ServerCase:
+    """One server configuration; ``algorithm`` None is SGLang without EPLB."""
+
+    model: str
+    ep: int = 2
+    redundant: int = 0
+    dp_attention: bool = False
+    algorithm: str | None = None
+    iterations: int = 30
+    extra: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        parts = [self.model, f"ep{self.ep}", f"r{self.redundant}", "dp" if self.dp_attention else "tp"]
+        return "-".join([*parts, self.algorithm or "none"])
+
+    @property
+    def flags(self) -> list[str]:
+        flags = ["--tp", str(self.ep), "--ep", str(self.ep)]
+        if self.dp_attention:
+            flags += ["--dp", str(self.ep), "--enable-dp-attention"]
+        if self.algorithm:
+            flags += ["--enable-eplb"] if self.algorithm != "affinity" else []
+            flags += ["--eplb-algorithm", self.algorithm, "--ep-num-redundant-experts", str(self.redundant)]
+            flags += ["--eplb-rebalance-num-iterations", str(self.iterations)]
+            flags += ["--expert-distribution-recorder-buffer-size", str(self.iterations)]
+        return [*flags, "--enable-expert-affinity-recorder", *self.extra]
+
+
+@dataclass
+class RunningServer:
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def rebalances(self) -> LogSummary:
+        return parse_log(self.log.read_text(errors="replace"))
+
+    def post(self, path: str, body: dict[str, object] | None = None, timeout: float = 120) -> bytes:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return bytes(response.read())
+
+    def generate(self, prompts: list[str], tokens: int = OUTPUT_TOKENS, concurrency: int = 8) -> list[dict]:
+        """Greedy outputs: dicts with ``output_ids`` and ``meta_info``, in the order of the prompts."""
+
+        def one(prompt: str) -> dict:
+            sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+            return dict(json.loads(self.post("/generate", {"text": prompt, "sampling_params": sampling})))
+
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(one, prompts))
+
+
+def prompts(count: int, seed: int = 0) -> list[str]:
+    """Word salads of 5 to 60 words; the mix of words drifts, so that the best placement does too."""
+    generator = random.Random(seed)
+    out = []
+    for index in range(count):
+        start = index * len(WORDS) // max(count, 1)
+        words = WORDS[start : start + 8] or WORDS
+        out.append(" ".join(generator.choice(words) for _ in range(generator.randint(5, 60))))
+    return out
+
+
+@contextmanager
+def serve(
+    model: Path, flags: list[str], log: Path, *, port: int, ranks: int, python_path: tuple[str, ...] = (), **environment
+) -> Iterator[RunningServer]:
+    """A server that is ready inside the context; its log is kept."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--attention-backend", "torch_native"]
+    command += ["--disable-cuda-graph", "--max-total-tokens", "8192", "--context-length", "2048", "--dtype", "float32"]
+    command += ["--max-running-requests", "16", "--disable-radix-cache", "--random-seed", "1", *flags]
+    env = {**os.environ, **cpu_environment(ranks), **environment}
+    env["PYTHONPATH"] = os.pathsep.join([*python_path, env["PYTHONPATH"]])
+    process = start_group(command, log, env)
+    server = RunningServer(f"http://127.0.0.1:{port}", log, process)
+    try:
+        _wait_until_ready(server, 240)
+        yield server
+    finally:
+        stop_group(process, 5)
+
+
+def _wait_until_ready(server: RunningServer, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert server.process.poll() is None, f"server ended: {last_error(server.log, 'no log')}"
+        try:
+            with urllib.request.urlopen(server.url + "/health_generate", timeout=10) as response:
+                if response.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"server not ready after {seconds:.0f} s: {last_error(server.log, 'no log')}")
