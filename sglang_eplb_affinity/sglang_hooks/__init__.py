@@ -45,7 +45,12 @@ def make_recorder(server_args: Any, expert_location_metadata: Any) -> ServerReco
     """The affinity recorder of this rank, None if it is off."""
     from sglang_eplb_affinity.sglang_hooks import recording
 
-    return recording.make(server_args, expert_location_metadata)
+    recorder = recording.make(server_args, expert_location_metadata)
+    if recorder is not None:
+        from sglang_eplb_affinity.sglang_hooks import rebalance
+
+        rebalance.warm_up_planner(server_args)
+    return recorder
 
 
 def initial_physical_to_logical_map(server_args: Any, model_config: Any, data: dict[str, Any]) -> Any:

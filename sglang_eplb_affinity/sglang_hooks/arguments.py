@@ -101,8 +101,8 @@ def check(server_args: Any) -> None:
     if (ours or server_args.enable_eplb) and slots % view.ep_size:
         low = max(slots // view.ep_size * view.ep_size - shape.num_experts, -shape.num_experts % view.ep_size)
         raise InputError(
-            f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts}: the model's {shape.num_experts} experts "
-            f"and these make {slots}, which does not divide over EP size {view.ep_size}; "
+            f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts}: with the model's {shape.num_experts} "
+            f"experts this makes {slots} slots, which do not divide over EP size {view.ep_size}; "
             f"use {low} or {low + view.ep_size}"
         )
     nodes = server_args.eplb_affinity_nodes

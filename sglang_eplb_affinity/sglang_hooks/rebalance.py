@@ -20,11 +20,10 @@ from sglang_eplb_affinity.dispatch import DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import Traffic, measure, moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import PlannerConfig, plan
+from sglang_eplb_affinity.planner import PlannerConfig, plan, warm_up
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM
 from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
-from sglang_eplb_affinity.slot_alignment import align_slots
 from sglang_eplb_affinity.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,18 @@ def initial_map(server_args: Any, model_config: Any, data: dict[str, Any]) -> to
     planned = plan(window, topology, common["num_physical_experts"], planner_config(server_args))
     logger.info("[eplb-affinity] initial map planned: %s", planned.report.summary())
     return torch.from_numpy(planned.expert_map.physical_to_logical.astype(np.int64))
+
+
+def warm_up_planner(server_args: Any) -> None:
+    """Compile or load the planner's kernels on rank 0 before the server is ready, not at the first rebalance."""
+    if server_args.eplb_algorithm != ALGORITHM or not server_args.enable_eplb:
+        return
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    try:
+        logger.info("[eplb-affinity] planner ready after %.1f s", warm_up(planner_config(server_args)))
+    except Exception:  # the first rebalance will say it again and keep the map in force
+        logger.exception("[eplb-affinity] planner could not be warmed up")
 
 
 def begin(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | None:
@@ -126,7 +137,6 @@ class RebalanceRound:
                 planned = plan(
                     self._window, self._topology, before.num_slots, planner_config(self._server_args), before
                 ).expert_map
-                planned = align_slots(before, planned, self._topology)
                 message[0] = 1
                 message[1:] = torch.from_numpy(planned.physical_to_logical.astype(np.int64).ravel())
             except Exception as error:  # whatever goes wrong, the server goes on with the map it has

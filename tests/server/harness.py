@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.engine import cpu_environment
-from bench.process import last_error, start_group, stop_group
+from bench.engine import ROOT, cpu_environment
+from bench.process import last_error, stop_group
 from bench.rebalance_log import LogSummary, parse_log
 
-WORDS = (
-    "one two three four five six seven eight nine ten hello world expert parallel load balancing in mixture of models "
-    "the quick brown fox jumps over a lazy dog"
-).split()
+TEXT = (
+    "one two three four five six seven eight nine ten hello world expert parallel load balancing in mixture of models"
+)
+WORDS = (TEXT + " the quick brown fox jumps over a lazy dog").split(" ")
 OUTPUT_TOKENS = 64
 
 
@@ -96,7 +96,15 @@ def prompts(count: int, seed: int = 0) -> list[str]:
 
 @contextmanager
 def serve(
-    model: Path, flags: list[str], log: Path, *, port: int, ranks: int, python_path: tuple[str, ...] = (), **environment
+    model: Path,
+    flags: list[str],
+    log: Path,
+    *,
+    port: int,
+    ranks: int,
+    python_path: tuple[str, ...] = (),
+    cwd: Path = ROOT,
+    **environment: str,
 ) -> Iterator[RunningServer]:
     """A server that is ready inside the context; its log is kept."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
@@ -105,7 +113,10 @@ def serve(
     command += ["--max-running-requests", "16", "--disable-radix-cache", "--random-seed", "1", *flags]
     env = {**os.environ, **cpu_environment(ranks), **environment}
     env["PYTHONPATH"] = os.pathsep.join([*python_path, env["PYTHONPATH"]])
-    process = start_group(command, log, env)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
+        )
     server = RunningServer(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait_until_ready(server, 240)

@@ -1,8 +1,8 @@
 """Greedy outputs do not change with placement, over at least 5 rebalances that moved experts.
 
 By default a set of servers in which every pair of settings occurs; all combinations with EPLB_AFFINITY_FULL_MATRIX=1
-(`make test-matrix`). The reference is the server without EPLB with the same parallel sizes, which at the same time shows
-that the affinity recorder counts every token once.
+(`make test-matrix`). The reference is the server without EPLB with the same parallel sizes, which at the same time
+shows that the affinity recorder counts every token once.
 """
 
 import itertools

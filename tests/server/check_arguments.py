@@ -1,0 +1,33 @@
+"""Run SGLang's command-line parsing on each JSON list of arguments on standard input; print how each ended."""
+
+import contextlib
+import io
+import json
+import sys
+
+
+def main() -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    for line in sys.stdin:
+        errors = io.StringIO()
+        code: object = 0
+        resolved: dict[str, object] = {}
+        with contextlib.redirect_stderr(errors):
+            try:
+                arguments = prepare_server_args(json.loads(line))
+                names = ("enable_eplb", "eplb_algorithm", "expert_distribution_recorder_mode", "ep_dispatch_algorithm")
+                resolved = {name: getattr(arguments, name) for name in names}
+            except SystemExit as end:
+                code = end.code
+            except Exception as error:
+                code = repr(error)
+        last = [text for text in errors.getvalue().splitlines() if text.startswith("error:")]
+        print("RESULT " + json.dumps({"code": code, "errors": last, "resolved": resolved}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Flags are checked at start-up: one line, exit code 2; `--eplb-algorithm affinity` alone is enough."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.engine import ROOT, cpu_environment
+
+EP2 = ["--tp", "2", "--ep", "2"]
+AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("maps")
+
+    def map_file(name: str, ids: object) -> None:
+        (folder / name).write_text(json.dumps({"physical_to_logical_map": ids}))
+
+    good = np.tile(np.arange(16), (4, 1))
+    missing, too_large = good.copy(), good.copy()
+    missing[2, 5] = 0
+    too_large[1, 3] = 16
+    map_file("good.json", good.tolist())
+    map_file("missing.json", missing.tolist())
+    map_file("range.json", too_large.tolist())
+    map_file("layers.json", good[:3].tolist())
+    map_file("slots.json", np.hstack([good, good[:, :2]]).tolist())
+    (folder / "broken.json").write_text("{")
+    torch.save({"logical_count": torch.ones(10, 24, 32, dtype=torch.int32)}, folder / "other.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(models: Path, files: Path) -> dict[str, dict]:
+    """All cases in one process: importing SGLang takes longer than checking flags."""
+    cases = {
+        "affinity alone": AFFINITY,
+        "good map": [*AFFINITY, "--init-expert-location", str(files / "good.json")],
+        "unknown": [*EP2, "--enable-eplb", "--eplb-algorithm", "affinty"],
+        "no ep": ["--tp", "2", "--eplb-algorithm", "affinity"],
+        "divide": [*AFFINITY, "--ep-num-redundant-experts", "3"],
+        "nodes": [*AFFINITY, "--eplb-affinity-nodes", "3"],
+        "sample": [*AFFINITY, "--expert-affinity-sample-tokens", "0"],
+        "increase": [*AFFINITY, "--eplb-affinity-max-load-increase", "-0.5"],
+        "mode": [*AFFINITY, "--expert-distribution-recorder-mode", "per_token"],
+    }
+    for name in ("missing.json", "range.json", "layers.json", "slots.json", "broken.json", "other.pt", "absent.json"):
+        cases[name] = [*AFFINITY, "--init-expert-location", str(files / name)]
+    lines = [["--model-path", str(models / "qwen3moe"), "--device", "cpu", *flags] for flags in cases.values()]
+    cases["dense"] = []
+    lines.append(["--model-path", str(models / "dense"), "--device", "cpu", *AFFINITY])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.server.check_arguments"],
+        input="".join(json.dumps(line) + "\n" for line in lines),
+        env={**os.environ, **cpu_environment(2)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(found) == len(cases), done.stderr[-2000:]
+    return dict(zip(cases, found, strict=True))
+
+
+def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
+    assert results["affinity alone"] == {
+        "code": 0,
+        "errors": [],
+        "resolved": {
+            "enable_eplb": True,
+            "eplb_algorithm": "affinity",
+            "expert_distribution_recorder_mode": "stat",
+            "ep_dispatch_algorithm": "dynamic",
+        },
+    }
+    assert results["good map"]["code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unknown", "--eplb-algorithm affinty: unknown; known are auto, deepseek"),
+        ("no ep", "needs expert parallelism, but the EP size is 1"),
+        ("divide", "--ep-num-redundant-experts 3: with the model's 16 experts this makes 19 slots"),
+        ("nodes", "--eplb-affinity-nodes 3: must divide the EP size 2"),
+        ("sample", "--expert-affinity-sample-tokens 0: must be at least 1"),
+        ("increase", "--eplb-affinity-max-load-increase -0.5: must be 0 or more"),
+        ("mode", "--expert-distribution-recorder-mode per_token: --eplb-algorithm affinity needs mode stat"),
+        ("dense", "has no routed experts"),
+        ("missing.json", "layer 2 has no replica of logical expert 5"),
+        ("range.json", "layer 1 slot 3 holds expert 16, but ids must be 0 to 15"),
+        ("layers.json", "has 3 layers of 16 slots, but the model needs 4 layers of 16"),
+        ("slots.json", "has 4 layers of 18 slots, but the model needs 4 layers of 16"),
+        ("broken.json", "not a readable .json"),
+        ("other.pt", "logical_count has shape (10, 24, 32), but the model needs [..., 4 layers, 16 experts]"),
+        ("absent.json", "absent.json: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(results: dict[str, dict], case: str, message: str) -> None:
+    result = results[case]
+    assert result["code"] == 2
+    assert len(result["errors"]) == 1 and message in result["errors"][0]
