@@ -15,7 +15,7 @@ import click
 from bench import sharegpt
 from bench.arms import ARMS, arms_named
 from bench.console import ConsoleProgress
-from bench.engine import CACHE, ROOT
+from bench.engine import CACHE, ROOT, check_sglang
 from bench.environment import command_line, describe_environment, hardware, provenance
 from bench.profile import PROFILE_DIR, Profile
 from bench.report import build_report
@@ -75,6 +75,7 @@ def run(
     repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
     source = sharegpt.locate(sharegpt_file, CACHE / "sharegpt")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    check_sglang()
     plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest)
 
     folder, continued = open_run(Path(results_dir), run_name, plan, hardware())

@@ -24,12 +24,17 @@ class Arm:
     expects_rebalances: bool = False
 
 
+# Lets the server measure the placement it serves with. With EPLB it records all the time (it adds to what EPLB itself
+# records, alike for both algorithms); without EPLB it records only while it is asked to, between measured rows.
+_RECORDER = "--enable-expert-affinity-recorder"
+_VANILLA = ("--enable-eplb", "--eplb-algorithm", "deepseek", _RECORDER)
+
 _ARMS = (
-    Arm("none", "no EPLB"),
-    Arm("vanilla", "vanilla EPLB", ("--enable-eplb", "--eplb-algorithm", "deepseek"), True, True),
-    Arm("affinity", "affinity EPLB", ("--enable-eplb", "--eplb-algorithm", "affinity"), True, True),
+    Arm("none", "no EPLB", (_RECORDER,)),
+    Arm("vanilla", "vanilla EPLB", _VANILLA, True, True),
+    Arm("affinity", "affinity EPLB", ("--enable-eplb", "--eplb-algorithm", "affinity", _RECORDER), True, True),
     # The same server twice: what differs between `vanilla` and `vanilla-again` is noise (the A/A floor).
-    Arm("vanilla-again", "vanilla EPLB (A/A)", ("--enable-eplb", "--eplb-algorithm", "deepseek"), True, True),
+    Arm("vanilla-again", "vanilla EPLB (A/A)", _VANILLA, True, True),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 

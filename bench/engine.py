@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,16 @@ class Engine:
 
     model: str
     environment: dict[str, str]
+
+
+def check_sglang() -> None:
+    """Raise InputError unless this Python has SGLang with our patch series on it."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"SGLang is not installed for {sys.executable}; run `make setup`, or set PYTHON")
+    # The one file that the series adds.
+    if not (Path(spec.submodule_search_locations[0]) / "srt" / "eplb" / "eplb_affinity.py").is_file():
+        raise InputError(f"the SGLang of {sys.executable} is not patched; run `make apply`")
 
 
 def prepare_engine(config: ServerConfig) -> Engine:
@@ -50,9 +62,9 @@ def cpu_environment(ranks: int) -> dict[str, str]:
 
 def build_tiny_model(name: str) -> Path:
     """Random weights in float32, made on the spot in well under a second."""
-    from bench.cpu_engine import tiny_models
+    from bench.cpu_engine import tiny_models  # imports torch
 
-    folder = CACHE / "models"
+    folder = CACHE / "tiny_models"
     tiny_models.build(folder)
     if not (folder / name / "config.json").is_file():
         known = ", ".join(sorted(path.parent.name for path in folder.glob("*/config.json")))

@@ -114,13 +114,18 @@ def warm_up(server: Server, prompts: Sequence[str], load: LoadConfig, concurrenc
         return 0
     last: float | None = None
     for done in range(1, load.warmup_rounds + 1):
-        with ThreadPoolExecutor(concurrency) as pool:
-            took = median(pool.map(lambda p: _generate(server, p, load.output_tokens), prompts))
+        took = median(send_all(server, prompts, load.output_tokens, concurrency))
         flat = last is not None and abs(took - last) <= 0.1 * last
         if flat and (not needs_rebalance or server.summary().moved):
             return done
         last = took
     return load.warmup_rounds
+
+
+def send_all(server: Server, prompts: Sequence[str], output_tokens: int, concurrency: int) -> list[float]:
+    """Send plain requests, ``concurrency`` at a time; seconds that each took. Raises OSError when one fails."""
+    with ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(lambda prompt: _generate(server, prompt, output_tokens), prompts))
 
 
 def _generate(server: Server, prompt: str, output_tokens: int) -> float:

@@ -37,12 +37,15 @@ def latency_metrics(bench: Mapping[str, Any], requests: Mapping[str, list[Any]])
     return found
 
 
-def placement_metrics(server_life: LogSummary, cell: LogSummary) -> dict[str, float | int | None]:
+def placement_metrics(
+    server_life: LogSummary, cell: LogSummary, probed: Mapping[str, float] | None = None
+) -> dict[str, float | int | None]:
     """Balancedness and fan-outs as the server saw them, each three times.
 
     ``*_initial``: the placement the server started with, on its first window. ``*_served``: the placement in use
     during the cell, on the traffic of the cell (mean over its rebalances after the first that moved experts).
-    ``*_planned``: what the new maps promised on the windows they were planned on.
+    ``*_planned``: what the new maps promised on the windows they were planned on. ``probed``: the initial placement
+    of a server that never rebalances, measured on the warm-up prompts.
     """
     out: dict[str, float | int | None] = {
         "rebalances": len(cell.rebalances) or cell.upstream_ends,
@@ -58,7 +61,7 @@ def placement_metrics(server_life: LogSummary, cell: LogSummary) -> dict[str, fl
     first_move = next((i for i, r in enumerate(life) if r.moved), len(life))
     served = life[max(before_cell, first_move + 1) :]
     for name in PLACEMENT:
-        out[f"{name}_initial"] = mean_of(life[:1], f"{name}_before")
+        out[f"{name}_initial"] = mean_of(life[:1], f"{name}_before") if life else (probed or {}).get(name)
         out[f"{name}_served"] = mean_of(served, f"{name}_before")
         out[f"{name}_planned"] = mean_of(cell.rebalances, f"{name}_after")
     return out

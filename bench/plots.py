@@ -63,7 +63,7 @@ def latency_plot(frame: pd.DataFrame, note: str = "") -> Figure:
     return figure
 
 
-def placement_plot(frame: pd.DataFrame, note: str = "") -> Figure:
+def placement_plot(frame: pd.DataFrame) -> Figure:
     """Balancedness and fan-outs by arm: the initial placement (pale) and the placement in use (full), over all rows."""
     valid = frame[frame["valid"]]
     names = [name for name in PLACEMENT_TITLES if f"{name}_initial" in valid and valid[f"{name}_initial"].notna().any()]
@@ -88,11 +88,10 @@ def placement_plot(frame: pd.DataFrame, note: str = "") -> Figure:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
         _plain(axes)
     figure.suptitle("Placement before (pale) and after (full), on the traffic that was served", fontsize=12)
-    _note(figure, note)
     return figure
 
 
-def rebalance_plot(rebalances: pd.DataFrame, note: str = "") -> Figure:
+def rebalance_plot(rebalances: pd.DataFrame) -> Figure:
     """Every rebalance in order: experts moved, and GPU fan-out and balancedness of the placement that it found.
 
     Input: columns arm, block, concurrency, moved_experts, result, balancedness_before, gpu_fanout_before, one row a
@@ -114,7 +113,7 @@ def rebalance_plot(rebalances: pd.DataFrame, note: str = "") -> Figure:
     if rebalances.empty:
         figure.text(0.5, 0.5, "No rebalance was measured.", ha="center", va="center")
     figure.axes[-1].set_xlabel("rebalance of the measured rows, in order of time")
-    _finish(figure, "Rebalances", note)
+    _finish(figure, "Rebalances", "")
     return figure
 
 

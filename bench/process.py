@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bench.engine import ROOT
@@ -29,15 +30,15 @@ def start_group(command: Sequence[str], log: Path, environment: Mapping[str, str
 
 
 def stop_group(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
-    """Ask the whole group to end, then kill what is left of it."""
-    for sign, wait in ((signal.SIGTERM, patience_s), (signal.SIGKILL, patience_s)):
-        if not _signal_group(process.pid, sign):
-            break
-        deadline = time.monotonic() + wait
-        while time.monotonic() < deadline and _signal_group(process.pid, 0):
-            process.poll()  # reaps the leader, so that an empty group is seen as gone
-            time.sleep(0.1)
-    process.poll()
+    """Ask the leader to end and take its workers along; then kill whatever is left of the group."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+    deadline = time.monotonic() + patience_s
+    while _signal_group(process.pid, signal.SIGKILL) and time.monotonic() < deadline:
+        process.poll()  # reaps the leader, so that an empty group is seen as gone
+        time.sleep(0.05)
 
 
 def _signal_group(group: int, sign: int) -> bool:

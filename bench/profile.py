@@ -27,6 +27,7 @@ class ServerConfig:
 
     model: str  # a path, a hub id, `tiny:NAME` (built on the spot for the CPU), or empty: --model must name one
     ranks: int
+    nodes: int = 1  # more than 1 on a single host: emulated, the ranks are dealt out node by node
     engine: str = "cuda"  # `cpu`: SGLang's CPU engine as bench/cpu_engine completes it
     flags: tuple[str, ...] = ()
     eplb_flags: tuple[str, ...] = ()
@@ -108,6 +109,8 @@ class Profile:
             raise InputError(f"{source}: arms has {unknown[0]!r}, but known arms are {', '.join(ARMS)}")
         if self.server.engine not in ("cpu", "cuda"):
             raise InputError(f"{source}: [server] engine is {self.server.engine!r}, but must be 'cpu' or 'cuda'")
+        if self.server.ranks < 1 or self.server.nodes < 1 or self.server.ranks % self.server.nodes:
+            raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of nodes")
         if not self.load.requests or min(*self.load.requests, *self.load.requests.values(), 1) < 1:
             raise InputError(f"{source}: [load] requests must be at least 1 at each concurrency of at least 1")
         if self.blocks < 1 or self.load.output_tokens < 4:

@@ -33,6 +33,9 @@ class Rebalance:
     gpu_fanout_after: float | None = None
     node_fanout_before: float | None = None
     node_fanout_after: float | None = None
+    round: int | None = None  # counted by the server from its start
+    tokens: int | None = None  # token-expert assignments of the window, of the layer that has most
+    reason: str | None = None  # why nothing was applied
     plan_seconds: float | None = None
     seconds: float | None = None
 

@@ -73,8 +73,8 @@ def write_plots(folder: RunFolder) -> None:
     figures = {
         "latency": plots.latency_plot(run.cells, run.note),
         "ratio_to_vanilla": plots.ratio_plot(run.ratios, run.note),
-        "placement": plots.placement_plot(run.cells, run.note),
-        "rebalances": plots.rebalance_plot(run.rebalances, run.note),
+        "placement": plots.placement_plot(run.cells),
+        "rebalances": plots.rebalance_plot(run.rebalances),
     }
     for name, figure in figures.items():
         write_atomically(target / f"{name}.png", plots.png(figure))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bench.arms import ARMS
 from bench.engine import CACHE, Engine, prepare_engine
 from bench.environment import now, provenance
 from bench.load import LoadResult, load_command, run_load, warm_up
 from bench.metrics import latency_metrics, placement_metrics
+from bench.probe import DUMP_FOLDER_VARIABLE, Placement, ProbeFailed, probe_placement
 from bench.rebalance_log import LogSummary
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey, Session, block_seed, plan_sessions
@@ -45,9 +47,14 @@ class Runner:
             return
         self.progress.say("preparing the model and the prompts")
         engine = prepare_engine(profile.server)
+        engine.environment[DUMP_FOLDER_VARIABLE] = str(self._dumps)
         tokenizer = load_tokenizer(engine.model)
         for session in left:
             self._session(session, engine, self._workloads(session.block, tokenizer))
+
+    @property
+    def _dumps(self) -> Path:
+        return CACHE / "dumps" / self.folder.name
 
     def _remaining(self, session: Session) -> Session:
         done = self.folder.store.complete()
@@ -75,10 +82,11 @@ class Runner:
         try:
             with Server(command, engine, log, config.port, config.ready_timeout_s) as server:
                 self._warm_up(session, server, work[0])
+                probed = None if arm.uses_eplb else self._probe(server, work[0])
                 while left:
                     if not server.alive:
                         raise ServerFailed("server ended before this cell")
-                    self._cell(left[0], server, engine, work[left[0].concurrency], command)
+                    self._cell(left[0], server, engine, work[left[0].concurrency], command, probed)
                     left.pop(0)
         except (ServerFailed, OSError) as error:
             for cell in left:
@@ -91,7 +99,24 @@ class Runner:
         concurrency = max(1, min(max(self.plan.concurrency), load.warmup_requests))
         warm_up(server, read_prompts(work.path), load, concurrency, ARMS[session.arm].expects_rebalances)
 
-    def _cell(self, cell: CellKey, server: Server, engine: Engine, work: Workload, command: list[str]) -> None:
+    def _probe(self, server: Server, work: Workload) -> Placement | None:
+        """What the placement of a server without EPLB is worth; None where it cannot be measured."""
+        try:
+            config = self.plan.profile.server
+            return probe_placement(server, read_prompts(work.path), self.plan.profile.load, config, self._dumps)
+        except ProbeFailed as error:
+            self.progress.say(f"placement not measured: {error}")
+            return None
+
+    def _cell(
+        self,
+        cell: CellKey,
+        server: Server,
+        engine: Engine,
+        work: Workload,
+        command: list[str],
+        probed: Placement | None,
+    ) -> None:
         load = self.plan.profile.load
         seed = block_seed(self.plan.profile.seed, cell.block)
         client = load_command(load, work, engine.model, server.port, cell.concurrency, seed)
@@ -104,7 +129,7 @@ class Runner:
             load.cell_timeout_s,
             lambda done: self.progress.request(cell, done, work.requests),
         )
-        self._record(cell, result, work, server.summary(), server.summary(start), command)
+        self._record(cell, result, work, server.summary(), server.summary(start), command, probed)
 
     def _record(
         self,
@@ -114,6 +139,7 @@ class Runner:
         life: LogSummary,
         during: LogSummary,
         command: list[str],
+        probed: Placement | None = None,
     ) -> None:
         load = self.plan.profile.load
         metrics = latency_metrics(result.bench, result.requests)
@@ -136,7 +162,7 @@ class Runner:
             seed=block_seed(self.plan.profile.seed, cell.block),
             workload_sha256=work.sha256,
             metrics=metrics,
-            placement=placement_metrics(life, during),
+            placement=placement_metrics(life, during, probed),
             rebalances=during.rebalances,
             void=void,
             provenance={**provenance(), "server_flags": flags},

@@ -30,7 +30,9 @@ def server_command(config: ServerConfig, arm: Arm, model: str) -> list[str]:
     """The command of one arm. Arms differ only in ``arm.flags`` and, if they use EPLB, ``config.eplb_flags``."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
     command += ["--host", HOST, "--port", str(config.port), *config.flags, *arm.flags]
-    return command + (list(config.eplb_flags) if arm.uses_eplb else [])
+    if arm.uses_eplb:
+        command += [*config.eplb_flags, *(["--eplb-affinity-nodes", str(config.nodes)] if config.nodes > 1 else [])]
+    return command
 
 
 @dataclass
@@ -94,6 +96,12 @@ class Server:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
+
+    def post(self, path: str, timeout_s: float = 60.0) -> None:
+        """POST without a body; raises OSError (urllib's errors are) when the server refuses or is gone."""
+        request = urllib.request.Request(f"{self.url}{path}", data=b"", method="POST")
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            response.read()
 
     def log_size(self) -> int:
         return self.log.stat().st_size

@@ -99,7 +99,7 @@ _PLACEMENT_TEXT = (
     "`before -> after`: the placement that the server started with, on its first window, and the placement in use "
     "during the row, on the row's own traffic (not the traffic it was planned on). Balancedness is mean load over "
     "largest load of a GPU (1 is even); fan-out is the mean number of distinct GPUs or nodes that a token's experts "
-    "are on. Blank: not measured."
+    "are on. One figure alone: the placement never changed (measured on the warm-up prompts). Blank: not measured."
 )
 
 
@@ -129,7 +129,8 @@ def latency_table(frame: pd.DataFrame, summary: pd.DataFrame, plan: RunPlan) -> 
 
 
 def placement_table(frame: pd.DataFrame, summary: pd.DataFrame, plan: RunPlan) -> list[str]:
-    header = ["concurrency", "arm", "rebalances", "that moved experts", *PLACEMENT_TITLES.values()]
+    titles = PLACEMENT_TITLES | {"node_fanout": node_title(plan)}
+    header = ["concurrency", "arm", "rebalances", "that moved experts", *titles.values()]
     lines = [_line(header), _line(["---:", "---", "---:", "---:"] + ["---:"] * len(PLACEMENT_TITLES))]
     for concurrency, arm, row in _rows(frame, summary, plan):
         if row is None:
@@ -139,6 +140,11 @@ def placement_table(frame: pd.DataFrame, summary: pd.DataFrame, plan: RunPlan) -
         pairs = [_pair(row.get(f"{name}_initial"), row.get(f"{name}_served")) for name in PLACEMENT]
         lines.append(_line([str(concurrency), ARMS[arm].title, *counts, *pairs]))
     return lines
+
+
+def node_title(plan: RunPlan) -> str:
+    nodes = plan.profile.server.nodes
+    return f"node fan-out ({nodes} emulated nodes)" if nodes > 1 else "node fan-out"
 
 
 def _rows(
@@ -168,7 +174,7 @@ def _number(value: Any, digits: int = 2) -> str:
 
 def _pair(before: Any, after: Any) -> str:
     first, second = _number(before, 3), _number(after, 3)
-    return f"{first} -> {second}" if first or second else ""
+    return " -> ".join(filter(None, (first, second)))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -46,13 +46,13 @@ display(Image(plots.png(plots.ratio_plot(run.ratios, run.note))))
 # of the measured rows, which it was not planned on.
 
 # %%
-display(Image(plots.png(plots.placement_plot(run.cells, run.note))))
+display(Image(plots.png(plots.placement_plot(run.cells))))
 
 # %% [markdown]
 # ## Rebalances
 
 # %%
-display(Image(plots.png(plots.rebalance_plot(run.rebalances, run.note))))
+display(Image(plots.png(plots.rebalance_plot(run.rebalances))))
 
 # %% [markdown]
 # ## All rows

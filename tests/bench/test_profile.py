@@ -59,6 +59,13 @@ def test_a_profile_without_a_model_wants_one() -> None:
 def test_arms_differ_only_in_their_flags() -> None:
     config = parse(MINIMAL.replace("ranks = 2", 'ranks = 2\nflags = ["--tp", "2"]\neplb_flags = ["--x", "4"]')).server
     none, vanilla, affinity = (server_command(config, ARMS[arm], "m") for arm in ("none", "vanilla", "affinity"))
-    assert vanilla[: len(none)] == affinity[: len(none)] == none
-    assert vanilla[len(none) :] == ["--enable-eplb", "--eplb-algorithm", "deepseek", "--x", "4"]
-    assert [v for v, a in zip(vanilla, affinity, strict=True) if v != a] == ["deepseek"]
+    common = none[: len(none) - len(ARMS["none"].flags)]
+    assert vanilla == [*common, *ARMS["vanilla"].flags, "--x", "4"]
+    assert "--x" not in none
+    assert [(v, a) for v, a in zip(vanilla, affinity, strict=True) if v != a] == [("deepseek", "affinity")]
+
+
+def test_emulated_nodes_are_told_to_arms_with_eplb() -> None:
+    config = parse(MINIMAL.replace("ranks = 2", "ranks = 4\nnodes = 2")).server
+    assert server_command(config, ARMS["vanilla"], "m")[-2:] == ["--eplb-affinity-nodes", "2"]
+    assert "--eplb-affinity-nodes" not in server_command(config, ARMS["none"], "m")
