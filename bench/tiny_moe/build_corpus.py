@@ -1,4 +1,4 @@
-"""Fetch the text, train the tokenizer, write the token files: ``python -m bench.tiny_moe.build_corpus --out .carry/tiny_moe``.
+"""Fetch the text, train the tokenizer, write the token files: ``python -m bench.tiny_moe.build_corpus``.
 
 Needs Debian's ``apt-get`` and ``dpkg-deb`` (nothing is installed) and the package ``tokenizers``. Writes into --out:
 ``tokenizer.json``; ``train.bin`` (uint16, shuffled documents, each ended by <|endoftext|>); ``val-DOMAIN.bin`` and

@@ -79,7 +79,8 @@ def _integral(r: Random) -> str:
         return sum(k * x**i for i, k in enumerate(whole))
 
     return (
-        f"Evaluate \\int_{{{low}}}^{{{high}}} ({_polynomial(c)}) \\, dx.\nAn antiderivative is F(x) = {_polynomial(whole)}.\n"
+        f"Evaluate \\int_{{{low}}}^{{{high}}} ({_polynomial(c)}) \\, dx.\n"
+        f"An antiderivative is F(x) = {_polynomial(whole)}.\n"
         f"F({high}) - F({low}) = {value(high)} - ({value(low)})\nAnswer: {value(high) - value(low)}"
     )
 
@@ -122,7 +123,8 @@ def _sequence(r: Random) -> str:
     last = start + step * (n - 1)
     return (
         f"An arithmetic sequence begins {shown}. Find term {n} and the sum of the first {n} terms.\n"
-        f"a_{n} = {start} + {n - 1} * {step} = {last}\nS_{n} = {n} * ({start} + {last}) / 2 = {n * (start + last) // 2}\n"
+        f"a_{n} = {start} + {n - 1} * {step} = {last}\n"
+        f"S_{n} = {n} * ({start} + {last}) / 2 = {n * (start + last) // 2}\n"
         f"Answer: a_{n} = {last}, S_{n} = {n * (start + last) // 2}"
     )
 
@@ -130,7 +132,8 @@ def _sequence(r: Random) -> str:
 def _matrix(r: Random) -> str:
     a, b, c, d = (r.randint(-9, 9) for _ in range(4))
     return (
-        f"Find the determinant of the matrix [[{a}, {b}], [{c}, {d}]].\ndet = {a} * {d} - {b} * {c} = {a * d} - {b * c}\n"
+        f"Find the determinant of the matrix [[{a}, {b}], [{c}, {d}]].\n"
+        f"det = {a} * {d} - {b} * {c} = {a * d} - {b * c}\n"
         f"Answer: {a * d - b * c}"
     )
 

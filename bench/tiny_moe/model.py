@@ -1,8 +1,8 @@
-"""Qwen3Moe in plain PyTorch, small enough to read: the architecture that Hugging Face and SGLang load as Qwen3MoeForCausalLM.
+"""Qwen3Moe in plain PyTorch: the architecture that Hugging Face and SGLang load as Qwen3MoeForCausalLM.
 
-Every expert is computed for every token and the router's weights (zero for experts not chosen) are applied before the down
-projection. At 64 experts of 32 hidden units that is one dense product, exact, without sorting, and quicker on a GPU than
-grouped products of this size. tests/tiny_moe checks the logits against transformers.
+Every expert is computed for every token and the router's weights (zero for experts not chosen) are applied before the
+down projection. At 64 experts of 32 hidden units that is one dense product, exact and without sorting.
+tests/tiny_moe checks the logits against transformers.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class SparseMoe(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True)
         dense = torch.zeros_like(scores).scatter(-1, ids, weights).to(x.dtype)
         used = torch.zeros_like(scores).scatter(-1, ids, 1.0)
-        # Switch Transformer's loss as transformers has it: experts * sum(share of tokens * mean probability), k if even.
+        # Switch Transformer's loss as in transformers: experts * sum(share of tokens * mean probability); k if even.
         loss = c.num_experts * (used.mean(0) * scores.mean(0)).sum()
         hidden = F.linear(x, self.gate_up.reshape(-1, c.hidden_size).to(x.dtype)).view(len(x), 2, c.num_experts, -1)
         act = F.silu(hidden[:, 0]) * hidden[:, 1] * dense[:, :, None]
@@ -177,7 +177,7 @@ class TinyMoe(nn.Module):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ids int64 [batch, positions] -> logits [.., vocab], mean balancing loss, routing [layers, batch, positions, k]."""
+        """ids int64 [batch, positions] -> logits [.., vocab], balancing loss, ids [layers, batch, positions, k]."""
         x = self.embed_tokens(ids)
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]  # type: ignore[index]
         losses, routing = [], []

@@ -1,7 +1,7 @@
 """The text the model is trained on: Debian packages, their licences, and how each is turned into documents.
 
-Nothing of the text is kept in the repository. ``build_corpus`` fetches the packages with ``apt-get download`` (Debian 12),
-unpacks them without installing, and calls the readers below.
+Nothing of the text is kept in the repository. ``build_corpus`` fetches the packages with ``apt-get download``
+(Debian 12), unpacks them without installing, and calls the readers below.
 """
 
 from __future__ import annotations
@@ -172,8 +172,43 @@ HANDBOOK = "GPL-2+ or CC-BY-SA-3.0"
 NOT_CODE = (
     r"/(test|tests|testdata|idlelib|lib2to3)/|_test\.go$|/tables\.go$|/zerrors_|/zsysnum_|/zsyscall_|/ztypes_|/op[A-Z]"
 )
-GO_DIRS = ["archive", "bufio", "bytes", "compress", "container", "context", "crypto", "database", "encoding", "errors", "fmt", "go", "hash", "html", "image", "io", "log"]
-GO_DIRS += ["math", "mime", "net", "os", "path", "reflect", "regexp", "runtime", "sort", "strconv", "strings", "sync", "testing", "text", "time", "internal"]
+GO_DIRS = [
+    "archive",
+    "bufio",
+    "bytes",
+    "compress",
+    "container",
+    "context",
+    "crypto",
+    "database",
+    "encoding",
+    "errors",
+    "fmt",
+    "go",
+    "hash",
+    "html",
+    "image",
+    "io",
+    "log",
+]
+GO_DIRS += [
+    "math",
+    "mime",
+    "net",
+    "os",
+    "path",
+    "reflect",
+    "regexp",
+    "runtime",
+    "sort",
+    "strconv",
+    "strings",
+    "sync",
+    "testing",
+    "text",
+    "time",
+    "internal",
+]
 
 
 def _handbook(language: str) -> Callable[[Path], Iterator[str]]:
