@@ -17,7 +17,6 @@ _BLOCK = re.compile(
     re.DOTALL,
 )
 _MARKER = re.compile(r"<!-- results:(?:begin|end) [^>]*-->")
-_EMPTY = "No results yet.\n"
 
 
 def update_tables(text: str, figures: Sequence[Figure], source: str = "README.md") -> str:
@@ -29,10 +28,13 @@ def update_tables(text: str, figures: Sequence[Figure], source: str = "README.md
 
 
 def results_table(figures: Sequence[Figure], prefix: str) -> str:
-    """Markdown table of the entries below ``prefix``; the kind is in every line, so nothing passes for measured."""
+    """Markdown table of the entries below ``prefix``; the kind is in every line, so nothing passes for measured.
+
+    Empty when there is no such entry.
+    """
     chosen = [f for f in figures if prefix == "all" or f.name == prefix or f.name.startswith(prefix + ".")]
     if not chosen:
-        return _EMPTY
+        return ""
     lines = ["| figure | value | interval | kind | hardware | date | commit |", "|---|---:|---:|---|---|---|---|"]
     for f in sorted(chosen, key=lambda figure: figure.name):
         value = f"{_number(f.value)} {f.unit}".strip()
