@@ -16,11 +16,15 @@ import torch
 
 @dataclass(frozen=True)
 class RecorderConfig:
-    """``sample_tokens``: sampled tokens kept per layer. ``max_pass_tokens``: tokens of a pass that can be sampled."""
+    """``sample_tokens``: sampled tokens kept per layer. ``max_pass_tokens``: tokens of a pass that can be sampled.
+
+    ``phases``: also count tokens per expert apart for each phase, 0 to phases - 1, that begin_pass names.
+    """
 
     sample_tokens: int = 8192
     max_pass_tokens: int = 65536
     seed: int = 0
+    phases: int = 0
 
 
 class TokenReservoir:
@@ -96,6 +100,8 @@ class AffinityRecorder:
         self._slot_of_token = torch.full(
             (config.max_pass_tokens + 1,), config.sample_tokens, dtype=torch.int64, device=device
         )
+        self._phase_counts = torch.zeros(config.phases * num_layers * num_experts, dtype=torch.int64, device=device)
+        self._phase_start = torch.zeros((), dtype=torch.int64, device=device)
         self._rows: tuple[RowLayout, torch.Tensor, torch.Tensor] | None = None
         self._last_layer = num_layers
 
@@ -113,9 +119,11 @@ class AffinityRecorder:
         self._sample.fill_(-1)
         self.end_pass()
 
-    def begin_pass(self, group_tokens: list[int]) -> None:
-        """Say how many real tokens each group of the coming pass has (see :class:`RowLayout`)."""
+    def begin_pass(self, group_tokens: list[int], phase: int = 0) -> None:
+        """Say how many real tokens each group of the coming pass has (see :class:`RowLayout`), and its phase."""
         total = sum(group_tokens)
+        if self.config.phases:
+            self._phase_start.fill_(phase * self.num_layers * self.num_experts)
         if self._recent_tokens + total >= 1 << 24:
             self._flush()
         self._recent_tokens += total
@@ -149,6 +157,15 @@ class AffinityRecorder:
         hot.scatter_(1, ids.long(), valid.to(torch.float32).unsqueeze(1).expand(ids.shape))
         self._recent[layer].addmm_(hot.t(), hot)
         self._sample[layer].index_copy_(0, slots, ids.to(torch.int16))
+        if self.config.phases:
+            index = self._phase_start + layer * self.num_experts + ids.long()
+            self._phase_counts.index_add_(0, index.flatten(), valid.long().unsqueeze(1).expand(ids.shape).flatten())
+
+    def take_phase_counts(self) -> torch.Tensor:
+        """int64 [phases, layers, experts] of this rank since the last call."""
+        counts = self._phase_counts.clone().view(self.config.phases, self.num_layers, self.num_experts)
+        self._phase_counts.zero_()
+        return counts
 
     def _resolve_rows(
         self, layer: int, rows: RowLayout, num_valid_rows: torch.Tensor | None

@@ -103,7 +103,7 @@ def refresh(project: Project, topic: str | None = None, wheel: Path | None = Non
         rewritten, position = [], [patch.name for patch in series].index(target)
         for index, patch in enumerate(series):
             before = {name: _read(scratch / name) for name in names}
-            apply_in(scratch, patch)
+            apply_in(scratch, patch, offset=True)
             if index == position:
                 _merge_edits(project, scratch, names, series, position)
             after = {name: _read(scratch / name) for name in names}
@@ -209,11 +209,11 @@ def _merge_edits(project: Project, scratch: Path, names: tuple[str, ...], series
                 (full / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(scratch / name, full / name)
         for patch in series[position + 1 :]:
-            apply_in(full, patch)
+            apply_in(full, patch, offset=True)
         expected = {name: _read(full / name) for name in names}
     installed = {name: _read(project.installation.site / name) for name in names}
     edits = Patch(f"(edits for {series[position].name})", "", make_diff(expected, installed))
-    apply_in(scratch, edits)
+    apply_in(scratch, edits, offset=True)
 
 
 def _install(project: Project, scratch: Path, names: set[str], series: list[Patch]) -> None:

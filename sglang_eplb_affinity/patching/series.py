@@ -59,8 +59,10 @@ def files_of(series: list[Patch]) -> tuple[str, ...]:
     return tuple(sorted({name for patch in series for name in patch.files}))
 
 
-def apply_in(folder: Path, patch: Patch, *, reverse: bool = False) -> None:
-    """Apply one patch to the files below ``folder``: every hunk at its exact line with its exact context.
+def apply_in(folder: Path, patch: Patch, *, reverse: bool = False, offset: bool = False) -> None:
+    """Apply one patch to the files below ``folder``: every hunk with its exact context, and at its exact line.
+
+    ``offset`` lets hunks move to other lines, for rewriting patches after an earlier one grew.
 
     Raises InputError naming the patch otherwise; ``folder`` may then hold a part, so it must be a scratch copy.
     """
@@ -73,7 +75,7 @@ def apply_in(folder: Path, patch: Patch, *, reverse: bool = False) -> None:
         done = subprocess.run(command, cwd=folder, env=environment, input=patch.diff, text=True, capture_output=True)
     except FileNotFoundError:
         raise InputError("git: not found on PATH; it is needed to apply the patch series") from None
-    if done.returncode or "offset" in done.stderr:
+    if done.returncode or ("offset" in done.stderr and not offset):
         reasons = [
             line.removeprefix("error: ") for line in done.stderr.splitlines() if "error:" in line or "offset" in line
         ]

@@ -65,6 +65,10 @@ def resolve(server_args: Any) -> None:
         raise InputError(
             f"--eplb-affinity-max-load-increase {server_args.eplb_affinity_max_load_increase}: must be 0 or more"
         )
+    if server_args.expert_load_log_passes < 0:
+        raise InputError(f"--expert-load-log-passes {server_args.expert_load_log_passes}: must be 0 (off) or more")
+    if server_args.expert_load_log_passes:
+        server_args.enable_expert_affinity_recorder = True
     if server_args.enable_expert_affinity_recorder and server_args.expert_distribution_recorder_mode is None:
         server_args.expert_distribution_recorder_mode = "stat"
 

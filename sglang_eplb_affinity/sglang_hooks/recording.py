@@ -12,6 +12,7 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks.arguments import MoeShape, records_affinity
+from sglang_eplb_affinity.sglang_hooks.load_log import PHASES, LoadLog
 from sglang_eplb_affinity.window_reduce import Reduction, reduce_window
 
 logger = logging.getLogger(__name__)
@@ -57,17 +58,21 @@ class ServerRecorder:
                 sample_tokens=server_args.expert_affinity_sample_tokens,
                 max_pass_tokens=max(chunk, 8192) * self._num_groups,
                 seed=server_args.random_seed or 0,
+                phases=len(PHASES) if server_args.expert_load_log_passes else 0,
             ),
         )
+        self._load_log = LoadLog(server_args.expert_load_log_passes, self._recorder, self._reduction)
         self._warned: set[str] = set()
 
     def on_forward_pass_start(self, forward_batch: Any) -> None:
         if self._reduction.contributes:
-            self._recorder.begin_pass(self._tokens_of_groups(forward_batch))
+            phase = 0 if forward_batch.forward_mode.is_extend() else 1
+            self._recorder.begin_pass(self._tokens_of_groups(forward_batch), phase)
 
     def on_forward_pass_end(self) -> None:
         if self._reduction.contributes:
             self._recorder.end_pass()
+        self._load_log.on_forward_pass_end()
 
     def on_logical_topk(
         self, layer: int | None, topk_ids: torch.Tensor, num_token_non_padded: torch.Tensor | None

@@ -142,6 +142,18 @@ def test_refresh_brings_an_edit_into_the_named_patch(project) -> None:
     assert site_files(project) == ORIGINAL
 
 
+def test_an_edit_that_moves_the_lines_of_later_patches_is_taken_in(project) -> None:
+    actions.apply(project)
+    path = project.installation.site / "sglang/a.py"
+    path.write_text("one more\n" + path.read_text().replace("line 25\n", "line 25\nline 25b\n"))
+    edited = path.read_text()
+    actions.refresh(project, "one.patch")
+    assert "+one more" in (project.patches / "one.patch").read_text()
+    actions.unapply(project)
+    actions.apply(project)
+    assert path.read_text() == edited
+
+
 def test_a_patch_without_its_header_is_refused(project) -> None:
     text = (project.patches / "one.patch").read_text()
     (project.patches / "one.patch").write_text(text.replace("Drop: test\n", ""))
