@@ -22,19 +22,30 @@ from sglang_eplb_affinity.routing import RoutingTrace
 from sglang_eplb_affinity.topology import Topology
 
 SOURCE_MODEL = "GPU of a token = its sequence modulo GPUs (as with data-parallel attention); without sequences its row"
+DEFINITIONS = {
+    "gpu_fanout": "distinct destination GPUs per token and layer",
+    "node_fanout": "distinct destination nodes per token and layer",
+    "extra_nodes": "node_fanout - 1: copies to remote nodes if the source is one of the nodes visited anyway",
+    "remote_gpu_copies": "destination GPUs other than the source GPU (source_model), per token and layer",
+    "remote_node_copies": "destination nodes other than the source node (source_model), per token and layer",
+    "expert_node_copies": "experts on nodes other than the source node: what low-latency dispatch sends, per token",
+    "load_max_over_mean": "token-expert assignments of the most loaded GPU over the mean GPU, averaged over layers",
+}
+METRICS = tuple(DEFINITIONS)
 
 
 @dataclass(frozen=True)
 class Traffic:
     """One map on one trace under one rule; every array has one value per layer.
 
-    ``gpu_fanout``, ``node_fanout``, ``remote_gpu_copies``, ``remote_node_copies`` and ``expert_node_copies`` (the
-    copies that low-latency dispatch sends to other nodes: one per token and expert) are float64 [layers] means per
-    token; ``gpu_load`` is int64 [layers, gpus] and ``load_max_over_mean`` float64 [layers].
+    ``gpu_fanout``, ``node_fanout``, ``extra_nodes``, ``remote_gpu_copies``, ``remote_node_copies`` and
+    ``expert_node_copies`` (see DEFINITIONS) are float64 [layers] means per token; ``gpu_load`` is int64 [layers, gpus]
+    and ``load_max_over_mean`` float64 [layers].
     """
 
     gpu_fanout: np.ndarray
     node_fanout: np.ndarray
+    extra_nodes: np.ndarray
     remote_gpu_copies: np.ndarray
     remote_node_copies: np.ndarray
     expert_node_copies: np.ndarray
@@ -184,12 +195,14 @@ def measure(
     load = slot_load.reshape(layers, topology.num_gpus, -1).sum(2)
     mean_load = np.maximum(load.mean(1), 1e-12)
     gpu, node, remote_gpu, remote_node, expert_node = means.T.copy()
-    return Traffic(gpu, node, remote_gpu, remote_node, expert_node, load, load.max(1) / mean_load)
+    return Traffic(gpu, node, node - 1, remote_gpu, remote_node, expert_node, load, load.max(1) / mean_load)
 
 
-def measure_trace(trace: RoutingTrace, expert_map: ExpertMap, topology: Topology, rule: DispatchRule) -> Traffic:
+def measure_trace(
+    trace: RoutingTrace, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, map_source: str = "map"
+) -> Traffic:
     """:func:`measure` for a whole trace with the assumed source GPUs."""
-    check_fits(expert_map, trace.num_layers, trace.num_experts, trace.source)
+    check_fits(expert_map, trace.num_layers, trace.num_experts, trace.source, map_source)
     tokens = np.ascontiguousarray(trace.topk_ids.transpose(1, 0, 2), dtype=np.int16)
     return measure(tokens, expert_map, topology, rule, source_gpus(trace, topology))
 

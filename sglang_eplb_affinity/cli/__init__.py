@@ -1,0 +1,42 @@
+"""The command line. Bad input exits with code 2 and one line; nothing is half-written."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from sglang_eplb_affinity import __version__
+from sglang_eplb_affinity.cli.convert import convert_command
+from sglang_eplb_affinity.cli.evaluate import evaluate_command
+from sglang_eplb_affinity.cli.inspect import inspect_command
+from sglang_eplb_affinity.cli.plan import plan_command
+from sglang_eplb_affinity.errors import InputError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="sglang_eplb_affinity")
+def cli() -> None:
+    """Expert placement for SGLang's expert parallelism, planned and judged on recorded routing. Needs no GPU."""
+
+
+cli.add_command(plan_command)
+cli.add_command(evaluate_command)
+cli.add_command(convert_command)
+cli.add_command(inspect_command)
+
+
+def main() -> None:
+    """Run the CLI; InputError and wrong usage print one line on stderr and exit with code 2."""
+    try:
+        cli(prog_name="sglang_eplb_affinity", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(0)
+    except (InputError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+    except click.Abort:
+        click.echo("error: interrupted", err=True)
+        sys.exit(130)

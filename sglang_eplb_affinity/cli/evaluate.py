@@ -1,0 +1,121 @@
+"""``evaluate``: maps x traces x dispatch rules."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.evaluate import DEFINITIONS, METRICS, SOURCE_MODEL, measure_trace, moved_experts
+from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.interchange import load_map
+from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.topology import Topology
+
+
+@click.command("evaluate")
+@click.option("--trace", "traces", type=FILE, multiple=True, required=True, help="Routing trace (.npz); may repeat.")
+@click.option("--map", "maps", type=FILE, multiple=True, required=True, help="Expert map; may repeat.")
+@topology_options
+@click.option(
+    "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True, default=("cover",), show_default=True,
+    help="Replica choice; may repeat. dynamic spreads evenly over replicas, as EPLB assumes.",
+)  # fmt: skip
+@click.option("--current-map", type=FILE, help="Count the experts that each map moves from this one.")
+@click.option("--format", "style", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@click.option("--out", type=FILE, help="Write to a file instead of standard output.")
+def evaluate_command(
+    traces: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int, rules: tuple[DispatchRule, ...],
+    current_map: Path | None, style: str, out: Path | None,
+) -> None:  # fmt: skip
+    """Fan-outs, remote copies and GPU load of maps on recorded tokens.
+
+    \b
+    Example:
+      python -m sglang_eplb_affinity evaluate --trace test.npz --map eplb.json --map affinity.json \\
+          --gpus 8 --nodes 2 --dispatch cover --dispatch dynamic --format json
+    """
+    topology = topology_of(gpus, nodes)
+    if out is not None:
+        check_output(out)
+    results: list[dict[str, Any]] = []
+    total = len(traces) * len(maps) * len(rules)
+    with tqdm(total=total, desc="evaluating", unit="map", leave=False, disable=True if total < 2 else None) as bar:
+        for trace_path in traces:
+            trace = RoutingTrace.load(trace_path)
+            current = None if current_map is None else load_map(current_map, num_experts=trace.num_experts)
+            for map_path in maps:
+                expert_map = load_map(map_path, num_experts=trace.num_experts)
+                for rule in rules:
+                    results.append(_result(trace_path, trace, map_path, expert_map, topology, rule, current))
+                    bar.update()
+    text = {"json": _json, "csv": _csv, "table": _table}[style](results, topology)
+    if out is None:
+        click.echo(text)
+    else:
+        write_atomically(out, (text + "\n").encode())
+
+
+def _result(
+    trace_path: Path, trace: RoutingTrace, map_path: Path, expert_map: ExpertMap, topology: Topology,
+    rule: DispatchRule, current: ExpertMap | None,
+) -> dict[str, Any]:  # fmt: skip
+    traffic = measure_trace(trace, expert_map, topology, rule, map_source=str(map_path))
+    moved = None if current is None else moved_experts(current, expert_map, topology)
+    return {
+        "trace": str(trace_path),
+        "map": str(map_path),
+        "dispatch": rule,
+        "gpus": topology.num_gpus,
+        "nodes": topology.num_nodes,
+        "tokens": trace.num_tokens,
+        "layers": trace.num_layers,
+        "slots": expert_map.num_slots,
+        **{name: float(getattr(traffic, name).mean()) for name in METRICS},
+        "moved_experts": None if moved is None else int(moved.sum()),
+        "per_layer": {
+            **{name: getattr(traffic, name).tolist() for name in METRICS},
+            "gpu_load": traffic.gpu_load.tolist(),
+            "moved_experts": None if moved is None else moved.tolist(),
+        },
+    }
+
+
+def _json(results: list[dict[str, Any]], topology: Topology) -> str:
+    head: dict[str, Any] = {"version": 1, "source_model": SOURCE_MODEL, "definitions": DEFINITIONS}
+    if len(results) == 1:  # one map, trace and rule: its means at the top too, for short scripts
+        head.update({key: value for key, value in results[0].items() if key != "per_layer"})
+    return json.dumps({**head, "results": results}, indent=1)
+
+
+def _rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in result.items() if key != "per_layer"} for result in results]
+
+
+def _csv(results: list[dict[str, Any]], topology: Topology) -> str:
+    buffer = io.StringIO()
+    rows = _rows(results)
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().rstrip()
+
+
+def _table(results: list[dict[str, Any]], topology: Topology) -> str:
+    names = [*METRICS, *(["moved_experts"] if results[0]["moved_experts"] is not None else [])]
+    header = ["trace", "map", "dispatch", *names]
+    lines = [header]
+    for result in results:
+        values = [f"{result[name]:.4f}" if name != "moved_experts" else str(result[name]) for name in names]
+        lines.append([Path(result["trace"]).name, Path(result["map"]).name, result["dispatch"], *values])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    title = f"{topology.num_gpus} GPUs on {topology.num_nodes} nodes; means over layers. Source: {SOURCE_MODEL}."
+    return "\n".join([title, *rows])
