@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine import ROOT
+from bench.process import scrub
 
 _PACKAGES = ("sglang", "sglang-eplb-affinity", "torch", "transformers", "numpy", "deep-ep", "sgl-kernel")
 
@@ -84,7 +85,7 @@ def patches_digest(folder: Path) -> str | None:
 
 def command_line() -> list[str]:
     """The command that was given, without this machine's folders."""
-    return ["python", "-m", "bench", *sys.argv[1:]]
+    return ["python", "-m", "bench", *(scrub(argument) for argument in sys.argv[1:])]
 
 
 def _cpu_model() -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from bench.engine import ROOT
+from bench.figures import figures_of_run
 from bench.readme_tables import update_tables
+from bench.run_folder import RunFolder
 from bench.summary import dump_figures, load_figures, merge_figures
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import write_atomically
@@ -32,6 +34,18 @@ def add(files: tuple[str, ...], summary_file: str) -> None:
         figures = merge_figures(figures, load_figures(Path(file)))
     dump_figures(figures, target)
     click.echo(f"{target}: {len(figures)} entries")
+
+
+@summary.command("from-run")
+@click.argument("folder")
+@click.option("--prefix", required=True, help="Of the entries' names, such as bench.cpu.")
+@click.option("--output", required=True, help="File to write the entries to, for `summary add`.")
+def from_run(folder: str, prefix: str, output: str) -> None:
+    """Write the headline figures of a run (FOLDER: results/RUN) as summary entries."""
+    run = RunFolder(Path(folder))
+    figures = figures_of_run(run, run.plan(), prefix)
+    dump_figures(figures, Path(output))
+    click.echo(f"{output}: {len(figures)} entries")
 
 
 @summary.command()

@@ -1,0 +1,99 @@
+"""Headline figures of a run, as entries for results/summary.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from bench.compare import block_ratios, compare
+from bench.metrics import PLACEMENT
+from bench.run_folder import RunFolder, RunPlan
+from bench.stats import noise_floor_pct
+from bench.summary import Figure
+from bench.table import tidy
+from sglang_eplb_affinity.errors import InputError
+
+_RATIOS = {
+    "p50_ttft_ms": "p50_ttft_ratio_to_vanilla",
+    "p90_tpot_ms": "p90_tpot_ratio_to_vanilla",
+    "p95_itl_ms": "p95_itl_ratio_to_vanilla",
+    "qps": "qps_ratio_to_vanilla",
+}
+_PLACEMENT_UNITS = {"balancedness": "mean/max load", "gpu_fanout": "GPUs per token", "node_fanout": "nodes per token"}
+
+
+def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure]:
+    """Entries named ``prefix``.NAME; raises InputError when no row counts.
+
+    ``ARM.balancedness``, ``ARM.gpu_fanout``, ``ARM.node_fanout``: the placement served, median over rows, interval
+    from the least to the largest row. On GPUs also the ratios of the affinity arm to vanilla at the largest concurrency
+    (interval over blocks) and, with an A/A arm, ``noise_floor_pct``. A CPU run gives no speeds: they mean nothing.
+    """
+    latest = folder.store.latest()
+    records = [latest[cell] for cell in plan.cells() if cell in latest and not latest[cell].void]
+    if not records:
+        raise InputError(f"{folder.path}: no row counts, so there is no figure to take from it")
+    frame = tidy(records)
+    last = max(records, key=lambda record: record.finished)
+    common = _common(last.provenance, folder.environment(), last.finished)
+    rows = _placement(frame, plan)
+    if plan.profile.server.engine != "cpu":
+        rows += _speeds(frame)
+    return [Figure(name=f"{prefix}.{name}", **values, **common) for name, values in rows]
+
+
+_Row = tuple[str, dict[str, Any]]
+
+
+def _common(provenance: dict[str, Any], environment: dict[str, Any], finished: str) -> dict[str, Any]:
+    versions = dict(provenance["versions"])
+    if provenance.get("uncommitted_changes"):
+        versions["uncommitted_changes"] = "yes"
+    return {
+        "hardware": provenance["hardware"],
+        "versions": versions,
+        "commit": provenance["commit"],
+        "date": finished,
+        "command": environment["command"],
+    }
+
+
+def _placement(frame: pd.DataFrame, plan: RunPlan) -> list[_Row]:
+    rows: list[_Row] = []
+    for arm in plan.arms:
+        own = frame[frame["arm"] == arm]
+        for name in PLACEMENT:
+            served = own[f"{name}_served"].dropna()
+            values = served if len(served) else own[f"{name}_initial"].dropna()
+            if not len(values):
+                continue
+            emulated = name == "node_fanout" and plan.profile.server.nodes > 1
+            rows.append(
+                (f"{arm}.{name}", _values(values, _PLACEMENT_UNITS[name], "emulated" if emulated else "measured"))
+            )
+    return rows
+
+
+def _values(values: pd.Series, unit: str, kind: str) -> dict[str, Any]:
+    spread = {"value": values.median(), "lower": values.min(), "upper": values.max()}
+    return {**{key: round(float(value), 6) for key, value in spread.items()}, "unit": unit, "kind": kind}
+
+
+def _speeds(frame: pd.DataFrame) -> list[_Row]:
+    largest = frame[frame["concurrency"] == frame["concurrency"].max()]
+    found = compare(largest, "vanilla", list(_RATIOS))
+    rows: list[_Row] = []
+    for row in found[found["arm"] == "affinity"].to_dict("records"):
+        one_block = math.isnan(row["lower"])
+        interval = {key: round(float(row["ratio" if one_block else key]), 6) for key in ("ratio", "lower", "upper")}
+        values = {"value": interval["ratio"], "lower": interval["lower"], "upper": interval["upper"]}
+        rows.append((_RATIOS[row["metric"]], {**values, "unit": "ratio", "kind": "measured"}))
+    noise = block_ratios(frame, "vanilla-again", "vanilla", list(_RATIOS))
+    if noise:
+        floor = round(noise_floor_pct(noise), 4)
+        rows.append(
+            ("noise_floor_pct", {"value": floor, "lower": floor, "upper": floor, "unit": "%", "kind": "measured"})
+        )
+    return rows
