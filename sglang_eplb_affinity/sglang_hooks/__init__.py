@@ -10,10 +10,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sglang_eplb_affinity.forced_routing import ForcedRouting
     from sglang_eplb_affinity.sglang_hooks.rebalance import RebalanceRound
     from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
 
 ALGORITHM = "affinity"
+
+forced_routing: ForcedRouting | None = None
+"""Set by :func:`init_forced_routing`; the hook in topk.py reads it for every layer, so None must cost nothing."""
 
 
 def exit_on_input_error(function: Callable[..., Any], *args: Any) -> Any:
@@ -39,6 +43,26 @@ def check_server_args(server_args: Any) -> None:
     from sglang_eplb_affinity.sglang_hooks import arguments
 
     arguments.check(server_args)
+
+
+def init_forced_routing(server_args: Any, rank: int) -> None:
+    """In each rank's process, before the first forward pass, if --ep-forced-routing is given."""
+    global forced_routing
+    from sglang_eplb_affinity.sglang_hooks import forcing
+
+    forced_routing = forcing.init(server_args, rank)
+
+
+def server_info(server_args: Any) -> dict[str, Any]:
+    """What /server_info says besides the flags."""
+    from sglang_eplb_affinity import __version__
+
+    info: dict[str, Any] = {"sglang_eplb_affinity": __version__}
+    if server_args.ep_forced_routing is not None:
+        from sglang_eplb_affinity.forced_routing import NOT_THE_MODELS
+
+        info["ep_forced_routing_note"] = NOT_THE_MODELS
+    return info
 
 
 def make_recorder(server_args: Any, expert_location_metadata: Any) -> ServerRecorder | None:

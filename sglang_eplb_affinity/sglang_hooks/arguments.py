@@ -14,16 +14,20 @@ from sglang_eplb_affinity.sglang_hooks import ALGORITHM
 logger = logging.getLogger(__name__)
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+# Their top-k output has no ids (SGLang's BYPASSED and TRITON_KERNEL formats, layers/moe/topk.py).
+_FUSED_TOP_K_BACKENDS = ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel", "experimental_sgl_trtllm")
 _TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
 class MoeShape:
-    """Of the served model; ``num_layers`` counts dense layers too, as SGLang's maps do."""
+    """Of the served model. ``num_layers`` counts dense layers too, as SGLang's maps do; ``moe_layers`` are those with
+    routed experts."""
 
     num_layers: int
     num_experts: int
     top_k: int
+    moe_layers: tuple[int, ...]
 
     @staticmethod
     def of(hf_config: Any) -> MoeShape | None:
@@ -33,7 +37,20 @@ class MoeShape:
         layers = _first_int(hf_config, ("num_hidden_layers", "num_layers"))
         if not experts or experts < 2 or not top_k or not layers:
             return None
-        return MoeShape(layers, experts, top_k)
+        return MoeShape(layers, experts, top_k, tuple(layer for layer in range(layers) if _is_moe(hf_config, layer)))
+
+
+def _is_moe(hf_config: Any, layer: int) -> bool:
+    """DeepSeek: dense layers first, then every moe_layer_freq-th; Qwen: every decoder_sparse_step-th but the listed."""
+    frequency = getattr(hf_config, "moe_layer_freq", 1)
+    sparse = frequency[layer] if isinstance(frequency, list) else layer % max(frequency or 1, 1) == 0
+    step = getattr(hf_config, "decoder_sparse_step", 1) or 1
+    return bool(
+        sparse
+        and layer >= (getattr(hf_config, "first_k_dense_replace", 0) or 0)
+        and (layer + 1) % step == 0
+        and layer not in (getattr(hf_config, "mlp_only_layers", None) or ())
+    )
 
 
 def _first_int(config: Any, names: tuple[str, ...]) -> int | None:
@@ -82,13 +99,20 @@ def records_affinity(server_args: Any) -> bool:
 def check(server_args: Any) -> None:
     view = server_args._resolved()
     ours = server_args.enable_eplb and server_args.eplb_algorithm == ALGORITHM
-    if not ours and not records_affinity(server_args) and server_args.init_expert_location == "trivial":
+    forced = server_args.ep_forced_routing
+    if not ours and not records_affinity(server_args) and not forced and server_args.init_expert_location == "trivial":
         return
     shape = MoeShape.of(server_args.get_model_config().hf_text_config)
-    if ours or records_affinity(server_args):
-        flag = "--eplb-algorithm affinity" if ours else "--enable-expert-affinity-recorder"
+    if ours or records_affinity(server_args) or forced:
+        flag = "--eplb-algorithm affinity" if ours else f"--ep-forced-routing {forced}"
+        flag = flag if ours or forced else "--enable-expert-affinity-recorder"
         if shape is None:
             raise InputError(f"{flag}: {server_args.model_path} has no routed experts; leave the flag out")
+        if view.moe_runner_backend in _FUSED_TOP_K_BACKENDS:
+            raise InputError(
+                f"--moe-runner-backend {view.moe_runner_backend}: chooses experts inside its kernel, so {flag} finds "
+                "no ids; use another backend, such as triton or deep_gemm"
+            )
         if server_args.expert_distribution_recorder_mode not in (None, "stat"):
             raise InputError(
                 f"--expert-distribution-recorder-mode {server_args.expert_distribution_recorder_mode}: "
@@ -101,6 +125,10 @@ def check(server_args: Any) -> None:
         )
     if shape is None:
         return
+    if forced:
+        from sglang_eplb_affinity.sglang_hooks.forcing import make
+
+        make(server_args, view.ep_size, view.moe_a2a_backend, "cpu", 0)
     slots = shape.num_experts + server_args.ep_num_redundant_experts
     if (ours or server_args.enable_eplb) and slots % view.ep_size:
         low = max(slots // view.ep_size * view.ep_size - shape.num_experts, -shape.num_experts % view.ep_size)
