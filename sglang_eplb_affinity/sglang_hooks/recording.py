@@ -47,6 +47,7 @@ class ServerRecorder:
         )
         # EPLB plans on the same window: the HTTP endpoints must neither stop nor empty it.
         self.serves_eplb = bool(server_args.enable_eplb)
+        self.records_from_start = bool(server_args.expert_load_log_passes)
         chunk = server_args.chunked_prefill_size or 0
         self._recorder = AffinityRecorder(
             num_layers=expert_location_metadata.num_layers,
