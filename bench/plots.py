@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from textwrap import wrap
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -63,7 +64,7 @@ def latency_plot(frame: pd.DataFrame, note: str = "") -> Figure:
     return figure
 
 
-def placement_plot(frame: pd.DataFrame) -> Figure:
+def placement_plot(frame: pd.DataFrame, node_title: str = PLACEMENT_TITLES["node_fanout"]) -> Figure:
     """Balancedness and fan-outs by arm: the initial placement (pale) and the placement in use (full), over all rows."""
     valid = frame[frame["valid"]]
     names = [name for name in PLACEMENT_TITLES if f"{name}_initial" in valid and valid[f"{name}_initial"].notna().any()]
@@ -84,7 +85,7 @@ def placement_plot(frame: pd.DataFrame) -> Figure:
                 axes.bar(i + shift, height, width=0.38, color=_STYLE[arm][0], alpha=alpha)
                 axes.annotate(f"{height:.3f}", (i + shift, height), ha="center", va="bottom", fontsize=9)
         axes.set_xticks(range(len(arms)), [ARMS[arm].title for arm in arms])
-        axes.set_title(PLACEMENT_TITLES[name])
+        axes.set_title(node_title if name == "node_fanout" else PLACEMENT_TITLES[name])
         axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
         _plain(axes)
     figure.suptitle("Placement before (pale) and after (full), on the traffic that was served", fontsize=12)
@@ -169,4 +170,4 @@ def _finish(figure: Figure, title: str, note: str) -> None:
 
 def _note(figure: Figure, note: str) -> None:
     if note:
-        figure.supxlabel(note, fontsize=9, color="#a00000")
+        figure.supxlabel("\n".join(wrap(note, 150)), fontsize=9, color="#a00000")

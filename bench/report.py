@@ -16,7 +16,7 @@ from bench.engine import ROOT
 from bench.process import scrub
 from bench.run_folder import RunFolder, RunPlan
 from bench.store import latest_records
-from bench.table import CPU_NOTE, HEADLINE, read_table, write_tables
+from bench.table import CPU_NOTE, HEADLINE, crowded_warning, node_title, read_table, write_tables
 from sglang_eplb_affinity.expert_map import write_atomically
 
 NOTEBOOK = Path(__file__).parent / "notebooks" / "report.py"
@@ -32,6 +32,7 @@ class RunData:
     ratios: pd.DataFrame
     markdown: str
     note: str
+    node_title: str  # says so where nodes are emulated
 
 
 def load_run(path: str | os.PathLike[str]) -> RunData:
@@ -39,12 +40,14 @@ def load_run(path: str | os.PathLike[str]) -> RunData:
     folder = RunFolder(Path(path))
     plan = folder.plan()
     cells = read_table(folder.path)
+    cpu = plan.profile.server.engine == "cpu"
     return RunData(
         cells=cells,
         rebalances=rebalance_table(folder),
         ratios=compare(cells, BASELINE, list(HEADLINE)),
         markdown=(folder.path / "table.md").read_text(encoding="utf-8"),
-        note=CPU_NOTE if plan.profile.server.engine == "cpu" else "",
+        note=" ".join(filter(None, (CPU_NOTE, crowded_warning(cells, plan)))) if cpu else "",
+        node_title=node_title(plan),
     )
 
 
@@ -73,7 +76,7 @@ def write_plots(folder: RunFolder) -> None:
     figures = {
         "latency": plots.latency_plot(run.cells, run.note),
         "ratio_to_vanilla": plots.ratio_plot(run.ratios, run.note),
-        "placement": plots.placement_plot(run.cells),
+        "placement": plots.placement_plot(run.cells, run.node_title),
         "rebalances": plots.rebalance_plot(run.rebalances),
     }
     for name, figure in figures.items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.arms import ARMS
+from bench.contention import ContentionMeter
 from bench.engine import CACHE, Engine, prepare_engine
 from bench.environment import now, provenance
 from bench.load import LoadResult, load_command, run_load, warm_up
@@ -120,7 +121,7 @@ class Runner:
         load = self.plan.profile.load
         seed = block_seed(self.plan.profile.seed, cell.block)
         client = load_command(load, work, engine.model, server.port, cell.concurrency, seed)
-        start = server.log_size()
+        start, meter = server.log_size(), ContentionMeter()
         result = run_load(
             client,
             engine,
@@ -129,7 +130,8 @@ class Runner:
             load.cell_timeout_s,
             lambda done: self.progress.request(cell, done, work.requests),
         )
-        self._record(cell, result, work, server.summary(), server.summary(start), command, probed)
+        others = meter.other_cores()
+        self._record(cell, result, work, server.summary(), server.summary(start), command, probed, others)
 
     def _record(
         self,
@@ -140,9 +142,12 @@ class Runner:
         during: LogSummary,
         command: list[str],
         probed: Placement | None = None,
+        other_cores: float | None = None,
     ) -> None:
         load = self.plan.profile.load
         metrics = latency_metrics(result.bench, result.requests)
+        if other_cores is not None:
+            metrics["other_cores"] = other_cores
         void = void_reasons(
             ARMS[cell.arm],
             requested=work.requests,

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bench.arms import ARMS
+from bench.contention import CROWDED_CORES
 from bench.metrics import PLACEMENT
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
@@ -86,13 +87,37 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
     if not frame.empty:
         summary = over_blocks(frame)
         lines += ["", "## Latency and throughput", ""]
-        if plan.blocks > 1:
-            lines += [f"Median of {plan.blocks} blocks.", ""]
+        lines += [*_caveats(frame, plan), ""]
         lines += latency_table(frame, summary, plan)
         lines += ["", "## Placement, as the server saw it", "", _PLACEMENT_TEXT, ""]
         lines += placement_table(frame, summary, plan)
     lines += _void_list(frame, missing)
     return "\n".join(lines) + "\n"
+
+
+def _caveats(frame: pd.DataFrame, plan: RunPlan) -> list[str]:
+    lines = [
+        f"Median of {plan.blocks} blocks."
+        if plan.blocks > 1
+        else "One block: a difference between arms cannot be told from noise here."
+    ]
+    if warning := crowded_warning(frame, plan):
+        lines += ["", f"**{warning}**"]
+    return lines
+
+
+def crowded_warning(frame: pd.DataFrame, plan: RunPlan) -> str:
+    """One sentence if other processes took cores from the rows of a CPU server, else an empty text."""
+    if plan.profile.server.engine != "cpu" or "other_cores" not in frame:
+        return ""
+    others = frame.loc[frame["valid"], "other_cores"].dropna()
+    crowded = int((others > CROWDED_CORES).sum())
+    if not crowded:
+        return ""
+    return (
+        f"Other processes used up to {others.max():.1f} of this machine's cores during {crowded} of {len(others)} "
+        "rows: the arms' speeds must not be compared."
+    )
 
 
 _PLACEMENT_TEXT = (
@@ -121,9 +146,10 @@ def _facts(plan: RunPlan, environment: dict[str, Any]) -> list[str]:
 
 def latency_table(frame: pd.DataFrame, summary: pd.DataFrame, plan: RunPlan) -> list[str]:
     """One line for each concurrency and arm; VOID where no block counts."""
-    lines = [_line(["concurrency", "arm", *HEADLINE.values()]), _line(["---:", "---"] + ["---:"] * len(HEADLINE))]
+    columns = HEADLINE | ({"other_cores": "cores used by others"} if plan.profile.server.engine == "cpu" else {})
+    lines = [_line(["concurrency", "arm", *columns.values()]), _line(["---:", "---"] + ["---:"] * len(columns))]
     for concurrency, arm, row in _rows(frame, summary, plan):
-        values = ["VOID"] * len(HEADLINE) if row is None else [_number(row.get(name)) for name in HEADLINE]
+        values = ["VOID"] * len(columns) if row is None else [_number(row.get(name)) for name in columns]
         lines.append(_line([str(concurrency), ARMS[arm].title, *values]))
     return lines
 

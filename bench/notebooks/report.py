@@ -46,7 +46,7 @@ display(Image(plots.png(plots.ratio_plot(run.ratios, run.note))))
 # of the measured rows, which it was not planned on.
 
 # %%
-display(Image(plots.png(plots.placement_plot(run.cells))))
+display(Image(plots.png(plots.placement_plot(run.cells, run.node_title))))
 
 # %% [markdown]
 # ## Rebalances

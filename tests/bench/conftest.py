@@ -63,6 +63,7 @@ def make_record(
         "p90_tpot_ms": 20.0 * scale,
         "p95_itl_ms": 30.0 * scale,
         "qps": 2.0 / scale,
+        "other_cores": 0.05,
     }
     moved = served is not None
     placement: dict[str, float | int | None] = {"rebalances": 2 * moved, "rebalances_moved": 1 * moved}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -20,7 +22,7 @@ def test_csv_and_parquet_hold_the_same_table(run_folder: RunFolder) -> None:
 def test_void_and_missing_rows_say_why_and_show_no_figures(run_folder: RunFolder) -> None:
     write_tables(run_folder, run_folder.plan())
     lines = (run_folder.path / "table.md").read_text().splitlines()
-    assert "| 4 | affinity EPLB | VOID | VOID | VOID | VOID |" in lines
+    assert "| 4 | affinity EPLB | VOID | VOID | VOID | VOID | VOID |" in lines
     assert any("affinity EPLB: 7 of 8 requests completed" in line for line in lines)
     assert any("b0-vanilla-c4: not measured" in line for line in lines)
 
@@ -28,7 +30,7 @@ def test_void_and_missing_rows_say_why_and_show_no_figures(run_folder: RunFolder
 def test_figures_and_placement_are_shown(run_folder: RunFolder) -> None:
     write_tables(run_folder, run_folder.plan())
     lines = (run_folder.path / "table.md").read_text().splitlines()
-    assert "| 1 | affinity EPLB | 90.00 | 18.00 | 27.00 | 2.22 |" in lines
+    assert "| 1 | affinity EPLB | 90.00 | 18.00 | 27.00 | 2.22 | 0.05 |" in lines
     assert "| 1 | affinity EPLB | 2 | 1 | 0.700 -> 0.940 | 1.900 -> 0.940 |  |" in lines
     assert "| 1 | no EPLB | 0 | 0 |  |  |  |" in lines
 
@@ -36,6 +38,26 @@ def test_figures_and_placement_are_shown(run_folder: RunFolder) -> None:
 def test_a_cpu_run_says_that_its_speeds_mean_nothing_for_a_gpu(run_folder: RunFolder) -> None:
     write_tables(run_folder, run_folder.plan())
     assert CPU_NOTE in (run_folder.path / "table.md").read_text()
+
+
+def test_rows_measured_on_a_crowded_machine_forbid_comparison(run_folder: RunFolder) -> None:
+    plan = run_folder.plan()
+    write_tables(run_folder, plan)
+    assert "must not be compared" not in (run_folder.path / "table.md").read_text()
+    record = make_record(CellKey(0, "vanilla", 4), served=0.9)
+    run_folder.store.append(replace(record, metrics=record.metrics | {"other_cores": 1.4}))
+    write_tables(run_folder, plan)
+    text = (run_folder.path / "table.md").read_text()
+    assert "used up to 1.4 of this machine's cores during 1 of 5 rows" in text
+    assert "must not be compared" in load_run(run_folder.path).note
+
+
+def test_one_block_is_said_to_show_no_difference(run_folder: RunFolder) -> None:
+    plan = run_folder.plan()
+    write_tables(run_folder, plan)
+    assert "cannot be told from noise" in (run_folder.path / "table.md").read_text()
+    write_tables(run_folder, replace(plan, blocks=2))
+    assert "Median of 2 blocks." in (run_folder.path / "table.md").read_text()
 
 
 def test_median_over_blocks_takes_rows_that_count_only() -> None:
