@@ -1,0 +1,193 @@
+"""Fit the constants of :mod:`.calibration` and compare them with every source.
+
+    python -m sglang_eplb_affinity.simulate.calibrate --measured results/deepep/h200-x2.json [--write]
+
+Fitting is least squares on the logarithm of the time, so that small and large messages count alike. Each source is
+split into points that are fitted and points that only check; the largest error on the latter is the figure reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import yaml
+from scipy.optimize import least_squares
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.simulate.calibration import PhaseConstants, phase_time
+from sglang_eplb_affinity.simulate.measured import load_measured, measured_points
+from sglang_eplb_affinity.simulate.published import Point, published_points
+
+TARGET = Path(__file__).with_name("data") / "calibrations.yaml"
+H800, H200_X2, H200, GB200 = "h800-cx7", "h200-x2", "h200-cx7", "gb200-nvl72"
+LOCAL_SHARES = np.linspace(0.0, 1.0, 11)
+
+# Which constants each source can tell apart; all others keep their defaults.
+FREE: dict[tuple[str, str], tuple[str, ...]] = {
+    (H800, "normal"): ("nvlink_gb_per_s", "rdma_gb_per_s"),
+    (H800, "low_latency"): ("base_us", "nvlink_gb_per_s", "rdma_gb_per_s"),
+    (GB200, "normal"): ("per_peer_us", "nvlink_gb_per_s"),
+    (H200_X2, "normal"): ("base_us", "nvlink_gb_per_s", "source_gb_per_s"),
+    (H200_X2, "low_latency"): ("base_us", "nvlink_gb_per_s"),
+}
+START = {"base_us": 30.0, "nvlink_gb_per_s": 200.0, "rdma_gb_per_s": 45.0, "per_peer_us": 3.0, "source_gb_per_s": 900.0}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    point: Point
+    predicted_us: float
+
+    @property
+    def error_pct(self) -> float:
+        return 100 * (self.predicted_us / self.point.us - 1)
+
+
+def fit_phase(points: Sequence[Point], free: Sequence[str]) -> PhaseConstants:
+    """Constants named in ``free`` from the points marked ``fit``; the others stay at their defaults."""
+    used = [point for point in points if point.fit]
+    if len(used) < len(free):
+        raise InputError(f"{points[0].key}: {len(used)} points to fit, but {len(free)} constants need as many")
+
+    def constants(x: np.ndarray) -> PhaseConstants:
+        return PhaseConstants(**{"base_us": 0.0, **dict(zip(free, np.exp(x).tolist(), strict=True))})
+
+    def residual(x: np.ndarray) -> np.ndarray:
+        made = constants(x)
+        return np.log([phase_time(made, point.load).us / point.us for point in used])
+
+    start = np.log([START[name] for name in free])
+    found = least_squares(residual, start, bounds=(np.log(1e-3), np.log(1e5)), method="trf")
+    rounded = {name: float(f"{value:.4g}") for name, value in zip(free, np.exp(found.x).tolist(), strict=True)}
+    return PhaseConstants(**{"base_us": 0.0, **rounded})
+
+
+def compare(points: Sequence[Point], constants: PhaseConstants) -> list[Comparison]:
+    return [Comparison(point, phase_time(constants, point.load).us) for point in points]
+
+
+def fit_all(measured: dict[str, Any] | None) -> tuple[dict[str, dict[str, PhaseConstants]], list[Comparison]]:
+    """Constants by calibration and "mode.phase", and the comparison with every point."""
+    fitted: dict[str, dict[str, PhaseConstants]] = {}
+    rows: list[Comparison] = []
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in published_points():
+        groups.setdefault((point.calibration, point.key), []).append(point)
+    for (name, key), points in groups.items():
+        constants = fit_phase(points, FREE[name, key.split(".")[0]])
+        fitted.setdefault(name, {})[key] = constants
+        rows += compare(points, constants)
+    if measured is not None:
+        for key in ("normal.dispatch", "normal.combine", "low_latency.dispatch", "low_latency.combine"):
+            found = _fit_measured(measured, key)
+            if found is not None:
+                fitted.setdefault(H200_X2, {})[key] = found[0]
+                rows += found[1]
+    return fitted, rows
+
+
+def _fit_measured(measured: dict[str, Any], key: str) -> tuple[PhaseConstants, list[Comparison]] | None:
+    """The local share is found by trying: it enters before the maximum over links."""
+    best: tuple[float, PhaseConstants, list[Comparison]] | None = None
+    for share in LOCAL_SHARES.tolist():
+        points = [p for p in measured_points(measured, H200_X2, {key: share}) if p.key == key]
+        if not points:
+            return None
+        constants = fit_phase(points, FREE[H200_X2, key.split(".")[0]])
+        constants = dataclasses.replace(constants, local_share=round(share, 2))
+        rows = compare(points, constants)
+        cost = float(np.sum([np.log(r.predicted_us / r.point.us) ** 2 for r in rows if r.point.fit]))
+        if best is None or cost < best[0]:
+            best = (cost, constants, rows)
+    assert best is not None
+    return best[1], best[2]
+
+
+def calibrations(fitted: dict[str, dict[str, PhaseConstants]], sources: dict[str, list[str]]) -> dict[str, Any]:
+    """The content of calibrations.yaml. ``h200-cx7`` joins the measured NVLink with the published RDMA part."""
+    out: dict[str, Any] = {}
+
+    def entry(name: str, nvlink: float, rdma: float, phases: dict[str, PhaseConstants], of: Sequence[str]) -> None:
+        used = sorted({source for source_name in of for source in sources.get(source_name, [])})
+        plain = {key: dataclasses.asdict(value) for key, value in sorted(phases.items())}
+        out[name] = {"nvlink_gb_per_s": nvlink, "rdma_gb_per_s": rdma, "sources": used, "phases": plain}
+
+    entry(H800, 200.0, 50.0, fitted[H800], [H800])
+    if H200_X2 in fitted:
+        joined = {}
+        for key, constants in fitted[H200_X2].items():
+            rdma = fitted[H800][key]
+            extra = max(0.0, rdma.base_us - constants.base_us) if key.startswith("low_latency") else 0.0
+            joined[key] = dataclasses.replace(constants, rdma_gb_per_s=rdma.rdma_gb_per_s, rdma_base_us=round(extra, 2))
+        entry(H200, 450.0, 50.0, joined, [H200_X2, H800])
+        latency = {k: v for k, v in joined.items() if k.startswith("low_latency")}
+        entry(GB200, 900.0, 50.0, {**_with_rdma(fitted[GB200], fitted[H800]), **latency}, [GB200, H200_X2, H800])
+    return out
+
+
+def _with_rdma(phases: dict[str, PhaseConstants], rdma: dict[str, PhaseConstants]) -> dict[str, PhaseConstants]:
+    return {key: dataclasses.replace(value, rdma_gb_per_s=rdma[key].rdma_gb_per_s) for key, value in phases.items()}
+
+
+def largest_error(rows: Sequence[Comparison], name: str | None = None) -> float:
+    """Largest absolute error in % on the points that were not fitted."""
+    return max(abs(row.error_pct) for row in rows if not row.point.fit and name in (None, row.point.calibration))
+
+
+def comparison_table(rows: Sequence[Comparison]) -> str:
+    """Markdown, one line a point."""
+    lines = ["| hardware | phase | point | measured us | model us | error | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        point = row.point
+        role = "fitted" if point.fit else "**checked**"
+        lines.append(
+            f"| {point.calibration} | {point.key} | {point.label} | {point.us:.0f} | {row.predicted_us:.0f} "
+            f"| {row.error_pct:+.1f} % | {role} |"
+        )
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--measured", type=click.Path(), help="Result of `python -m bench.deepep` on 2 GPUs.")
+@click.option("--write", is_flag=True, help="Write data/calibrations.yaml.")
+@click.option("--table", is_flag=True, help="Print every point as a Markdown table.")
+def main(measured: str | None, write: bool, table: bool) -> None:
+    """Fit the time model and print its errors on the points that were not fitted."""
+    try:
+        fitted, rows = fit_all(None if measured is None else load_measured(Path(measured)))
+        if table:
+            click.echo(comparison_table(rows) + "\n")
+        for name in dict.fromkeys(row.point.calibration for row in rows):
+            for key in dict.fromkeys(row.point.key for row in rows if row.point.calibration == name):
+                part = [row for row in rows if (row.point.calibration, row.point.key) == (name, key)]
+                checked = [abs(row.error_pct) for row in part if not row.point.fit]
+                click.echo(
+                    f"{name} {key}: {len(part) - len(checked)} points fitted, {len(checked)} checked, "
+                    f"median error {np.median(checked):.1f} %, largest {max(checked):.1f} %; "
+                    + ", ".join(f"{k}={v:g}" for k, v in dataclasses.asdict(fitted[name][key]).items() if v)
+                )
+        click.echo(f"largest error on points that were not fitted: {largest_error(rows):.1f} %")
+        if write:
+            if measured is None:
+                raise InputError("--write: needs --measured, for the constants of h200-cx7 and gb200-nvl72")
+            sources: dict[str, list[str]] = {}
+            for row in rows:
+                sources.setdefault(row.point.calibration, []).append(row.point.source)
+            text = "# Written by python -m sglang_eplb_affinity.simulate.calibrate; do not edit.\n"
+            text += yaml.safe_dump(calibrations(fitted, sources), sort_keys=False, width=120)
+            write_atomically(TARGET, text.encode())
+            click.echo(f"{TARGET.name} written")
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

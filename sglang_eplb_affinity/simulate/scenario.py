@@ -1,0 +1,212 @@
+"""Plan with each algorithm, run batches of held-out tokens through every map, resample, and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.system import DeepEPMode, System
+from sglang_eplb_affinity.simulate.timing import LayerTime, TimeModel
+from sglang_eplb_affinity.simulate.traffic import batch_traffic
+
+Algorithm = Literal["none", "eplb", "affinity"]
+Phase = Literal["prefill", "decode"]
+ALGORITHMS: tuple[Algorithm, ...] = ("none", "eplb", "affinity")
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+# 90 % of resampled batches lie in the interval.
+LOWER, UPPER = 5, 95
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An algorithm with the rule by which the server picks replicas: SGLang's ``static``, ours ``cover``."""
+
+    algorithm: Algorithm
+    rule: DispatchRule
+
+
+def default_arm(algorithm: Algorithm) -> Arm:
+    return Arm(algorithm, "cover" if algorithm == "affinity" else "static")
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    lower: float
+    upper: float
+
+    @staticmethod
+    def of(samples: Sequence[float] | np.ndarray) -> Interval:
+        return Interval(
+            float(np.mean(samples)), float(np.percentile(samples, LOWER)), float(np.percentile(samples, UPPER))
+        )
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """One arm, phase and batch size on one system. Times in us (layer) and ms (step); one entry per resampled batch.
+
+    ``slowest``: which link or GPU was slowest in dispatch, experts and combine, and in how many of the layers.
+    """
+
+    gpus: int
+    phase: Phase
+    mode: DeepEPMode
+    tokens_per_gpu: int
+    algorithm: Algorithm
+    redundant: int
+    dispatch_us: Interval
+    experts_us: Interval
+    combine_us: Interval
+    rest_us: Interval
+    step_ms: Interval
+    step_ms_samples: tuple[float, ...]
+    layer_us: tuple[tuple[float, float, float], ...]
+    gpu_fanout: float
+    node_fanout: float
+    load_max_over_mean: float
+    slowest: dict[str, str]
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens_per_gpu / self.step_ms.value * 1e3
+
+
+def make_map(
+    arm: Arm, window: RoutingWindow, system: System, mode: DeepEPMode,
+    current: ExpertMap | None = None, max_moves: int | None = None, seed: int = 0,
+) -> ExpertMap:  # fmt: skip
+    """The map that the algorithm would make of ``window``; vanilla is what SGLang's ``auto`` picks."""
+    model, topology, slots = system.model, system.topology, system.num_slots
+    if arm.algorithm == "none":
+        return ExpertMap.contiguous(window.num_layers, model.experts, slots)
+    if arm.algorithm == "eplb":
+        by_node = model.expert_groups > 1 and model.expert_groups % topology.num_nodes == 0
+        groups = model.expert_groups if by_node else None
+        return eplb_placement(window.counts, topology, slots, hierarchical=by_node, num_groups=groups)
+    config = PlannerConfig(objective=mode, dispatch=arm.rule, max_moves=max_moves, seed=seed)
+    return plan(window, topology, slots, config, current).expert_map
+
+
+def run_batch(
+    tokens: np.ndarray, source: np.ndarray, scale: float, expert_map: ExpertMap, rule: DispatchRule, model: TimeModel,
+    mode: DeepEPMode, prefill: bool, tokens_per_gpu: float,
+) -> tuple[list[LayerTime], np.ndarray]:  # fmt: skip
+    """Times of every layer, and float64 [layers, 3]: GPU fan-out, node fan-out, load max/mean."""
+    times, figures = [], []
+    for layer in range(len(tokens)):
+        traffic = batch_traffic(tokens[layer], source, expert_map, layer, model.system.topology, rule)
+        times.append(model.layer(traffic, scale, mode, prefill, tokens_per_gpu))
+        figures.append((traffic.gpu_fanout, traffic.node_fanout, traffic.load_max_over_mean))
+    return times, np.array(figures)
+
+
+def simulate(
+    system: System, source: RoutingSource, phases: Sequence[tuple[Phase, int]], arms: Sequence[Arm], *,
+    resamples: int = 8, progress: Callable[[int], object] | None = None,
+) -> list[PhaseResult]:  # fmt: skip
+    """All arms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
+
+    ``progress`` is called with 1 after each map and each batch: ``len(phases) * len(arms) * (resamples + 1)`` times.
+    """
+    if resamples < 2:
+        raise InputError(f"--resamples {resamples}: must be at least 2")
+    window = source.plan_window()
+    model = TimeModel(system)
+    maps: dict[tuple[Arm, DeepEPMode], ExpertMap] = {}
+    results = []
+    for phase, tokens_per_gpu in phases:
+        mode = system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
+        collected: dict[Arm, list[tuple[list[LayerTime], np.ndarray, float]]] = {arm: [] for arm in arms}
+        for arm in arms:
+            if (arm, mode) not in maps:
+                maps[arm, mode] = make_map(arm, window, system, mode)
+            if progress is not None:
+                progress(1)
+        for number in range(resamples):
+            batch = source.batch(tokens_per_gpu, system.cluster.gpus, phase == "prefill", number)
+            for arm in arms:
+                collected[arm].append(
+                    _one(batch, maps[arm, mode], arm, model, mode, phase == "prefill", tokens_per_gpu)
+                )
+                if progress is not None:
+                    progress(1)
+        results += [_result(system, phase, mode, tokens_per_gpu, arm, collected[arm]) for arm in arms]
+    return results
+
+
+def _one(
+    batch: tuple[np.ndarray, np.ndarray, float], expert_map: ExpertMap, arm: Arm, model: TimeModel, mode: DeepEPMode,
+    prefill: bool, tokens_per_gpu: int,
+) -> tuple[list[LayerTime], np.ndarray, float]:  # fmt: skip
+    tokens, source, scale = batch
+    times, figures = run_batch(tokens, source, scale, expert_map, arm.rule, model, mode, prefill, tokens_per_gpu)
+    half = None
+    if model.system.serving.overlap == "two_batch":
+        every_other = slice(0, None, 2)
+        half, _ = run_batch(
+            tokens[:, every_other], source[every_other], scale, expert_map, arm.rule, model, mode, prefill,
+            tokens_per_gpu / 2,
+        )  # fmt: skip
+    return times, figures, model.step_ms(times, half, prefill, tokens_per_gpu)
+
+
+def _result(
+    system: System, phase: Phase, mode: DeepEPMode, tokens_per_gpu: int, arm: Arm,
+    samples: list[tuple[list[LayerTime], np.ndarray, float]],
+) -> PhaseResult:  # fmt: skip
+    def stage(name: str) -> Interval:
+        return Interval.of([float(np.mean([getattr(layer, name) for layer in times])) for times, _, _ in samples])
+
+    figures = np.mean([figures for _, figures, _ in samples], axis=(0, 1))
+    layers = np.mean([[(x.dispatch_us, x.experts_us, x.combine_us) for x in times] for times, _, _ in samples], axis=0)
+    every = [layer for times, _, _ in samples for layer in times]
+    steps = tuple(step for _, _, step in samples)
+    return PhaseResult(
+        system.cluster.gpus, phase, mode, tokens_per_gpu, arm.algorithm, system.serving.redundant_experts,
+        stage("dispatch_us"), stage("experts_us"), stage("combine_us"), stage("rest_us"), Interval.of(steps), steps,
+        tuple((float(row[0]), float(row[1]), float(row[2])) for row in layers),
+        float(figures[0]), float(figures[1]), float(figures[2]),
+        {
+            "dispatch": _most_common([x.dispatch_link for x in every]),
+            "experts": _most_common([f"GPU {x.experts_gpu}" for x in every]),
+            "combine": _most_common([x.combine_link for x in every]),
+        },
+    )  # fmt: skip
+
+
+def _most_common(names: list[str]) -> str:
+    name, count = Counter(names).most_common(1)[0]
+    return f"{name} ({round(100 * count / len(names))} % of layers)"
+
+
+def gain_pct(result: PhaseResult, baseline: PhaseResult) -> Interval:
+    """How much shorter a step is than the baseline's, in %, paired by batch."""
+    mine, other = np.array(result.step_ms_samples), np.array(baseline.step_ms_samples)
+    return Interval.of(100 * (1 - mine / other))
+
+
+def baseline_of(results: Sequence[PhaseResult], result: PhaseResult, algorithm: Algorithm) -> PhaseResult | None:
+    """The result of ``algorithm`` for the same system, phase and batch."""
+    for other in results:
+        same = (other.gpus, other.phase, other.tokens_per_gpu) == (result.gpus, result.phase, result.tokens_per_gpu)
+        if same and other.algorithm == algorithm:
+            return other
+    return None
+
+
+def with_overlap(system: System, overlap: str) -> System:
+    if overlap not in ("none", "two_batch"):
+        raise InputError(f"--overlap: {overlap!r} is not one of none, two_batch")
+    return dataclasses.replace(system, serving=dataclasses.replace(system.serving, overlap=overlap))  # type: ignore[arg-type]

@@ -1,0 +1,193 @@
+"""What one batch puts on every link and GPU: token copies of DeepEP's normal and low-latency modes, and expert load.
+
+Normal mode (DeepEP README, "asymmetric-domain bandwidth forwarding"): a token goes once over RDMA to each other node
+that it needs, to the GPU with its source's index there, and from that GPU (at home: from the source itself) once over
+NVLink to each GPU. Low-latency mode: one copy for each (token, expert), over NVLink within a node, else over RDMA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_eplb_affinity._numba import kernel
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.topology import Topology
+
+# Rows of the per-GPU counters.
+NORMAL_RECEIVED, NORMAL_LOCAL, NORMAL_NVLINK_OUT, NORMAL_RDMA_OUT, NORMAL_RDMA_IN = range(5)
+LATENCY_NVLINK_OUT, LATENCY_NVLINK_IN, LATENCY_RDMA_OUT, LATENCY_RDMA_IN = range(5, 9)
+OWN_NODE_TOKENS = 9
+NUM_COUNTERS = 10
+
+
+@dataclass(frozen=True)
+class BatchTraffic:
+    """One layer and batch. ``counters`` int64 [NUM_COUNTERS, gpus] in token copies; ``slot_load`` int64 [slots].
+
+    ``NORMAL_RECEIVED`` counts every copy that arrives at a GPU, its own tokens (``NORMAL_LOCAL``) included;
+    ``LATENCY_NVLINK_*`` count copies within a node, those of a GPU to itself included; ``OWN_NODE_TOKENS`` the tokens
+    that need at least one GPU of their own node.
+    """
+
+    counters: np.ndarray
+    slot_load: np.ndarray
+    num_tokens: int
+
+    @property
+    def gpu_load(self) -> np.ndarray:
+        return self.slot_load.reshape(self.counters.shape[1], -1).sum(1)
+
+    @property
+    def gpu_fanout(self) -> float:
+        return float(self.counters[NORMAL_RECEIVED].sum() / self.num_tokens)
+
+    @property
+    def remote_node_copies(self) -> float:
+        return float(self.counters[NORMAL_RDMA_OUT].sum() / self.num_tokens)
+
+    @property
+    def node_fanout(self) -> float:
+        return self.remote_node_copies + float(self.counters[OWN_NODE_TOKENS].sum() / self.num_tokens)
+
+    @property
+    def load_max_over_mean(self) -> float:
+        load = self.gpu_load
+        return float(load.max() / max(load.mean(), 1e-12))
+
+
+@kernel
+def _choose(t, row, home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, free, out):  # type: ignore[no-untyped-def]
+    """Slots of one token into ``out``; the rules of dispatch.py. rule 0 cover, 1 static, 2 dynamic."""
+    k = row.shape[0]
+    home_node = home // gpus_per_node
+    for j in range(k):
+        out[j] = -1
+    if rule == 0:
+        for j in range(k):
+            e = row[j]
+            if replicas[e] == 1:
+                out[j] = table[e, 0]
+                gpu = np.int64(table[e, 0]) // slots_per_gpu
+                gpu_mark[gpu] = t
+                node_mark[gpu // gpus_per_node] = t
+    for j in range(k):
+        if out[j] >= 0:
+            continue
+        e = row[j]
+        n = np.int64(replicas[e])
+        if n == 1:
+            slot = np.int64(table[e, 0])
+        else:
+            h = (np.int64(t) * np.int64(0x9E3779B1) + np.int64(e) * np.int64(0x85EBCA77)) & np.int64(0xFFFFFFFF)
+            h = ((h ^ (h >> 15)) * np.int64(0x2C1B3C6D)) & np.int64(0xFFFFFFFF)
+            h = h ^ (h >> 13)
+            slot = np.int64(table[e, h % n])
+            if rule == 1:
+                slot = np.int64(table[e, (home + e) % n])
+                on_node = 0
+                nearest = np.int64(-1)
+                on_gpu = np.int64(-1)
+                for i in range(n):
+                    gpu = np.int64(table[e, i]) // slots_per_gpu
+                    if gpu // gpus_per_node == home_node:
+                        on_node += 1
+                        if nearest < 0:
+                            nearest = np.int64(table[e, i])
+                    if gpu == home and on_gpu < 0:
+                        on_gpu = np.int64(table[e, i])
+                if 0 < on_node < n:
+                    slot = nearest
+                if on_gpu >= 0:
+                    slot = on_gpu
+            elif rule == 0:
+                for step in range(4):
+                    found = 0
+                    for i in range(n):
+                        gpu = np.int64(table[e, i]) // slots_per_gpu
+                        node = gpu // gpus_per_node
+                        if (
+                            (step == 0 and gpu_mark[gpu] == t)
+                            or (step == 1 and node_mark[node] == t)
+                            or (step == 2 and gpu == home)
+                            or (step == 3 and node == home_node)
+                        ):
+                            free[found] = table[e, i]
+                            found += 1
+                    if found:
+                        slot = np.int64(free[h % found])
+                        break
+        out[j] = slot
+        gpu = slot // slots_per_gpu
+        gpu_mark[gpu] = t
+        node_mark[gpu // gpus_per_node] = t
+
+
+@kernel
+def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_nodes, rule, counters, slot_load):  # type: ignore[no-untyped-def]
+    """Add all tokens int16 [T, k] from source int32 [T] to counters and slot_load."""
+    num_gpus = counters.shape[1]
+    k = tokens.shape[1]
+    gpu_mark = np.full(num_gpus, -1, np.int64)
+    node_mark = np.full(num_nodes, -1, np.int64)
+    seen_gpu = np.full(num_gpus, -1, np.int64)
+    seen_node = np.full(num_nodes, -1, np.int64)
+    free = np.empty(table.shape[1], np.int64)
+    slots = np.empty(k, np.int64)
+    for t in range(tokens.shape[0]):
+        home = np.int64(source[t])
+        home_node = home // gpus_per_node
+        index = home % gpus_per_node
+        _choose(
+            t, tokens[t], home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, free, slots
+        )
+        for j in range(k):
+            slot = slots[j]
+            gpu = slot // slots_per_gpu
+            node = gpu // gpus_per_node
+            slot_load[slot] += 1
+            if node == home_node:
+                counters[LATENCY_NVLINK_OUT, home] += 1
+                counters[LATENCY_NVLINK_IN, gpu] += 1
+            else:
+                counters[LATENCY_RDMA_OUT, home] += 1
+                counters[LATENCY_RDMA_IN, gpu] += 1
+            if seen_node[node] != t:
+                seen_node[node] = t
+                if node == home_node:
+                    counters[OWN_NODE_TOKENS, home] += 1
+                else:
+                    counters[NORMAL_RDMA_OUT, home] += 1
+                    counters[NORMAL_RDMA_IN, node * gpus_per_node + index] += 1
+            if seen_gpu[gpu] != t:
+                seen_gpu[gpu] = t
+                counters[NORMAL_RECEIVED, gpu] += 1
+                forwarder = node * gpus_per_node + index
+                if gpu == home:
+                    counters[NORMAL_LOCAL, gpu] += 1
+                elif forwarder != gpu:
+                    counters[NORMAL_NVLINK_OUT, forwarder] += 1
+
+
+def batch_traffic(
+    tokens: np.ndarray, source: np.ndarray, expert_map: ExpertMap, layer: int, topology: Topology, rule: DispatchRule
+) -> BatchTraffic:
+    """Traffic of one layer: ``tokens`` int16 [T, k] logical ids, ``source`` int32 [T] the GPU of each token."""
+    counters = np.zeros((NUM_COUNTERS, topology.num_gpus), np.int64)
+    slot_load = np.zeros(expert_map.num_slots, np.int64)
+    one = ExpertMap(expert_map.physical_to_logical[layer : layer + 1], expert_map.num_experts)
+    _count(
+        np.ascontiguousarray(tokens, dtype=np.int16),
+        np.ascontiguousarray(source, dtype=np.int32),
+        one.logical_to_all_physical()[0],
+        one.replica_counts()[0],
+        topology.slots_per_gpu(expert_map.num_slots),
+        topology.gpus_per_node,
+        topology.num_nodes,
+        DISPATCH_RULES.index(rule),
+        counters,
+        slot_load,
+    )
+    return BatchTraffic(counters, slot_load, len(tokens))
