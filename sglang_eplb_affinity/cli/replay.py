@@ -1,0 +1,73 @@
+"""``replay``: a day of drifting traffic, to see how often to rebalance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers, sampled_layers
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.simulate import report
+from sglang_eplb_affinity.simulate.day_report import day_table, plot_day
+from sglang_eplb_affinity.simulate.replay import HOURS, Day, standard_policies
+from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
+from sglang_eplb_affinity.simulate.system import preset_names
+
+
+@click.command("replay")
+@click.option("--trace", type=FILE, required=True, help="Recorded routing (.npz) with domains.")
+@click.option("--test-trace", type=FILE, help="Routing to serve.  [default: held-out sequences of --trace]")
+@click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
+@click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
+@click.option("--redundant", type=int, help="Redundant experts.  [default: the topology's]")
+@click.option("--phase", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
+@click.option("--windows", default=48, show_default=True, help="Windows that the day is cut into.")
+@click.option("--every", default="1,2,4,8,16", show_default=True, help="Rebalance every so many windows; several.")
+@click.option("--max-moves", default=2, show_default=True, help="Asynchronous: experts moved per GPU, layer and round.")
+@click.option("--min-gain", default=0.01, show_default=True, help="Asynchronous: least gain of a layer to act.")
+@click.option("--tokens-per-gpu", default=1024, show_default=True, help="Tokens of the simulated step on each GPU.")
+@click.option("--layers", default=3, show_default=True, help="MoE layers to simulate; 0: all.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=FILE, help="Write the full result as JSON.")
+@click.option("--plots", type=FILE, help="Folder for plots (PNG).")
+def replay_command(
+    trace: Path, test_trace: Path | None, topology: str, gpus: int | None, redundant: int | None, phase: str,
+    windows: int, every: str, max_moves: int, min_gain: float, tokens_per_gpu: int, layers: int, seed: int,
+    out: Path | None, plots: Path | None,
+) -> None:  # fmt: skip
+    """Serve a day whose domains drift by the hour, under four policies and several rebalance intervals.
+
+    \b
+    Example:
+      python -m sglang_eplb_affinity replay --trace bench/data/tiny_moe_plan.npz --topology qwen3-235b-h200 \\
+          --every 1,4,16 --out day.json
+    """
+    system = configured(topology, None, None, None)
+    system = system.resized(gpus or system.cluster.gpus, redundant)
+    if out is not None:
+        check_output(out)
+    if plots is not None and not plots.is_dir():
+        raise InputError(f"--plots {plots}: no such folder")
+    if max_moves < 1 or min_gain < 0 or tokens_per_gpu < 1:
+        raise InputError("--max-moves and --tokens-per-gpu must be at least 1, --min-gain 0 or more")
+    policies = standard_policies([*numbers(every, "--every"), -1], max_moves, min_gain)
+    test = None if test_trace is None else RoutingTrace.load(test_trace)
+    source = RoutingSource(load_recording(trace, ()), test, system.model, sampled_layers(system, layers), seed=seed)
+    day = Day(system, source, prefill=phase == "prefill", windows=windows, tokens_per_gpu=tokens_per_gpu)
+    with tqdm(total=windows, desc="replaying", unit="window", leave=False, disable=None) as bar:
+        results = day.run(policies, bar.update)
+    head = {**report.header(system, source.label, command_line()), "phase": phase, "gpus": system.cluster.gpus}
+    head["window_minutes"] = 60 * HOURS / windows
+    if out is not None:
+        text = json.dumps({**head, "days": [result.to_json() for result in results]}, indent=1)
+        write_atomically(out, (text + "\n").encode())
+    if plots is not None:
+        click.echo(f"{plot_day(results, head, plots)} written", err=True)
+    click.echo(f"SIMULATED. {system.name}, {system.cluster.gpus} GPUs, {phase}. Routing: {source.label}.")
+    click.echo(day_table(results))
