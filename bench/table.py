@@ -19,7 +19,7 @@ from sglang_eplb_affinity.expert_map import write_atomically
 
 HEADLINE = {"p50_ttft_ms": "P50-TTFT ms", "p90_tpot_ms": "P90-TPOT ms", "p95_itl_ms": "P95-ITL ms", "qps": "QPS"}
 PLACEMENT_TITLES = {"balancedness": "balancedness", "gpu_fanout": "GPU fan-out", "node_fanout": "node fan-out"}
-CPU_NOTE = "Measured on a CPU with a tiny model of random weights: these speeds say nothing about a GPU."
+CPU_NOTE = "Measured on a CPU with a small model: these speeds say nothing about a GPU."
 
 
 def tidy(records: Iterable[CellRecord]) -> pd.DataFrame:

@@ -39,6 +39,7 @@ display(Image(plots.png(plots.latency_plot(run.cells, run.note))))
 
 # %%
 display(Image(plots.png(plots.ratio_plot(run.ratios, run.note))))
+display(run.ratios)
 
 # %% [markdown]
 # ## Placement: balancedness and fan-out
