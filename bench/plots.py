@@ -59,7 +59,7 @@ def latency_plot(frame: pd.DataFrame, note: str = "") -> Figure:
             )
         _concurrency_axis(axes, valid)
         axes.set_ylabel(_AXIS[metric])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])  # a single level must not sit on the upper edge
     _finish(figure, "Latency and throughput against concurrency", note)
     return figure
 
