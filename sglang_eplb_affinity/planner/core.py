@@ -15,7 +15,15 @@ from sglang_eplb_affinity.evaluate import measure_layer, moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
-from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, SearchBudget, search_layer
+from sglang_eplb_affinity.planner.imbalance import ImbalanceWeights, imbalance
+from sglang_eplb_affinity.planner.layer_search import (
+    COST_UNIT,
+    UNLIMITED,
+    Annealing,
+    LayerProblem,
+    SearchBudget,
+    search_layer,
+)
 from sglang_eplb_affinity.planner.layout import align, keep_slots
 from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
@@ -28,6 +36,8 @@ NOT_BETTER = "search not better"
 DUPLICATES = "an expert twice on a GPU, no swap to part them"
 MOVE_CAP = "duplicates in the current map need more moves than allowed"
 PSEUDO_TOKENS = 4096
+WEIGHTS = ImbalanceWeights()
+NOISE = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,8 @@ def _plan_layer(
 
     replicas = np.bincount(eplb, minlength=len(counts))
     even = (counts / replicas)[eplb].reshape(topology.num_gpus, -1).sum(1).max()
-    cap = int(even * (1 + config.max_load_increase))
+    balance = imbalance(tokens, counts, int(even), topology.num_gpus, COST_UNIT, WEIGHTS)
+    cap = int(even * (1 + config.max_load_increase) + NOISE * balance.noise * counts.sum() / topology.num_gpus)
     home = np.ones((len(counts), topology.num_gpus), np.uint8)
     if limited:
         assert current is not None
@@ -154,7 +165,7 @@ def _plan_layer(
     if current is not None and config.max_moves is not None:
         max_moves, start = config.max_moves, current
     problem = LayerProblem(
-        counts, tokens, start.copy(), cap, home, config.move_cost if limited else 0, max_moves,
+        counts, tokens, start.copy(), cap, balance, home, config.move_cost if limited else 0, max_moves,
         (config.seed << 20) + layer + 1,
     )  # fmt: skip
     found = search_layer(problem, topology, config, budget)
@@ -236,10 +247,12 @@ def _quality(judgements: list[Judgement | None]) -> MapQuality:
 
 def budget_for(num_experts: int, topology: Topology, num_slots: int, config: PlannerConfig) -> SearchBudget:
     """How many tokens and proposals a layer gets."""
-    if num_slots == num_experts or config.dispatch != "cover":
-        if config.effort == "fast":
-            return SearchBudget(4096, 40, 1500, 0.006, 0.0005)
-        return SearchBudget(16384, 100, 20000, 0.01, 0.0003)
-    if config.effort == "fast":
-        return SearchBudget(2048, 40, 250, 0.004, 0.0005)
-    return SearchBudget(4096, 100, 2500, 0.01, 0.0003)
+    fast = config.effort == "fast"
+    swaps = Annealing(4096, 40, 1500, 0.01, 0.0005) if fast else Annealing(16384, 100, 20000, 0.01, 0.0003)
+    if num_slots == num_experts:
+        return SearchBudget(swaps)
+    if config.dispatch != "cover" and config.objective == "normal":
+        return SearchBudget(swaps)
+    if fast:
+        return SearchBudget(Annealing(4096, 20, 1500, 0.004, 0.0005), Annealing(2048, 20, 200, 0.002, 0.0005))
+    return SearchBudget(None, Annealing(4096, 100, 2500, 0.008, 0.0003))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_eplb_affinity._numba import kernel, popcount
+from sglang_eplb_affinity.planner.imbalance import SHIFT
 from sglang_eplb_affinity.planner.random_steps import next_random
 
 
@@ -36,76 +37,45 @@ def pin_gpu(slot_expert, replicas, bits, item_load, slots_per_gpu, g, pinned, pi
 
 
 @kernel
-def _serve(  # type: ignore[no-untyped-def]
-    e, gpus, count, bits, halves, members, item_load, gpus_per_node, two_levels, visited, node_visited, load, work
+def _serve_many(  # type: ignore[no-untyped-def]
+    e, count, where, bits, members, item_load, gpus_per_node, two_levels, visited, node_visited, load, taken
 ):
-    """Dispatch one replicated expert's tokens; updates visited, node_visited and load.
+    """Dispatch the tokens of one expert with three or more replicas; updates visited, node_visited and load.
 
-    gpus int64 [count]: where its replicas are. work uint64 [4, words]: scratch.
+    Instead of coins, the order in which replicas are asked rotates from word to word. taken int64 [gpus]: scratch.
     """
-    words = visited.shape[1]
-    rest = work[0]
-    share = work[1]
-    for w in range(words):
-        rest[w] = bits[e, w]
-    served = np.int64(0)
-    # Level 0: GPUs already visited; level 1: nodes already visited; level 2: anywhere.
-    for level in range(3):
-        if level == 1 and not two_levels:
-            continue
-        later = work[2]
-        for i in range(count):
-            g = gpus[i]
-            node = g // gpus_per_node
-            # Tokens that a later replica could serve at this level.
-            if i + 1 < count:
-                if level == 2:
-                    for w in range(words):
-                        later[w] = ~np.uint64(0)
-                else:
-                    later[:] = 0
-                    for j in range(i + 1, count):
-                        row = visited[gpus[j]] if level == 0 else node_visited[gpus[j] // gpus_per_node]
-                        for w in range(words):
-                            later[w] |= row[w]
-            else:
-                later[:] = 0
-            if level == 0:
-                here = visited[g]
-            elif level == 1:
-                here = node_visited[node]
-            else:
-                here = bits[e]
-            # A fair coin per token for two candidates; with i left of n the coin row leans towards 1/n.
-            coin = halves[(e + i) % halves.shape[0]] if count - i == 2 else halves[halves.shape[0] - 1]
-            if count - i > 2:
-                coin2 = halves[(e + 7 * i + 3) % halves.shape[0]]
-                other = halves[(e + i) % halves.shape[0]]
-                for w in range(words):
-                    work[3, w] = other[w] & coin2[w]
-                coin = work[3]
-            taken = np.int64(0)
-            for w in range(words):
-                take = rest[w] & here[w] & (coin[w] | ~later[w])
-                share[w] = take
-                rest[w] &= ~take
-                taken += popcount(take)
-            if taken:
-                for w in range(words):
-                    visited[g, w] |= share[w]
-                if two_levels:
-                    for w in range(words):
-                        node_visited[node, w] |= share[w]
-                load[g] += item_load[e] * taken // members[e]
-                served += taken
-        if served == members[e]:
-            break
+    for i in range(count):
+        taken[i] = 0
+    for w in range(visited.shape[1]):
+        rest = bits[e, w]
+        first = (w + e) % count
+        for step in range(count):
+            i = first + step if first + step < count else first + step - count
+            take = rest & visited[where[e, i], w]
+            taken[i] += popcount(take)
+            rest &= ~take
+        if two_levels and rest:
+            for step in range(count):
+                i = first + step if first + step < count else first + step - count
+                node = where[e, i] // gpus_per_node
+                take = rest & node_visited[node, w]
+                taken[i] += popcount(take)
+                visited[where[e, i], w] |= take
+                rest &= ~take
+        if rest:
+            g = where[e, first]
+            taken[first] += popcount(rest)
+            visited[g, w] |= rest
+            if two_levels:
+                node_visited[g // gpus_per_node, w] |= rest
+    for i in range(count):
+        load[where[e, i]] += item_load[e] * taken[i] // members[e]
 
 
 @kernel
 def evaluate_cover(  # type: ignore[no-untyped-def]
     replicas, where, bits, halves, members, item_load, gpus_per_node, num_nodes, gpu_weight, node_weight, spread_weight,
-    pinned, pinned_load, load_cap, visited, node_visited, load, work,
+    pinned, pinned_load, load_cap, load_free, load_scale, imbalance_weight, visited, node_visited, load, work,
 ):  # fmt: skip
     """(cost, load excess) of a state; fills visited, node_visited and load."""
     gpus, words = pinned.shape
@@ -120,14 +90,56 @@ def evaluate_cover(  # type: ignore[no-untyped-def]
             node = g // gpus_per_node
             for w in range(words):
                 node_visited[node, w] |= visited[g, w]
+    taken_by = np.empty(gpus, np.int64)
     cost = np.int64(0)
     for e in range(replicas.shape[0]):
         if replicas[e] > 1:
-            if members[e] > 0:
-                _serve(
-                    e, where[e], replicas[e], bits, halves, members, item_load, gpus_per_node, two_levels, visited,
-                    node_visited, load, work,
+            if members[e] > 0 and replicas[e] > 2:
+                _serve_many(
+                    e, replicas[e], where, bits, members, item_load, gpus_per_node, two_levels, visited, node_visited,
+                    load, taken_by,
                 )  # fmt: skip
+            elif members[e] > 0:
+                # Two replicas, the common case, in line: passing a dozen arrays to a function costs more than the
+                # loops. One array is written per loop: with more, the compiler's overlap checks get too many and it
+                # gives up on SIMD.
+                g = where[e, 0]
+                h = where[e, 1]
+                m = g // gpus_per_node
+                n = h // gpus_per_node
+                if two_levels and m != n:
+                    for w in range(words):
+                        here = visited[g, w]
+                        there = visited[h, w]
+                        near = node_visited[m, w]
+                        far = node_visited[n, w]
+                        coin = halves[e, w]
+                        on_gpu = here & (coin | ~there)
+                        on_node = ~there & ((near & (coin | ~far)) | (~far & coin))
+                        work[w] = bits[e, w] & (on_gpu | (~here & on_node))
+                    for w in range(words):
+                        node_visited[m, w] |= work[w]
+                    for w in range(words):
+                        node_visited[n, w] |= bits[e, w] & ~work[w]
+                else:
+                    for w in range(words):
+                        here = visited[g, w]
+                        there = visited[h, w]
+                        coin = halves[e, w]
+                        work[w] = bits[e, w] & ((here & (coin | ~there)) | (~here & ~there & coin))
+                    if two_levels:
+                        for w in range(words):
+                            node_visited[m, w] |= bits[e, w]
+                taken = np.int64(0)
+                for w in range(words):
+                    taken += popcount(work[w])
+                for w in range(words):
+                    visited[g, w] |= work[w]
+                for w in range(words):
+                    visited[h, w] |= bits[e, w] & ~work[w]
+                part = item_load[e] * taken // members[e]
+                load[g] += part
+                load[h] += item_load[e] - part
             if spread_weight > 0 and two_levels:
                 covered = np.int64(0)
                 for i in range(replicas[e]):
@@ -149,10 +161,35 @@ def evaluate_cover(  # type: ignore[no-untyped-def]
                 fan += popcount(node_visited[n, w])
         cost += node_weight * fan
     excess = np.int64(0)
+    squares = np.int64(0)
     for g in range(gpus):
         if load[g] > load_cap:
             excess += load[g] - load_cap
-    return cost, excess
+        scaled = max(load[g] - load_free, 0) * load_scale >> 20
+        squares += scaled * scaled
+    return cost + (squares * imbalance_weight >> SHIFT), excess
+
+
+@kernel
+def _fill_profile(slot_expert, replicas, profile, slots_per_gpu, g, gpu_profile):  # type: ignore[no-untyped-def]
+    """Recompute GPU g's load by block of time, an even share of each replicated expert."""
+    row = gpu_profile[g]
+    row[:] = 0
+    for s in range(g * slots_per_gpu, (g + 1) * slots_per_gpu):
+        e = slot_expert[s]
+        part = np.int32(256 // replicas[e])
+        source = profile[e]
+        for c in range(row.shape[0]):
+            row[c] += source[c] * part >> 8
+
+
+@kernel
+def _squares(gpu_profile):  # type: ignore[no-untyped-def]
+    total = np.int64(0)
+    for g in range(gpu_profile.shape[0]):
+        for c in range(gpu_profile.shape[1]):
+            total += np.int64(gpu_profile[g, c]) * gpu_profile[g, c]
+    return total
 
 
 @kernel
@@ -179,12 +216,15 @@ def _retarget(where, replicas, e, g, h):  # type: ignore[no-untyped-def]
 @kernel
 def search_cover(  # type: ignore[no-untyped-def]
     bits, halves, members, item_load, slot_expert, slots_per_gpu, gpus_per_node, num_nodes, gpu_weight, node_weight,
-    spread_weight, load_cap, home, move_cost, max_moves, temperatures, neg_log, steps_per_stage, seed,
+    spread_weight, load_cap, load_free, load_scale, profile, imbalance_weight, home, move_cost, max_moves, temperatures,
+    neg_log, steps_per_stage, seed,
 ):  # fmt: skip
     """Improve ``slot_expert`` int32 [slots] in place; returns (proposed, accepted) int64.
 
     bits uint64 [experts, words] and members int64 [experts] (its popcounts): the token sample; item_load int64
-    [experts]: load of each expert over the whole window; the other arguments as in swap_search.search_swaps.
+    [experts]: load of each expert over the whole window. The cost of imbalance is a sum of squares times
+    ``imbalance_weight`` >> SHIFT: of each GPU's load above ``load_free`` times ``load_scale`` / 2**20, and of its columns of
+    profile int32 [experts, columns] (load by block of time). The other arguments as in swap_search.search_swaps.
     No GPU may hold an expert twice at the start.
     """
     slots = slot_expert.shape[0]
@@ -206,16 +246,21 @@ def search_cover(  # type: ignore[no-untyped-def]
     visited = np.empty((gpus, words), np.uint64)
     node_visited = np.empty((num_nodes, words), np.uint64)
     load = np.empty(gpus, np.int64)
-    work = np.empty((4, words), np.uint64)
+    work = np.empty(words, np.uint64)
     saved = np.empty((3, words), np.uint64)
     saved_load = np.empty(3, np.int64)
     touched = np.empty(3, np.int64)
     cost, excess = evaluate_cover(
         replicas, where, bits, halves, members, item_load, gpus_per_node, num_nodes, gpu_weight, node_weight,
-        spread_weight, pinned, pinned_load, load_cap, visited, node_visited, load, work,
+        spread_weight, pinned, pinned_load, load_cap, load_free, load_scale, imbalance_weight, visited, node_visited,
+        load, work,
     )  # fmt: skip
+    gpu_profile = np.zeros((gpus, profile.shape[1]), np.int32)
+    saved_profile = np.zeros_like(gpu_profile)
     for g in range(gpus):
         cost += move_cost * new_here[g]
+        _fill_profile(slot_expert, replicas, profile, slots_per_gpu, g, gpu_profile)
+    cost += _squares(gpu_profile) * imbalance_weight >> SHIFT
     best = slot_expert.copy()
     best_cost = cost
     best_excess = excess
@@ -288,8 +333,18 @@ def search_cover(  # type: ignore[no-untyped-def]
                 pin_gpu(slot_expert, replicas, bits, item_load, slots_per_gpu, touched[i], pinned, pinned_load)
             new_cost, new_excess = evaluate_cover(
                 replicas, where, bits, halves, members, item_load, gpus_per_node, num_nodes, gpu_weight, node_weight,
-                spread_weight, pinned, pinned_load, load_cap, visited, node_visited, load, work,
+                spread_weight, pinned, pinned_load, load_cap, load_free, load_scale, imbalance_weight, visited,
+                node_visited, load, work,
             )  # fmt: skip
+            saved_profile[:] = gpu_profile
+            if replace:
+                for e in (a, b):
+                    for i in range(replicas[e]):
+                        _fill_profile(slot_expert, replicas, profile, slots_per_gpu, where[e, i], gpu_profile)
+            else:
+                _fill_profile(slot_expert, replicas, profile, slots_per_gpu, h, gpu_profile)
+            _fill_profile(slot_expert, replicas, profile, slots_per_gpu, g, gpu_profile)
+            new_cost += _squares(gpu_profile) * imbalance_weight >> SHIFT
             new_cost += cost_of_moves(new_here, move_cost) + move_cost * moves
             if new_excess < excess or (new_excess == excess and new_cost - cost <= limit):
                 accepted += 1
@@ -303,6 +358,7 @@ def search_cover(  # type: ignore[no-untyped-def]
                     best_excess = excess
                     best[:] = slot_expert
                 continue
+            gpu_profile[:] = saved_profile
             for i in range(touched_count):
                 for w in range(words):
                     pinned[touched[i], w] = saved[i, w]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_eplb_affinity._numba import kernel, popcount
+from sglang_eplb_affinity.planner.imbalance import SHIFT
 from sglang_eplb_affinity.planner.random_steps import next_random
 
 # A stage ends early after so many accepted swaps per slot: where most swaps cost nothing (few experts, little traffic)
@@ -118,6 +119,10 @@ def search_swaps(  # type: ignore[no-untyped-def]
     gpu_weight,
     node_weight,
     load_cap,
+    load_free,
+    load_scale,
+    profile,
+    imbalance_weight,
     home,
     move_cost,
     max_moves,
@@ -131,7 +136,9 @@ def search_swaps(  # type: ignore[no-untyped-def]
     tokens int16 [T, k] of items; bits, start, members: their sets; item_expert int32 [items]; item_load int64 [items];
     home uint8 [experts, gpus]: 1 where an expert is in the current map (then a move to elsewhere costs ``move_cost``
     and no GPU may hold more than ``max_moves`` new ones). A swap may not raise any GPU over ``load_cap`` unless it
-    lowers the excess. Costs are integers: fan-out in tokens times weight.
+    lowers the excess. The cost of imbalance is a sum of squares times ``imbalance_weight`` >> SHIFT: of each GPU's load
+    above ``load_free`` times ``load_scale`` / 2**20, and of each GPU's columns of profile int32 [items, columns] (load
+    by block of time). Costs are integers: fan-out in tokens times weight.
     """
     slots = slot_item.shape[0]
     gpus = slots // slots_per_gpu
@@ -164,6 +171,12 @@ def search_swaps(  # type: ignore[no-untyped-def]
     node_leave = np.zeros(items, np.int32)
     if two_levels:
         _init_level(tokens, node_place, node_count, node_alone, node_enter, node_leave)
+
+    columns = profile.shape[1]
+    gpu_profile = np.zeros((gpus, columns), np.int32)
+    for item in range(items):
+        for c in range(columns):
+            gpu_profile[place[item], c] += profile[item, c]
 
     state = np.empty(1, np.uint64)
     state[0] = np.uint64(seed)
@@ -211,6 +224,20 @@ def search_swaps(  # type: ignore[no-untyped-def]
             if after > excess or (after == excess and after > 0 and delta >= 0):
                 continue
             if after == excess:
+                squares = np.int64(0)
+                excess_g = max(load[g] - load_free, 0) * load_scale >> 20
+                excess_h = max(load[h] - load_free, 0) * load_scale >> 20
+                after_g = max(load[g] - shift - load_free, 0) * load_scale >> 20
+                after_h = max(load[h] + shift - load_free, 0) * load_scale >> 20
+                for c in range(columns):
+                    d = np.int64(profile[b, c]) - profile[a, c]
+                    squares += d * (d + gpu_profile[g, c] - gpu_profile[h, c])
+                squares = (
+                    2 * squares + after_g * after_g + after_h * after_h - excess_g * excess_g - excess_h * excess_h
+                )
+                delta += squares * imbalance_weight >> SHIFT
+                if delta > limit:
+                    continue
                 delta += gpu_weight * _both_alone(bits, alone, a, b, g, h)
                 if cross and delta <= limit:
                     delta += node_weight * _both_alone(bits, node_alone, a, b, ng, nh)
@@ -242,6 +269,10 @@ def search_swaps(  # type: ignore[no-untyped-def]
             holds[ea, h] += 1
             holds[eb, h] -= 1
             holds[eb, g] += 1
+            for c in range(columns):
+                d = profile[b, c] - profile[a, c]
+                gpu_profile[g, c] += d
+                gpu_profile[h, c] -= d
             load[g] -= shift
             load[h] += shift
             new_here[g] = new_g
