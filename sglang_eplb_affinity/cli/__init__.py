@@ -11,6 +11,7 @@ from sglang_eplb_affinity.cli.convert import convert_command
 from sglang_eplb_affinity.cli.evaluate import evaluate_command
 from sglang_eplb_affinity.cli.inspect import inspect_command
 from sglang_eplb_affinity.cli.plan import plan_command
+from sglang_eplb_affinity.cli.recommend import recommend_command
 from sglang_eplb_affinity.cli.replay import replay_command
 from sglang_eplb_affinity.cli.simulate import simulate_command
 from sglang_eplb_affinity.errors import InputError
@@ -28,6 +29,7 @@ cli.add_command(convert_command)
 cli.add_command(inspect_command)
 cli.add_command(simulate_command)
 cli.add_command(replay_command)
+cli.add_command(recommend_command)
 
 
 def main() -> None:

@@ -12,8 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.planner.config import Effort
 from sglang_eplb_affinity.routing import RoutingTrace
 from sglang_eplb_affinity.simulate import report
 from sglang_eplb_affinity.simulate.routing_model import CHILD_SPREAD
@@ -23,7 +25,6 @@ from sglang_eplb_affinity.simulate.scenario import (
     Algorithm,
     Phase,
     PhaseResult,
-    default_arm,
     simulate,
     with_overlap,
 )
@@ -65,8 +66,13 @@ def command_line() -> str:
 @click.option("--redundant", type=int, help="Redundant experts.  [default: the topology's, raised until it divides]")
 @click.option(
     "--algorithm", "algorithms", type=click.Choice(ALGORITHMS), multiple=True, default=ALGORITHMS, show_default=True,
-    help="May repeat. eplb is what SGLang's `auto` picks, with static dispatch; affinity uses cover.",
+    help="May repeat. eplb is what SGLang's `auto` picks, with static dispatch.",
 )  # fmt: skip
+@click.option(
+    "--dispatch", "rule", type=click.Choice(DISPATCH_RULES),
+    help="Affinity's replica choice.  [default: cover in normal mode, static in low latency]",
+)  # fmt: skip
+@click.option("--effort", type=click.Choice(["fast", "thorough"]), default="fast", show_default=True)
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
 @click.option("--prefill-tokens", help="Tokens on each GPU in a prefill step, such as 2048,8192.")
 @click.option("--decode-batch", help="Running requests on each GPU, such as 32,128,256.")
@@ -85,7 +91,8 @@ def command_line() -> str:
 @click.option("--plots", type=FILE, help="Folder for plots (PNG).")
 def simulate_command(
     trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, topology: str, gpu_list: str | None,
-    redundant: int | None, algorithms: tuple[Algorithm, ...], phases: tuple[Phase, ...], prefill_tokens: str | None,
+    redundant: int | None, algorithms: tuple[Algorithm, ...], rule: DispatchRule | None, effort: Effort,
+    phases: tuple[Phase, ...], prefill_tokens: str | None,
     decode_batch: str | None, prefill_mode: str | None, decode_mode: str | None, overlap: str | None, layers: int,
     resamples: int, child_spread: float, seed: int, style: str, out: Path | None, plots: Path | None,
 ) -> None:  # fmt: skip
@@ -113,16 +120,19 @@ def simulate_command(
     if "decode" in phases:
         wanted = numbers(decode_batch, "--decode-batch") or [system.serving.decode_batch_per_gpu]
         runs += [("decode", tokens) for tokens in wanted]
-    arms = [default_arm(algorithm) for algorithm in dict.fromkeys(algorithms)]
+    wanted_algorithms = list(dict.fromkeys(algorithms))
     results: list[PhaseResult] = []
-    total = len(systems) * len(runs) * len(arms) * (resamples + 1)
+    total = len(systems) * len(runs) * len(wanted_algorithms) * (resamples + 1)
     with tqdm(total=total, desc="simulating", unit="batch", leave=False, disable=None) as bar:
         source = RoutingSource(
             recording, test, system.model, sampled_layers(system, layers), seed=seed, child_spread=child_spread
         )
         for each in systems:
             bar.set_postfix_str(f"EP{each.cluster.gpus}")
-            results += simulate(each, source, runs, arms, resamples=resamples, progress=bar.update)
+            results += simulate(
+                each, source, runs, wanted_algorithms, resamples=resamples, rule=rule, effort=effort,
+                progress=bar.update,
+            )  # fmt: skip
     head = report.header(system, source.label, command_line())
     prompt = system.serving.prompt_tokens
     full = json.dumps(report.to_json(head, results, prompt), indent=1)

@@ -38,7 +38,8 @@ OVERLAP_POWER = 4.0
 class PhaseConstants:
     """Constants of one phase in one mode. Rates in GB/s for each GPU at the calibration's nominal links; 0: unused.
 
-    ``local_share``: what a copy that stays on its GPU costs, relative to one that travels.
+    ``local_share``: what a copy that stays on its GPU costs, relative to one that travels. ``engine_us``: what an
+    engine pays beside the kernel: normal mode's layout kernel and its wait for the received counts on the CPU.
     """
 
     base_us: float
@@ -48,6 +49,7 @@ class PhaseConstants:
     per_peer_us: float = 0.0
     source_gb_per_s: float = 0.0
     local_share: float = 1.0
+    engine_us: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.simulate.calibration import LinkBytes
 from sglang_eplb_affinity.simulate.published import Point
@@ -25,6 +27,13 @@ def load_measured(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("sections"), dict):
         raise InputError(f"{path}: not a result of `python -m bench.deepep` (it has no sections)")
     return data
+
+
+def engine_us(data: dict[str, Any]) -> float:
+    """Median of what normal mode's dispatch costs an engine beyond its kernel (layout, wait on the CPU)."""
+    rows = [row for row in data["sections"].get("normal", {}).get("rows", []) if "error" not in row]
+    extra = [row["full_dispatch_us"]["median"] - row["dispatch_us"]["median"] for row in rows]
+    return max(0.0, float(np.median(extra))) if extra else 0.0
 
 
 def measured_points(data: dict[str, Any], calibration: str, local_share: dict[str, float]) -> Iterator[Point]:

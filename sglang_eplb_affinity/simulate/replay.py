@@ -21,9 +21,9 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.routing import RoutingWindow
-from sglang_eplb_affinity.simulate.scenario import Arm, default_arm, make_map, run_batch
+from sglang_eplb_affinity.simulate.scenario import Algorithm, Arm, default_arm, make_map, run_batch
 from sglang_eplb_affinity.simulate.source import RoutingSource
-from sglang_eplb_affinity.simulate.system import System
+from sglang_eplb_affinity.simulate.system import DeepEPMode, System
 from sglang_eplb_affinity.simulate.timing import TimeModel
 
 PolicyName = Literal["none", "vanilla", "affinity", "affinity-async"]
@@ -41,9 +41,9 @@ class Policy:
     max_moves: int = 2
     min_gain: float = 0.01
 
-    @property
-    def arm(self) -> Arm:
-        return default_arm({"none": "none", "vanilla": "eplb"}.get(self.name, "affinity"))  # type: ignore[arg-type]
+    def arm(self, mode: DeepEPMode) -> Arm:
+        algorithms: dict[PolicyName, Algorithm] = {"none": "none", "vanilla": "eplb"}
+        return default_arm(algorithms.get(self.name, "affinity"), mode)
 
     @property
     def stops_serving(self) -> bool:
@@ -149,7 +149,7 @@ class Day:
                 self.tokens_per_gpu, self.system.cluster.gpus, self.prefill, window, self.rows(window, plan=False)
             )
             if before is None:
-                start = make_map(default_arm("none"), self.window_statistics(0), self.system, self.mode)
+                start = make_map(default_arm("none", self.mode), self.window_statistics(0), self.system, self.mode)
                 maps = [start] * len(policies)
             plans: dict[tuple[str, bytes], tuple[ExpertMap, float]] = {}
             for number, policy in enumerate(policies):
@@ -170,10 +170,10 @@ class Day:
     def _replan(self, policy: Policy, window: RoutingWindow, current: ExpertMap) -> tuple[ExpertMap, float]:
         """(new map, seconds that planning took for the simulated layers)."""
         if policy.name == "vanilla":
-            return make_map(policy.arm, window, self.system, self.mode), 0.0
+            return make_map(policy.arm(self.mode), window, self.system, self.mode), 0.0
         capped = policy.name == "affinity-async"
         config = PlannerConfig(
-            objective=self.mode, dispatch=policy.arm.rule, max_moves=policy.max_moves if capped else None
+            objective=self.mode, dispatch=policy.arm(self.mode).rule, max_moves=policy.max_moves if capped else None
         )
         planned = plan(window, self.system.topology, self.system.num_slots, config, current)
         report = planned.report
@@ -193,7 +193,15 @@ class Day:
         used = current if rebalance is None else rebalance[0]
         tokens, source, scale = batch
         times, figures = run_batch(
-            tokens, source, scale, used, policy.arm.rule, self.model, self.mode, self.prefill, self.tokens_per_gpu
+            tokens,
+            source,
+            scale,
+            used,
+            policy.arm(self.mode).rule,
+            self.model,
+            self.mode,
+            self.prefill,
+            self.tokens_per_gpu,
         )
         moved, busiest = (0, 0) if rebalance is None else moves(current, used, self.system.topology.num_gpus)
         share = self.system.model.moe_layers / current.num_layers

@@ -14,6 +14,7 @@ from sglang_eplb_affinity.dispatch import DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
+from sglang_eplb_affinity.planner.config import Effort
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System
@@ -30,14 +31,21 @@ LOWER, UPPER = 5, 95
 
 @dataclass(frozen=True)
 class Arm:
-    """An algorithm with the rule by which the server picks replicas: SGLang's ``static``, ours ``cover``."""
+    """An algorithm with the rule by which the server picks replicas."""
 
     algorithm: Algorithm
     rule: DispatchRule
+    effort: Effort = "fast"
 
 
-def default_arm(algorithm: Algorithm) -> Arm:
-    return Arm(algorithm, "cover" if algorithm == "affinity" else "static")
+def default_arm(algorithm: Algorithm, mode: DeepEPMode, rule: DispatchRule | None = None) -> Arm:
+    """SGLang's ``static`` for all but affinity in normal mode: ``cover`` joins copies, which low latency cannot use.
+
+    ``rule`` replaces affinity's own.
+    """
+    if algorithm != "affinity":
+        return Arm(algorithm, "static")
+    return Arm(algorithm, rule or ("cover" if mode == "normal" else "static"))
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class PhaseResult:
     tokens_per_gpu: int
     algorithm: Algorithm
     redundant: int
+    dispatch_rule: DispatchRule
     dispatch_us: Interval
     experts_us: Interval
     combine_us: Interval
@@ -95,7 +104,7 @@ def make_map(
         by_node = model.expert_groups > 1 and model.expert_groups % topology.num_nodes == 0
         groups = model.expert_groups if by_node else None
         return eplb_placement(window.counts, topology, slots, hierarchical=by_node, num_groups=groups)
-    config = PlannerConfig(objective=mode, dispatch=arm.rule, max_moves=max_moves, seed=seed)
+    config = PlannerConfig(objective=mode, dispatch=arm.rule, effort=arm.effort, max_moves=max_moves, seed=seed)
     return plan(window, topology, slots, config, current).expert_map
 
 
@@ -113,12 +122,14 @@ def run_batch(
 
 
 def simulate(
-    system: System, source: RoutingSource, phases: Sequence[tuple[Phase, int]], arms: Sequence[Arm], *,
-    resamples: int = 8, progress: Callable[[int], object] | None = None,
+    system: System, source: RoutingSource, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], *,
+    resamples: int = 8, rule: DispatchRule | None = None, effort: Effort = "fast",
+    progress: Callable[[int], object] | None = None,
 ) -> list[PhaseResult]:  # fmt: skip
-    """All arms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
+    """All algorithms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
 
-    ``progress`` is called with 1 after each map and each batch: ``len(phases) * len(arms) * (resamples + 1)`` times.
+    ``rule`` and ``effort`` are affinity's. ``progress`` is called with 1 after each map and each batch:
+    ``len(phases) * len(algorithms) * (resamples + 1)`` times.
     """
     if resamples < 2:
         raise InputError(f"--resamples {resamples}: must be at least 2")
@@ -128,6 +139,7 @@ def simulate(
     results = []
     for phase, tokens_per_gpu in phases:
         mode = system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
+        arms = [dataclasses.replace(default_arm(name, mode, rule), effort=effort) for name in algorithms]
         collected: dict[Arm, list[tuple[list[LayerTime], np.ndarray, float]]] = {arm: [] for arm in arms}
         for arm in arms:
             if (arm, mode) not in maps:
@@ -174,7 +186,7 @@ def _result(
     every = [layer for times, _, _ in samples for layer in times]
     steps = tuple(step for _, _, step in samples)
     return PhaseResult(
-        system.cluster.gpus, phase, mode, tokens_per_gpu, arm.algorithm, system.serving.redundant_experts,
+        system.cluster.gpus, phase, mode, tokens_per_gpu, arm.algorithm, system.serving.redundant_experts, arm.rule,
         stage("dispatch_us"), stage("experts_us"), stage("combine_us"), stage("rest_us"), Interval.of(steps), steps,
         tuple((float(row[0]), float(row[1]), float(row[2])) for row in layers),
         float(figures[0]), float(figures[1]), float(figures[2]),

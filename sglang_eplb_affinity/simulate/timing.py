@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.simulate.calibration import Calibration, link_bytes, load_calibration, phase_time
+from sglang_eplb_affinity.simulate.calibration import Calibration, PhaseTime, link_bytes, load_calibration, phase_time
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System
 from sglang_eplb_affinity.simulate.traffic import BatchTraffic
 
@@ -68,7 +68,8 @@ class TimeModel:
         for phase, size in (("dispatch", model.dispatch_bytes), ("combine", model.combine_bytes)):
             constants = self.calibration.phases[f"{mode}.{phase}"]
             load = link_bytes(counters, mode, phase, size, tokens, peers, constants.local_share)
-            times.append(phase_time(constants, load, self._nvlink_scale, self._rdma_scale))
+            time = phase_time(constants, load, self._nvlink_scale, self._rdma_scale)
+            times.append(PhaseTime(time.us + constants.engine_us, time.slowest_link))
         experts_us, gpu = self.experts(traffic.slot_load * scale)
         return LayerTime(
             times[0].us, experts_us, times[1].us, self.rest_us(tokens, prefill),

@@ -1,0 +1,120 @@
+"""``recommend``: what to enable on this cluster for this traffic, or why not to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.simulate import report
+from sglang_eplb_affinity.simulate.day_report import interval_text
+from sglang_eplb_affinity.simulate.recommend import (
+    DAY_WINDOWS,
+    Recommendation,
+    candidate_runs,
+    decide,
+    evaluate_candidates,
+    interval_passes,
+    recommend_interval,
+)
+from sglang_eplb_affinity.simulate.replay import DayResult
+from sglang_eplb_affinity.simulate.scenario import PHASES, Interval, Phase
+from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
+from sglang_eplb_affinity.simulate.system import System, preset_names
+
+
+@click.command("recommend")
+@click.option("--trace", type=FILE, help="Recorded routing (.npz).")
+@click.option("--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump with token sets (.pt).")
+@click.option("--test-trace", type=FILE, help="Routing to judge on.  [default: held-out sequences of --trace]")
+@click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
+@click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
+@click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
+@click.option("--min-gain", default=1.0, show_default=True, help="Least sure gain in % that is worth a switch.")
+@click.option("--layers", default=4, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")
+@click.option("--resamples", default=5, show_default=True, help="Batches drawn anew for the intervals.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=FILE, help="Write the recommendation as JSON.")
+def recommend_command(
+    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, topology: str, gpus: int | None,
+    phases: tuple[Phase, ...], min_gain: float, layers: int, resamples: int, seed: int, out: Path | None,
+) -> None:  # fmt: skip
+    """Algorithm, redundant experts, DeepEP mode and interval for your traffic, with the predicted gain; or "leave it".
+
+    \b
+    Example:
+      python -m sglang_eplb_affinity recommend --trace recorded.npz --topology my_cluster.yaml
+    """
+    if min_gain < 0:
+        raise InputError(f"--min-gain {min_gain}: must be 0 or more")
+    system = configured(topology, None, None, None)
+    if gpus is not None:
+        system = system.resized(gpus)
+    if out is not None:
+        check_output(out)
+    test = None if test_trace is None else RoutingTrace.load(test_trace)
+    source = RoutingSource(load_recording(trace, dumps), test, system.model, sampled_layers(system, layers), seed=seed)
+    domains = source.trace.domain
+    drifts = domains is not None and len(np.unique(domains)) > 1
+    total = sum(candidate_runs(system, phase, resamples) + (DAY_WINDOWS if drifts else 0) for phase in phases)
+    answers: list[tuple[Recommendation, DayResult | None]] = []
+    with tqdm(total=total, desc="comparing", unit="run", leave=False, disable=None) as bar:
+        for phase in phases:
+            serving = system.serving
+            tokens = serving.prefill_tokens_per_gpu if phase == "prefill" else serving.decode_batch_per_gpu
+            answer = decide(phase, evaluate_candidates(system, source, phase, tokens, resamples, bar.update), min_gain)
+            day = None
+            if drifts and answer.enable:
+                day = recommend_interval(system, source, answer, tokens, bar.update)
+            answers.append((answer, day))
+    head = report.header(system, source.label, command_line())
+    if out is not None:
+        entries = [_entry(answer, day) for answer, day in answers]
+        write_atomically(out, (json.dumps({**head, "recommendations": entries}, indent=1) + "\n").encode())
+    click.echo(f"SIMULATED. {system.name}, {system.cluster.gpus} GPUs. Routing: {source.label}.")
+    for answer, day in answers:
+        click.echo(_text(system, answer, day, drifts))
+
+
+def _entry(answer: Recommendation, day: DayResult | None) -> dict[str, Any]:
+    entry = answer.to_json()
+    entry["rebalance"] = None if day is None else {"every": interval_text(day), "passes": interval_passes(day)}
+    return entry
+
+
+def _text(system: System, answer: Recommendation, day: DayResult | None, drifts: bool) -> str:
+    chosen = answer.chosen.result
+    lines = [f"\n{answer.phase}:"]
+    if answer.enable:
+        memory = chosen.redundant / system.cluster.gpus * system.model.expert_bytes * system.model.moe_layers / 1e9
+        lines.append(
+            f"  use {chosen.algorithm} with {chosen.redundant} redundant experts ({memory:.1f} GB on each GPU), "
+            f"dispatch rule {chosen.dispatch_rule}, DeepEP {chosen.mode}"
+        )
+        lines.append(f"  predicted gain over no EPLB: {_gain(answer.over_none)}")
+        if answer.over_eplb is not None:
+            lines.append(f"  predicted gain over EPLB: {_gain(answer.over_eplb)}")
+        if day is not None:
+            passes = interval_passes(day)
+            flag = f" (--eplb-rebalance-num-iterations {passes})" if passes else ""
+            lines.append(
+                f"  rebalance {'every ' if passes else ''}{interval_text(day)}{flag}, for domains that drift over a day"
+            )
+        elif not drifts:
+            lines.append("  interval: the recording has fewer than two domains; record over a day to choose it")
+    else:
+        lines.append(f"  do not enable it; DeepEP {chosen.mode}")
+    return "\n".join([*lines, *(f"  - {reason}" for reason in answer.reasons)])
+
+
+def _gain(interval: Interval) -> str:
+    return f"{interval.value:+.1f} % [{interval.lower:+.1f}, {interval.upper:+.1f}]"

@@ -1,0 +1,208 @@
+"""From a recording and a topology to a setting with its predicted gain, or to "do not enable it, here is why".
+
+Every candidate (algorithm x redundant experts x DeepEP mode) runs on the same held-out batches. A candidate is
+recommended over a simpler one only if even the pessimistic end of its gain exceeds ``min_gain_pct``. That end joins the
+resampling interval with the calibration's error: dispatch and combine times scaled by 0.85 and by 1.15.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_eplb_affinity.simulate.replay import HOURS, Day, DayResult, Policy, PolicyName, best_interval
+from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval, Phase, PhaseResult, simulate
+from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.system import DeepEPMode, System, divisible_redundancy
+
+CALIBRATION_ERROR = 0.15
+# Decode in DeepEP's normal mode cannot be captured in a CUDA graph (SGLang 0.5.17): kernel launches of one layer.
+EAGER_US_PER_LAYER = 150.0
+DAY_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting and its prediction."""
+
+    result: PhaseResult
+    layers: int
+    eager_ms: float
+
+    @property
+    def name(self) -> str:
+        r = self.result
+        return f"{r.algorithm}, {r.redundant} redundant, {r.mode}, {r.dispatch_rule} dispatch"
+
+    def step_ms(self, communication: float = 1.0) -> np.ndarray:
+        """float64 [batches], with dispatch and combine times scaled by ``communication``."""
+        extra = (communication - 1) * self.layers * (self.result.dispatch_us.value + self.result.combine_us.value) / 1e3
+        return np.array(self.result.step_ms_samples) + extra + self.eager_ms
+
+
+def gain(candidate: Candidate, baseline: Candidate) -> Interval:
+    """Shorter step in %, with resampling and calibration error in the interval."""
+    samples = []
+    for factor in (1 - CALIBRATION_ERROR, 1.0, 1 + CALIBRATION_ERROR):
+        samples.append(100 * (1 - candidate.step_ms(factor) / baseline.step_ms(factor)))
+    middle = Interval.of(samples[1])
+    return Interval(
+        middle.value,
+        min(float(np.percentile(part, 5)) for part in samples),
+        max(float(np.percentile(part, 95)) for part in samples),
+    )
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The choice for one phase. ``enable`` is False where nothing beats running without EPLB by enough."""
+
+    phase: Phase
+    enable: bool
+    chosen: Candidate
+    over_none: Interval
+    over_eplb: Interval | None
+    reasons: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "phase": self.phase,
+            "enable": self.enable,
+            "algorithm": self.chosen.result.algorithm,
+            "redundant_experts": self.chosen.result.redundant,
+            "deepep_mode": self.chosen.result.mode,
+            "dispatch_rule": self.chosen.result.dispatch_rule,
+            "step_ms": float(self.chosen.step_ms().mean()),
+            "gain_pct_over_none": dataclasses.asdict(self.over_none),
+            "gain_pct_over_best_eplb": None if self.over_eplb is None else dataclasses.asdict(self.over_eplb),
+            "reasons": list(self.reasons),
+            "candidates": [
+                {"name": c.name, "step_ms": float(c.step_ms().mean()), "load": c.result.load_max_over_mean}
+                for c in self.candidates
+            ],
+        }
+
+
+def redundancy_choices(system: System) -> list[int]:
+    """The fewest redundant experts that divide, and the topology's own number."""
+    experts, gpus = system.model.experts, system.cluster.gpus
+    wanted = divisible_redundancy(experts, gpus, system.serving.redundant_experts)
+    return sorted({divisible_redundancy(experts, gpus, 0), wanted})
+
+
+def evaluate_candidates(
+    system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """Every candidate of one phase: for decode in both DeepEP modes."""
+    modes: tuple[DeepEPMode, ...] = ("normal",) if phase == "prefill" else ("low_latency", "normal")
+    out = []
+    for redundant in redundancy_choices(system):
+        for mode in modes:
+            field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
+            serving = dataclasses.replace(system.serving, redundant_experts=redundant, **{field: mode})  # type: ignore[arg-type]
+            sized = dataclasses.replace(system, serving=serving)
+            eager = phase == "decode" and mode == "normal"
+            eager_ms = system.model.layers * EAGER_US_PER_LAYER / 1e3 if eager else 0.0
+            found = simulate(sized, source, [(phase, tokens)], ALGORITHMS, resamples=resamples, progress=progress)
+            out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
+    return out
+
+
+def candidate_runs(system: System, phase: Phase, resamples: int) -> int:
+    """How often ``evaluate_candidates`` reports progress."""
+    modes = 1 if phase == "prefill" else 2
+    return len(redundancy_choices(system)) * modes * len(ALGORITHMS) * (resamples + 1)
+
+
+def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:
+    """The simplest candidate that no other beats by ``min_gain_pct`` for sure."""
+
+    def best(algorithm: str) -> Candidate:
+        return min((c for c in candidates if c.result.algorithm == algorithm), key=lambda c: float(c.step_ms().mean()))
+
+    none, eplb, affinity = best("none"), best("eplb"), best("affinity")
+    eplb_gain, affinity_gain = gain(eplb, none), gain(affinity, eplb)
+    over_none = gain(affinity, none)
+    reasons = [_where_time_goes(eplb)]
+    if affinity_gain.lower >= min_gain_pct and over_none.lower >= min_gain_pct:
+        reasons.append(_why_affinity(affinity, eplb))
+        return Recommendation(phase, True, affinity, over_none, affinity_gain, tuple(reasons), tuple(candidates))
+    reasons.append(
+        f"affinity against EPLB: {_text(affinity_gain)}; not surely {min_gain_pct:g} % or more"
+        + (", " + _why_not(affinity, eplb) if affinity_gain.value < min_gain_pct else "")
+    )
+    if eplb_gain.lower >= min_gain_pct:
+        return Recommendation(phase, True, eplb, eplb_gain, None, tuple(reasons), tuple(candidates))
+    reasons.append(f"EPLB against no EPLB: {_text(eplb_gain)}; not surely {min_gain_pct:g} % or more")
+    if none.result.load_max_over_mean < 1.15:
+        reasons.append(f"the load is even already: busiest GPU {none.result.load_max_over_mean:.2f} times the mean")
+    return Recommendation(phase, False, none, Interval(0.0, 0.0, 0.0), None, tuple(reasons), tuple(candidates))
+
+
+def _text(interval: Interval) -> str:
+    return f"{interval.value:+.1f} % [{interval.lower:+.1f}, {interval.upper:+.1f}]"
+
+
+def _where_time_goes(c: Candidate) -> str:
+    r = c.result
+    parts = {"dispatch": r.dispatch_us, "experts": r.experts_us, "combine": r.combine_us, "other": r.rest_us}
+    total = sum(part.value for part in parts.values())
+    shares = ", ".join(f"{name} {100 * part.value / total:.0f} %" for name, part in parts.items())
+    return f"a layer under EPLB: {shares}"
+
+
+def _why_affinity(affinity: Candidate, eplb: Candidate) -> str:
+    a, e = affinity.result, eplb.result
+    return (
+        f"GPU fan-out {e.gpu_fanout:.2f} to {a.gpu_fanout:.2f}, node fan-out {e.node_fanout:.2f} to "
+        f"{a.node_fanout:.2f}, load {e.load_max_over_mean:.2f} to {a.load_max_over_mean:.2f}"
+    )
+
+
+def _why_not(affinity: Candidate, eplb: Candidate) -> str:
+    a, e = affinity.result, eplb.result
+    if a.mode == "low_latency":
+        return (
+            "since low latency sends one copy for each (token, expert): fan-out does not matter, only replicas on the "
+            f"token's own node would ({a.redundant} redundant experts here)"
+        )
+    if a.load_max_over_mean > e.load_max_over_mean + 0.03:
+        return (
+            f"since its load on tokens it was not planned on is {a.load_max_over_mean:.2f}, EPLB's "
+            f"{e.load_max_over_mean:.2f}"
+        )
+    communication = a.dispatch_us.value + a.combine_us.value
+    share = communication / (communication + a.experts_us.value + a.rest_us.value)
+    return (
+        f"since communication is {100 * share:.0f} % of a layer and GPU fan-out is {a.gpu_fanout:.2f} instead of "
+        f"{e.gpu_fanout:.2f}"
+    )
+
+
+def recommend_interval(
+    system: System, source: RoutingSource, recommendation: Recommendation, tokens: int,
+    progress: Callable[[int], object] | None = None,
+) -> DayResult:  # fmt: skip
+    """The best rebalance interval for the recommended algorithm on a day of drifting domains."""
+    name: PolicyName = "affinity-async" if recommendation.chosen.result.algorithm == "affinity" else "vanilla"
+    serving = dataclasses.replace(system.serving, redundant_experts=recommendation.chosen.result.redundant)
+    sized = dataclasses.replace(system, serving=serving)
+    day = Day(
+        sized, source, prefill=recommendation.phase == "prefill", windows=DAY_WINDOWS, tokens_per_gpu=min(tokens, 512)
+    )
+    results = day.run([Policy("none", 0), *(Policy(name, every) for every in (1, 2, 4, 8, -1))], progress)
+    return best_interval(results, name)
+
+
+def interval_passes(result: DayResult) -> int:
+    """Forward passes between two rebalances, for ``--eplb-rebalance-num-iterations``; 0: once."""
+    if result.policy.every < 1:
+        return 0
+    seconds = HOURS * 3600 / len(result.windows) * result.policy.every
+    return 100 * round(seconds / (result.mean("step_ms") / 1e3) / 100)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.simulate import calibrate
+from sglang_eplb_affinity.simulate.calibration import LinkBytes, PhaseConstants, load_calibration, phase_time
+from sglang_eplb_affinity.simulate.published import Point, published_points, random_tokens
+
+MEASURED = Path(__file__).parents[2] / "results" / "deepep" / "h200-x2.json"
+
+
+@pytest.fixture(scope="module")
+def published():
+    return calibrate.fit_all(None)[1]
+
+
+def test_published_points_that_were_not_fitted_are_within_15_percent(published):
+    checked = [row for row in published if not row.point.fit]
+    assert len(checked) >= 10
+    assert max(abs(row.error_pct) for row in checked) <= 15
+
+
+def test_every_published_table_has_fitted_and_checked_points():
+    points = list(published_points())
+    for key in {(p.calibration, p.key) for p in points}:
+        roles = {p.fit for p in points if (p.calibration, p.key) == key}
+        assert roles == {True, False}
+    assert all("github.com" in p.source for p in points)
+
+
+@pytest.mark.skipif(not MEASURED.is_file(), reason="no measurement of 2 GPUs in results/deepep")
+def test_measured_points_and_stored_constants():
+    fitted, rows = calibrate.fit_all(json.loads(MEASURED.read_text()))
+    assert calibrate.largest_error(rows) <= 15
+    stored = load_calibration("h800-cx7").phases["low_latency.dispatch"]
+    assert stored == fitted["h800-cx7"]["low_latency.dispatch"]
+    stored = load_calibration("h200-cx7").phases["normal.combine"]
+    fresh = fitted["h200-x2"]["normal.combine"]
+    assert (stored.base_us, stored.nvlink_gb_per_s, stored.local_share) == (
+        fresh.base_us, fresh.nvlink_gb_per_s, fresh.local_share,
+    )  # fmt: skip
+
+
+def test_fit_recovers_known_constants():
+    true = PhaseConstants(40.0, 300.0, source_gb_per_s=500.0)
+    points = []
+    for tokens in (64, 512, 4096):
+        for copies in (0.5, 1.0, 2.0):
+            load = LinkBytes(tokens * copies * 8192, 0.0, tokens * 8192, 1)
+            points.append(Point("x", "normal.dispatch", "", phase_time(true, load).us, load, True, ""))
+    found = calibrate.fit_phase(points, ("base_us", "nvlink_gb_per_s", "source_gb_per_s"))
+    assert found.base_us == pytest.approx(40, rel=0.01)
+    assert found.nvlink_gb_per_s == pytest.approx(300, rel=0.01)
+    assert found.source_gb_per_s == pytest.approx(500, rel=0.01)
+
+
+def test_time_grows_with_bytes_and_names_the_slowest_link():
+    constants = PhaseConstants(20.0, 150.0, 45.0)
+    small = phase_time(constants, LinkBytes(1e4, 1e3, 0, 7, 1, "into", 2, "out of"))
+    nvlink = phase_time(constants, LinkBytes(1e8, 1e6, 0, 7, 1, "into", 2, "out of"))
+    rdma = phase_time(constants, LinkBytes(1e8, 1e8, 0, 7, 1, "into", 2, "out of"))
+    assert small.us < nvlink.us < rdma.us
+    assert small.slowest_link == "latency"
+    assert nvlink.slowest_link == "NVLink into GPU 1"
+    assert rdma.slowest_link == "RDMA out of GPU 2"
+    faster = phase_time(constants, LinkBytes(1e8, 1e8, 0, 7, 1, "into", 2, "out of"), 1.0, 2.0)
+    assert faster.us < rdma.us
+
+
+def test_rdma_without_bandwidth_is_refused():
+    with pytest.raises(InputError, match="rdma_gb_per_s"):
+        phase_time(PhaseConstants(20.0, 150.0, 45.0), LinkBytes(1e6, 1e6, 0, 7), 1.0, 0.0)
+
+
+def test_random_tokens_respect_limited_nodes():
+    tokens, source = random_tokens(64, 64, 8, 64, 8, 4)
+    nodes = tokens // 8
+    assert max(len(set(row)) for row in nodes.tolist()) <= 4
+    assert all(len(set(row)) == 8 for row in tokens.tolist())
+    np.testing.assert_array_equal(np.bincount(source), np.full(64, 64))
+
+
+def test_command_refuses_a_file_that_is_no_measurement(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[]")
+    result = CliRunner().invoke(calibrate.main, ["--measured", str(path)])
+    assert result.exit_code == 2
+    assert str(path) in result.output and result.output.count("\n") == 1
+
+
+def test_constants_are_plain_numbers():
+    for name in ("h800-cx7", "h200-cx7", "gb200-nvl72"):
+        for constants in load_calibration(name).phases.values():
+            assert all(value >= 0 for value in dataclasses.astuple(constants))

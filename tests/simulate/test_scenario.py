@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain
+from sglang_eplb_affinity.simulate.replay import Day, Policy, domain_mix, moves, standard_policies
+from sglang_eplb_affinity.simulate.scenario import (
+    ALGORITHMS,
+    Interval,
+    baseline_of,
+    default_arm,
+    gain_pct,
+    make_map,
+    simulate,
+    with_overlap,
+)
+from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.system import load_system
+
+
+@pytest.fixture
+def system(system_file):
+    return load_system(str(system_file))
+
+
+@pytest.fixture
+def source(trace, system):
+    return RoutingSource(trace, None, system.model, np.arange(3))
+
+
+@pytest.fixture
+def results(system, source):
+    return simulate(system, source, [("prefill", 512), ("decode", 64)], ALGORITHMS, resamples=3)
+
+
+def test_every_arm_and_phase_is_reported_and_adds_up(system, results):
+    assert len(results) == 6
+    for r in results:
+        layer_us = r.dispatch_us.value + r.experts_us.value + r.combine_us.value + r.rest_us.value
+        assert r.step_ms.value == pytest.approx(system.model.moe_layers * layer_us / 1e3)
+        assert r.step_ms.lower <= r.step_ms.value <= r.step_ms.upper
+        assert r.tokens_per_second_per_gpu == pytest.approx(r.tokens_per_gpu / r.step_ms.value * 1e3)
+        assert set(r.slowest) == {"dispatch", "experts", "combine"}
+
+
+def test_affinity_cuts_fanout_and_prefill_time_where_tokens_have_affinity(results):
+    eplb, affinity = (r for r in results if r.phase == "prefill" and r.algorithm != "none")
+    assert affinity.gpu_fanout < 0.95 * eplb.gpu_fanout
+    assert affinity.dispatch_us.value < eplb.dispatch_us.value
+    assert gain_pct(affinity, eplb).value > 0
+    assert baseline_of(results, affinity, "eplb") is eplb
+
+
+def test_same_input_gives_same_output(system, source, results):
+    again = simulate(system, source, [("prefill", 512), ("decode", 64)], ALGORITHMS, resamples=3)
+    assert [r.step_ms for r in again] == [r.step_ms for r in results]
+
+
+def test_two_batch_overlap_is_never_better_than_hiding_everything(system, source):
+    hidden = simulate(with_overlap(system, "two_batch"), source, [("prefill", 512)], ["eplb"], resamples=2)[0]
+    plain = simulate(system, source, [("prefill", 512)], ["eplb"], resamples=2)[0]
+    busiest = max(plain.experts_us.value + plain.rest_us.value, plain.dispatch_us.value + plain.combine_us.value)
+    assert busiest * system.model.moe_layers / 1e3 * 0.99 <= hidden.step_ms.value <= plain.step_ms.value * 1.3
+
+
+def test_one_batch_is_no_interval(system, source):
+    with pytest.raises(InputError, match="--resamples 1"):
+        simulate(system, source, [("decode", 8)], ["eplb"], resamples=1)
+
+
+def random_trace(experts: int = 16) -> RoutingTrace:
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((4096, 3, experts)), axis=2)[:, :, :4].astype(np.int16)
+    return RoutingTrace(ids, experts, (np.arange(4096) // 64).astype(np.int32), source="random.npz")
+
+
+def test_recommend_leaves_it_where_nothing_can_be_gained(system):
+    source = RoutingSource(random_trace(), None, system.model, np.arange(3))
+    for phase, tokens in (("prefill", 512), ("decode", 64)):
+        answer = decide(phase, evaluate_candidates(system, source, phase, tokens, 3), 1.0)
+        assert not answer.enable
+        assert answer.chosen.result.algorithm == "none"
+        assert any("even already" in reason for reason in answer.reasons)
+
+
+def test_recommend_enables_what_gains(system, source):
+    answer = decide("prefill", evaluate_candidates(system, source, "prefill", 512, 3), 1.0)
+    assert answer.enable
+    assert answer.over_none.lower >= 1.0
+    assert answer.to_json()["algorithm"] in ("eplb", "affinity")
+
+
+def test_gain_interval_includes_the_calibration_error(results):
+    eplb, affinity = (r for r in results if r.phase == "prefill" and r.algorithm != "none")
+    a, e = Candidate(affinity, 3, 0.0), Candidate(eplb, 3, 0.0)
+    wide, narrow = gain(a, e), gain_pct(affinity, eplb)
+    assert wide.lower <= narrow.lower and wide.upper >= narrow.upper
+    assert gain(e, e) == Interval(0.0, 0.0, 0.0)
+
+
+def test_policy_is_due_on_its_windows():
+    assert [w for w in range(8) if Policy("vanilla", 3).due(w)] == [3, 6]
+    assert [w for w in range(8) if Policy("vanilla", -1).due(w)] == [1]
+    assert not any(Policy("none", 0).due(w) for w in range(8))
+
+
+def test_domains_take_turns():
+    mixes = np.array([domain_mix(hour, 3) for hour in range(24)])
+    np.testing.assert_allclose(mixes.sum(1), 1.0)
+    assert len(set(mixes.argmax(1).tolist())) == 3
+
+
+def test_day_moves_nothing_without_eplb_and_keeps_the_move_cap(system, source):
+    day = Day(system, source, windows=6, tokens_per_gpu=128, plan_tokens=1024)
+    results = {r.policy.name: r for r in day.run(standard_policies([1], 1, 0.0))}
+    assert results["none"].total("moved_experts") == 0 and results["none"].total("stall_s") == 0
+    for name in ("vanilla", "affinity"):
+        assert results[name].total("moved_experts") > 0 and results[name].total("stall_s") > 0
+    capped = results["affinity-async"]
+    assert capped.total("stall_s") == 0
+    # One expert for each GPU and layer and round at most.
+    assert max(w.moved_experts for w in capped.windows) <= 8 * 3
+    assert results["vanilla"].mean("balancedness") > results["none"].mean("balancedness")
+
+
+def test_day_needs_domains(system, trace):
+    plain = dataclasses.replace(trace, domain=None)
+    with pytest.raises(InputError, match="domain"):
+        Day(system, RoutingSource(plain, None, system.model, np.arange(3)))
+
+
+def test_moves_counts_new_experts_by_gpu(system, source):
+    window = source.plan_window()
+    a = make_map(default_arm("none", "normal"), window, system, "normal")
+    b = make_map(default_arm("eplb", "normal"), window, system, "normal")
+    total, busiest = moves(a, b, 8)
+    assert 0 < busiest <= total
+    assert moves(a, a, 8) == (0, 0)
