@@ -145,6 +145,16 @@ def _draw(labels, weights, cumulative, k, num_groups, groups_per_token, seed, ou
             score[top] = -1e301
 
 
+def draw_like(fitted: LayerGroups, rows: np.ndarray, top_k: int, seed: int) -> np.ndarray:
+    """int16 [rows, k]: new tokens of the recorded model's own size for one layer."""
+    out = np.empty((len(rows), top_k), np.int16)
+    _draw(
+        fitted.labels[rows].astype(np.int64), fitted.weights, np.cumsum(fitted.weights, axis=1), top_k, 1, 1, seed + 1,
+        out,
+    )  # fmt: skip
+    return out
+
+
 class RoutingModel:
     """Draws top-k sets of ``model`` for recorded tokens. ``layers`` are indices of the model's MoE layers."""
 

@@ -51,7 +51,7 @@ class RoutingSource:
         child_spread: float = CHILD_SPREAD,
     ) -> None:  # fmt: skip
         if test is None:
-            trace, in_plan = plan, _halves(plan)
+            trace, in_plan = plan, split_rows(plan)
         else:
             if test.topk_ids.shape[1:] != plan.topk_ids.shape[1:] or test.num_experts != plan.num_experts:
                 raise InputError(
@@ -115,7 +115,8 @@ class RoutingSource:
         return self.tokens(picked, 17 + seed), source, tokens_per_gpu / drawn
 
 
-def _halves(trace: RoutingTrace) -> np.ndarray:
+def split_rows(trace: RoutingTrace) -> np.ndarray:
+    """bool [tokens]: the half to plan on, by sequence where there are sequences."""
     if trace.sequence is None or len(np.unique(trace.sequence)) < 4:
         return np.arange(trace.num_tokens) < trace.num_tokens // 2
     rank = np.unique(trace.sequence, return_inverse=True)[1]

@@ -1,0 +1,147 @@
+"""`python -m bench.capacity`: every simulated table of docs/capacity_planning.md, and its headline figures."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.engine import ROOT
+from bench.environment import now, provenance
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.simulate.calibrate import comparison_table, fit_all, largest_error
+from sglang_eplb_affinity.simulate.fidelity import fidelity, fidelity_table
+from sglang_eplb_affinity.simulate.measured import load_measured
+from sglang_eplb_affinity.topology import Topology
+
+PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
+MEASURED = "results/deepep/h200-x2.json"
+RUNS: tuple[tuple[str, str], ...] = (
+    ("deepseek-v3-h800", "8,16,32,64,144,320"),
+    ("deepseek-v3-h200", "32"),
+    ("deepseek-v3-gb200-nvl72", "36,72,144"),
+    ("qwen3-235b-h200", "8,16,32"),
+    ("gpt-oss-120b-h200", "8"),
+)
+DAYS: tuple[tuple[str, str], ...] = (("deepseek-v3-h800", "prefill"), ("deepseek-v3-h800", "decode"))
+ADVICE = ("deepseek-v3-h800", "qwen3-235b-h200", "gpt-oss-120b-h200")
+HEADLINES = {32: "simulate.deepseek_v3_ep32.tpot_gain_pct", 144: "simulate.deepseek_v3_ep144.tpot_gain_pct"}
+
+
+@click.group()
+def main() -> None:
+    """Simulated capacity tables."""
+
+
+@main.command("all")
+@click.option("--out", default="results/simulate", show_default=True, help="Folder for results.")
+def everything(out: str) -> None:
+    """All runs; some minutes on 2 cores."""
+    folder = ROOT / out
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    for preset, gpus in RUNS:
+        _cli("simulate", *_traces(), "--topology", preset, "--gpus", gpus, "--format", "markdown",
+             "--out", f"{out}/{preset}.json", into=folder / f"{preset}.md")  # fmt: skip
+    for preset, phase in DAYS:
+        _cli("replay", *_traces(), "--topology", preset, "--phase", phase, "--out", f"{out}/day-{preset}-{phase}.json",
+             "--plots", out, into=folder / f"day-{preset}-{phase}.md")  # fmt: skip
+        _thin_day(folder / f"day-{preset}-{phase}.json")
+    for preset in ADVICE:
+        _cli("recommend", *_traces(), "--topology", preset, into=folder / f"recommend-{preset}.txt")
+    started = time.monotonic()
+    _cli("simulate", *_traces(), "--topology", "deepseek-v3-h800", "--gpus", "320", into=None)
+    ep320 = time.monotonic() - started
+    rows = fit_all(load_measured(ROOT / MEASURED))[1]
+    write_atomically(folder / "calibration.md", (comparison_table(rows) + "\n").encode())
+    rows_of_trace = fidelity(_joined(), [Topology(8, 2), Topology(16, 4)])
+    write_atomically(folder / "fidelity.md", (fidelity_table(rows_of_trace) + "\n").encode())
+    entries = _entries(folder, ep320, largest_error(rows))
+    write_atomically(folder / "summary_entries.json", (json.dumps({"entries": entries}, indent=2) + "\n").encode())
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    click.echo(f"{time.monotonic() - began:.0f} s in all; peak memory of a run {peak:.2f} GiB; EP320 {ep320:.0f} s")
+
+
+@main.command("fidelity")
+@click.argument("traces", nargs=-1, required=True)
+def fidelity_command(traces: Sequence[str]) -> None:
+    """Compare recordings with what the routing model draws for them."""
+    for name in traces:
+        trace = RoutingTrace.load(name)
+        click.echo(f"{Path(name).name}: {trace.num_experts} experts, top-{trace.top_k}, {trace.num_tokens} tokens")
+        click.echo(fidelity_table(fidelity(trace, [Topology(8, 2), Topology(16, 4)])) + "\n")
+
+
+def _traces() -> list[str]:
+    return ["--trace", PLAN, "--test-trace", TEST]
+
+
+def _joined() -> RoutingTrace:
+    return RoutingTrace.load(ROOT / PLAN)
+
+
+def _cli(*arguments: str, into: Path | None) -> None:
+    """Run the command as a user would; its output goes to a file."""
+    command = [sys.executable, "-m", "sglang_eplb_affinity", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise InputError(f"{' '.join(arguments)}: exit code {done.returncode}")
+    if into is not None:
+        write_atomically(into, done.stdout)
+
+
+def _thin_day(path: Path) -> None:
+    """Drop the hourly series of all but the shortest and longest interval: the file is committed."""
+    data = json.loads(path.read_text())
+    shown = {day["policy"]["every"] for day in data["days"] if day["policy"]["every"] > 0}
+    for day in data["days"]:
+        if day["policy"]["every"] not in (0, min(shown), max(shown)):
+            del day["windows"]
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def _entries(folder: Path, ep320: float, error: float) -> list[dict[str, Any]]:
+    origin = provenance()
+    common = {
+        "versions": origin["versions"], "commit": origin["commit"], "date": now(),
+        "command": "python -m bench.capacity all",
+    }  # fmt: skip
+
+    def entry(
+        name: str, value: float, lower: float, upper: float, unit: str, kind: str, hardware: str
+    ) -> dict[str, Any]:
+        return {"name": name, "value": value, "lower": lower, "upper": upper, "unit": unit, "kind": kind,
+                "hardware": hardware, **common}  # fmt: skip
+
+    results = json.loads((folder / "deepseek-v3-h800.json").read_text())["results"]
+    found = [
+        entry("simulate.calibration_error_pct.max", error, error, error, "%", "simulated",
+              "time model against DeepEP's published tables (H800, GB200) and 2 x H200, points not fitted"),
+        entry("simulate.ep320.seconds", ep320, ep320, ep320, "s", "measured", origin["hardware"]),
+    ]  # fmt: skip
+    for gpus, name in HEADLINES.items():
+        gain = next(
+            r["gain_pct_over_eplb"] for r in results
+            if r["gpus"] == gpus and r["phase"] == "decode" and r["algorithm"] == "affinity"
+        )  # fmt: skip
+        hardware = f"simulated {gpus} x H800, routing fitted to the tiny MoE's recording"
+        found.append(entry(name, gain["value"], gain["lower"], gain["upper"], "%", "simulated", hardware))
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=False)
+    except (InputError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"error: {message}", err=True)
+        raise SystemExit(2) from None
