@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from bench.capacity.docs import fill
 from bench.engine import ROOT
 from bench.environment import now, provenance
 from sglang_eplb_affinity.errors import InputError
@@ -24,6 +25,7 @@ from sglang_eplb_affinity.simulate.measured import load_measured
 from sglang_eplb_affinity.topology import Topology
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
+PAGE = "docs/capacity_planning.md"
 MEASURED = "results/deepep/h200-x2.json"
 RUNS: tuple[tuple[str, str], ...] = (
     ("deepseek-v3-h800", "8,16,32,64,144,320"),
@@ -67,8 +69,16 @@ def everything(out: str) -> None:
     write_atomically(folder / "fidelity.md", (fidelity_table(rows_of_trace) + "\n").encode())
     entries = _entries(folder, ep320, largest_error(rows))
     write_atomically(folder / "summary_entries.json", (json.dumps({"entries": entries}, indent=2) + "\n").encode())
+    fill(ROOT / PAGE, folder)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     click.echo(f"{time.monotonic() - began:.0f} s in all; peak memory of a run {peak:.2f} GiB; EP320 {ep320:.0f} s")
+
+
+@main.command("docs")
+@click.option("--out", default="results/simulate", show_default=True, help="Folder with results.")
+def docs_command(out: str) -> None:
+    """Put the tables of the last run into docs/capacity_planning.md."""
+    fill(ROOT / PAGE, ROOT / out)
 
 
 @main.command("fidelity")

@@ -1,0 +1,58 @@
+"""Put the tables into docs/capacity_planning.md, between markers, so that the page always shows the last run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.files import write_atomically
+
+_MARKER = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_COLUMNS = (
+    "GPUs", "phase", "algorithm", "dispatch + experts + combine + rest, us", "slowest in dispatch", "step ms",
+    "tokens/s/GPU", "gain over EPLB", "GPU / node fan-out", "load",
+)  # fmt: skip
+
+
+def compact_table(data: dict[str, Any]) -> str:
+    """Markdown of one `simulate` result; intervals as [5 %, 95 %] of the resampled batches."""
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    for r in data["results"]:
+        stages = " + ".join(f"{r[f'{s}_us']['value']:.0f}" for s in ("dispatch", "experts", "combine", "rest"))
+        step, gain = r["step_ms"], r.get("gain_pct_over_eplb")
+        cells = (
+            str(r["gpus"]), f"{r['phase']}, {r['mode'].replace('_', ' ')}, {r['tokens_per_gpu']} tokens/GPU",
+            f"{r['algorithm']} +{r['redundant']}, {r['dispatch_rule']}", stages, r["slowest"]["dispatch"],
+            f"{step['value']:.1f} [{step['lower']:.1f}, {step['upper']:.1f}]", f"{r['tokens_per_second_per_gpu']:.0f}",
+            "" if gain is None else f"{gain['value']:+.1f} % [{gain['lower']:+.1f}, {gain['upper']:+.1f}]",
+            f"{r['gpu_fanout']:.2f} / {r['node_fanout']:.2f}", f"{r['load_max_over_mean']:.2f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_named(name: str, folder: Path) -> str:
+    """A result of ``folder`` as Markdown: NAME.json of `simulate`, else NAME.md or NAME.txt as it is."""
+    path = folder / f"{name}.json"
+    if path.is_file() and not name.startswith("day-"):
+        return compact_table(json.loads(path.read_text()))
+    for suffix in (".md", ".txt"):
+        path = folder / f"{name}{suffix}"
+        if path.is_file():
+            text = path.read_text().strip()
+            if suffix == ".txt":
+                return f"```\n{text}\n```"
+            return "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    raise InputError(f"docs: no result named {name!r} in {folder.name}; run `python -m bench.capacity all`")
+
+
+def fill(page: Path, folder: Path) -> None:
+    """Replace what is between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    text = page.read_text()
+    new = _MARKER.sub(
+        lambda found: f"{found.group(1)}{table_named(found.group('name'), folder)}\n{found.group(3)}", text
+    )
+    write_atomically(page, new.encode())
