@@ -36,6 +36,7 @@ RUNS: tuple[tuple[str, str], ...] = (
 )
 DAYS: tuple[tuple[str, str], ...] = (("deepseek-v3-h800", "prefill"), ("deepseek-v3-h800", "decode"))
 ADVICE = ("deepseek-v3-h800", "qwen3-235b-h200", "gpt-oss-120b-h200")
+PUBLISHED_THROUGHPUT = (("prefill", "32", 52_300), ("decode", "72", 22_300))
 HEADLINES = {32: "simulate.deepseek_v3_ep32.tpot_gain_pct", 144: "simulate.deepseek_v3_ep144.tpot_gain_pct"}
 
 
@@ -60,6 +61,7 @@ def everything(out: str) -> None:
         _thin_day(folder / f"day-{preset}-{phase}.json")
     for preset in ADVICE:
         _cli("recommend", *_traces(), "--topology", preset, into=folder / f"recommend-{preset}.txt")
+    write_atomically(folder / "end-to-end.md", _end_to_end(folder).encode())
     started = time.monotonic()
     _cli("simulate", *_traces(), "--topology", "deepseek-v3-h800", "--gpus", "320", into=None)
     ep320 = time.monotonic() - started
@@ -107,6 +109,25 @@ def _cli(*arguments: str, into: Path | None) -> None:
         raise InputError(f"{' '.join(arguments)}: exit code {done.returncode}")
     if into is not None:
         write_atomically(into, done.stdout)
+
+
+def _end_to_end(folder: Path) -> str:
+    """Tokens/s of a node of 8 GPUs against the published ones (see the page), without and with perfect overlap."""
+    lines = [
+        "| phase | published tokens/s a node | simulated without overlap | simulated with perfect two-batch overlap |",
+        "|---|---|---|---|",
+    ]
+    for phase, gpus, published in PUBLISHED_THROUGHPUT:
+        cells = []
+        for overlap in ("none", "two_batch"):
+            path = folder / f"end-to-end-{phase}-{overlap}.json"
+            _cli("simulate", *_traces(), "--topology", "deepseek-v3-h100", "--gpus", gpus, "--phase", phase,
+                 "--overlap", overlap, "--algorithm", "eplb", "--out", str(path), into=None)  # fmt: skip
+            rate = 8 * json.loads(path.read_text())["results"][0]["tokens_per_second_per_gpu"]
+            path.unlink()
+            cells.append(f"{rate:,.0f} ({100 * (rate / published - 1):+.0f} %)")
+        lines.append(f"| {phase}, EP{gpus} | {published:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _thin_day(path: Path) -> None:

@@ -27,9 +27,10 @@ from sglang_eplb_affinity.simulate.system import preset_names
 @click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
 @click.option("--redundant", type=int, help="Redundant experts.  [default: the topology's]")
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
-@click.option("--windows", default=48, show_default=True, help="Windows that the day is cut into.")
-@click.option("--every", default="1,2,4,8,16", show_default=True, help="Rebalance every so many windows; several.")
+@click.option("--windows", default=24, show_default=True, help="Windows that the day is cut into.")
+@click.option("--every", default="1,3,8", show_default=True, help="Rebalance every so many windows; several.")
 @click.option("--max-moves", default=2, show_default=True, help="Asynchronous: experts moved per GPU, layer and round.")
+@click.option("--rounds", default=4, show_default=True, help="Asynchronous: rounds of a rebalance.")
 @click.option("--min-gain", default=0.01, show_default=True, help="Asynchronous: least gain of a layer to act.")
 @click.option("--tokens-per-gpu", default=1024, show_default=True, help="Tokens of the simulated step on each GPU.")
 @click.option("--layers", default=3, show_default=True, help="MoE layers to simulate; 0: all.")
@@ -38,7 +39,7 @@ from sglang_eplb_affinity.simulate.system import preset_names
 @click.option("--plots", type=FILE, help="Folder for plots (PNG).")
 def replay_command(
     trace: Path, test_trace: Path | None, topology: str, gpus: int | None, redundant: int | None, phase: str,
-    windows: int, every: str, max_moves: int, min_gain: float, tokens_per_gpu: int, layers: int, seed: int,
+    windows: int, every: str, max_moves: int, rounds: int, min_gain: float, tokens_per_gpu: int, layers: int, seed: int,
     out: Path | None, plots: Path | None,
 ) -> None:  # fmt: skip
     """Serve a day whose domains drift by the hour, under four policies and several rebalance intervals.
@@ -54,9 +55,9 @@ def replay_command(
         check_output(out)
     if plots is not None and not plots.is_dir():
         raise InputError(f"--plots {plots}: no such folder")
-    if max_moves < 1 or min_gain < 0 or tokens_per_gpu < 1:
-        raise InputError("--max-moves and --tokens-per-gpu must be at least 1, --min-gain 0 or more")
-    policies = standard_policies([*numbers(every, "--every"), -1], max_moves, min_gain)
+    if max_moves < 1 or rounds < 1 or min_gain < 0 or tokens_per_gpu < 1:
+        raise InputError("--max-moves, --rounds and --tokens-per-gpu must be at least 1, --min-gain 0 or more")
+    policies = standard_policies([*numbers(every, "--every"), -1], max_moves, min_gain, rounds)
     test = None if test_trace is None else RoutingTrace.load(test_trace)
     source = RoutingSource(load_recording(trace, ()), test, system.model, sampled_layers(system, layers), seed=seed)
     day = Day(system, source, prefill=phase == "prefill", windows=windows, tokens_per_gpu=tokens_per_gpu)

@@ -3,8 +3,8 @@
 The share of each recorded domain rises and falls over the day, every domain with its own peak hour. The day is cut into
 windows. A rebalance plans on the window before (tokens of the plan half of the recording); the window itself is served
 with tokens of the test half. Two upstream-like policies stop serving while they plan and move weights; the asynchronous
-one does not stop, moves at most ``max_moves`` experts to each GPU and layer, and acts only if the plan promises
-``min_gain``.
+one does not stop: it goes in up to ``rounds`` rounds, each of which moves at most ``max_moves`` experts to each GPU and
+layer, and only where the plan promises ``min_gain``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Policy:
     name: PolicyName
     every: int
     max_moves: int = 2
+    rounds: int = 4
     min_gain: float = 0.01
 
     def arm(self, mode: DeepEPMode) -> Arm:
@@ -51,6 +52,19 @@ class Policy:
 
     def due(self, window: int) -> bool:
         return window > 0 and (window == 1 if self.every < 0 else self.every > 0 and window % self.every == 0)
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """A new map, the seconds of planning, and the experts that moved: in all, and to the GPU that got most.
+
+    For the simulated layers.
+    """
+
+    expert_map: ExpertMap
+    plan_seconds: float
+    moved: int
+    busiest: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ class Day:
             if before is None:
                 start = make_map(default_arm("none", self.mode), self.window_statistics(0), self.system, self.mode)
                 maps = [start] * len(policies)
-            plans: dict[tuple[str, bytes], tuple[ExpertMap, float]] = {}
+            plans: dict[tuple[str, bytes], Rebalance] = {}
             for number, policy in enumerate(policies):
                 rebalance = None
                 if before is not None and policy.due(window):
@@ -161,16 +175,28 @@ class Day:
                     rebalance = plans[key]
                 results[number].append(self._window(window, policy, batch, maps[number], rebalance))
                 if rebalance is not None:
-                    maps[number] = rebalance[0]
+                    maps[number] = rebalance.expert_map
             before = self.window_statistics(window)
             if progress is not None:
                 progress(1)
         return [DayResult(p, minutes, tuple(r)) for p, r in zip(policies, results, strict=True)]
 
-    def _replan(self, policy: Policy, window: RoutingWindow, current: ExpertMap) -> tuple[ExpertMap, float]:
-        """(new map, seconds that planning took for the simulated layers)."""
+    def _replan(self, policy: Policy, window: RoutingWindow, current: ExpertMap) -> Rebalance:
+        gpus = self.system.topology.num_gpus
         if policy.name == "vanilla":
-            return make_map(policy.arm(self.mode), window, self.system, self.mode), 0.0
+            new = make_map(policy.arm(self.mode), window, self.system, self.mode)
+            return Rebalance(new, 0.0, *moves(current, new, gpus))
+        moved, busiest, seconds, before = 0, 0, 0.0, current
+        for _ in range(policy.rounds if policy.name == "affinity-async" else 1):
+            new, took = self._plan_once(policy, window, before)
+            step, most = moves(before, new, gpus)
+            moved, busiest, seconds, before = moved + step, busiest + most, seconds + took, new
+            if not step:
+                break
+        return Rebalance(before, seconds, moved, busiest)
+
+    def _plan_once(self, policy: Policy, window: RoutingWindow, current: ExpertMap) -> tuple[ExpertMap, float]:
+        """(new map, seconds that planning took for the simulated layers)."""
         capped = policy.name == "affinity-async"
         config = PlannerConfig(
             objective=self.mode, dispatch=policy.arm(self.mode).rule, max_moves=policy.max_moves if capped else None
@@ -188,9 +214,9 @@ class Day:
 
     def _window(
         self, window: int, policy: Policy, batch: tuple[np.ndarray, np.ndarray, float], current: ExpertMap,
-        rebalance: tuple[ExpertMap, float] | None,
+        rebalance: Rebalance | None,
     ) -> WindowResult:  # fmt: skip
-        used = current if rebalance is None else rebalance[0]
+        used = current if rebalance is None else rebalance.expert_map
         tokens, source, scale = batch
         times, figures = run_batch(
             tokens,
@@ -203,14 +229,15 @@ class Day:
             self.prefill,
             self.tokens_per_gpu,
         )
-        moved, busiest = (0, 0) if rebalance is None else moves(current, used, self.system.topology.num_gpus)
+        moved = 0 if rebalance is None else rebalance.moved
         share = self.system.model.moe_layers / current.num_layers
         expert_bytes = self.system.model.expert_bytes
         stall = 0.0
         if rebalance is not None and policy.stops_serving:
             cluster = self.system.cluster
             link = cluster.nvlink_gb_per_s if self.system.topology.num_nodes == 1 else cluster.rdma_gb_per_s
-            stall = busiest * share * expert_bytes / (link * MOVE_SHARE * 1e9) + rebalance[1] * share
+            stall = rebalance.busiest * share * expert_bytes / (link * MOVE_SHARE * 1e9)
+            stall += rebalance.plan_seconds * share
         return WindowResult(
             HOURS * window / self.windows,
             self.model.step_ms(times, None, self.prefill, self.tokens_per_gpu),
@@ -228,10 +255,10 @@ def moves(old: ExpertMap, new: ExpertMap, gpus: int) -> tuple[int, int]:
     return int(by_gpu.sum()), int(by_gpu.max())
 
 
-def standard_policies(every: Sequence[int], max_moves: int, min_gain: float) -> list[Policy]:
+def standard_policies(every: Sequence[int], max_moves: int, min_gain: float, rounds: int = 4) -> list[Policy]:
     """No EPLB, and the three algorithms at each interval (in windows; -1: once)."""
     names: tuple[PolicyName, ...] = ("vanilla", "affinity", "affinity-async")
-    return [Policy("none", 0), *(Policy(name, n, max_moves, min_gain) for n in every for name in names)]
+    return [Policy("none", 0), *(Policy(name, n, max_moves, rounds, min_gain) for n in every for name in names)]
 
 
 def best_interval(results: Sequence[DayResult], name: PolicyName) -> DayResult:

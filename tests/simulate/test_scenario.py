@@ -117,7 +117,7 @@ def test_domains_take_turns():
 
 def test_day_moves_nothing_without_eplb_and_keeps_the_move_cap(system, source):
     day = Day(system, source, windows=6, tokens_per_gpu=128, plan_tokens=1024)
-    results = {r.policy.name: r for r in day.run(standard_policies([1], 1, 0.0))}
+    results = {r.policy.name: r for r in day.run(standard_policies([1], 1, 0.0, 1))}
     assert results["none"].total("moved_experts") == 0 and results["none"].total("stall_s") == 0
     for name in ("vanilla", "affinity"):
         assert results[name].total("moved_experts") > 0 and results[name].total("stall_s") > 0
