@@ -32,6 +32,7 @@ DEFINITIONS = {
     "load_max_over_mean": "token-expert assignments of the most loaded GPU over the mean GPU, averaged over layers",
 }
 METRICS = tuple(DEFINITIONS)
+NOT_KEPT = np.empty((0, 0), np.int16)
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ class Traffic:
 
 @kernel
 def measure_layer(  # type: ignore[no-untyped-def]
-    tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_nodes, rule, sums, load
+    tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_nodes, rule, sums, load, chosen
 ):
     """One layer of :func:`measure`; the same rules as dispatch.py.
 
     tokens int16 [T, k]; source int32 [T] or empty; table int32 [experts, max_replicas]; replicas int32 [experts];
-    rule 0 cover, 1 static, 2 dynamic. Adds to sums int64 [5] and load int64 [slots].
+    rule 0 cover, 1 static, 2 dynamic. Adds to sums int64 [5] and load int64 [slots]; writes chosen int16 [T, k], the
+    slot of each (token, expert), unless it is empty.
     """
     count, k = tokens.shape
     num_gpus = load.shape[0] // slots_per_gpu
@@ -68,6 +70,7 @@ def measure_layer(  # type: ignore[no-untyped-def]
     node_mark = np.full(num_nodes, -1, np.int64)
     candidates = np.empty(table.shape[1], np.int64)
     has_source = source.shape[0] > 0
+    keep = chosen.shape[0] > 0
     for t in range(count):
         if tokens[t, 0] < 0:
             continue
@@ -85,6 +88,8 @@ def measure_layer(  # type: ignore[no-untyped-def]
                     gpu = np.int64(table[e, 0]) // slots_per_gpu
                     node = gpu // gpus_per_node
                     load[table[e, 0]] += 1
+                    if keep:
+                        chosen[t, j] = table[e, 0]
                     if gpu_mark[gpu] != t:
                         gpu_mark[gpu] = t
                         fan += 1
@@ -139,6 +144,8 @@ def measure_layer(  # type: ignore[no-untyped-def]
             gpu = slot // slots_per_gpu
             node = gpu // gpus_per_node
             load[slot] += 1
+            if keep:
+                chosen[t, j] = slot
             if gpu_mark[gpu] != t:
                 gpu_mark[gpu] = t
                 fan += 1
@@ -189,6 +196,7 @@ def measure(
             np.ascontiguousarray(tokens[layer], dtype=np.int16), where, table[layer], replicas[layer], slots_per_gpu,
             topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums[layer],
             slot_load[layer],
+            NOT_KEPT,
         )  # fmt: skip
     used = np.maximum((tokens[:, :, 0] >= 0).sum(1), 1)
     means = sums / used[:, None]

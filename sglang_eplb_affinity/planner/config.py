@@ -20,9 +20,12 @@ class PlannerConfig:
     ``objective``: what dispatch pays for. ``normal`` (DeepEP normal mode, prefill): one copy per token and destination.
     ``low_latency`` (decode): one copy per token and expert. ``mixed`` weighs them by ``prefill_share``.
     ``max_load_increase``: largest allowed rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).
+    ``load_noise_allowance``: the cap rises by so many standard errors of a GPU's load, estimated from the window's
+    blocks of time: EPLB's balance is fitted to the window and holds no closer on later tokens. 0: strict on the window.
     ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it.
-    ``max_moves``: at most so many experts newly placed on each rank in each layer; needs a current map.
-    ``move_cost``: what one moved expert must save, in parts per million of a layer's tokens times one GPU copy.
+    ``incremental``: improve the current map instead of planning anew; only experts that pay for their move are moved.
+    ``max_moves``: at most so many experts newly placed on each rank in each layer; makes the plan incremental.
+    ``move_cost``: what one moved expert must save in an incremental plan, in copies to another GPU per million tokens.
     ``node_weight``: cost of a copy to another node in copies to another GPU (RDMA against NVLink bandwidth).
     ``threads``: worker threads over layers; None takes 1/16 of the cores, at least 2, at most 8.
     """
@@ -30,9 +33,11 @@ class PlannerConfig:
     objective: Objective = "normal"
     prefill_share: float = 0.5
     max_load_increase: float = 0.01
+    load_noise_allowance: float = 1.0
     effort: Effort = "fast"
     dispatch: DispatchRule = "cover"
     seed: int = 0
+    incremental: bool = False
     max_moves: int | None = None
     move_cost: int = 500
     node_weight: int = 2
@@ -50,12 +55,19 @@ class PlannerConfig:
             raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")
         if not self.max_load_increase >= 0.0:
             raise InputError(f"planner: max_load_increase={self.max_load_increase} must be 0 or more")
+        if not self.load_noise_allowance >= 0.0:
+            raise InputError(f"planner: load_noise_allowance={self.load_noise_allowance} must be 0 or more")
         for name in ("seed", "max_moves", "move_cost", "node_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"planner: {name}={value} must be 0 or more")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"planner: threads={self.threads} must be at least 1")
+
+    @property
+    def keeps_current(self) -> bool:
+        """Whether the plan starts from the current map."""
+        return self.incremental or self.max_moves is not None
 
     @property
     def normal_share(self) -> float:

@@ -9,21 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch import DISPATCH_RULES
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.evaluate import measure_layer, moved_experts
+from sglang_eplb_affinity.evaluate import moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget, budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
-from sglang_eplb_affinity.planner.imbalance import ImbalanceWeights, imbalance
-from sglang_eplb_affinity.planner.layer_search import (
-    COST_UNIT,
-    UNLIMITED,
-    Annealing,
-    LayerProblem,
-    SearchBudget,
-    search_layer,
-)
+from sglang_eplb_affinity.planner.imbalance import imbalance
+from sglang_eplb_affinity.planner.judge import Judgement, judge
+from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, search_layer, thin
 from sglang_eplb_affinity.planner.layout import align, keep_slots
 from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
@@ -36,18 +30,17 @@ NOT_BETTER = "search not better"
 DUPLICATES = "an expert twice on a GPU, no swap to part them"
 MOVE_CAP = "duplicates in the current map need more moves than allowed"
 PSEUDO_TOKENS = 4096
-WEIGHTS = ImbalanceWeights()
-NOISE = 1.0
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """cost, gpu fan-out, node fan-out, max/mean load of one layer's map on the plan sample."""
+class _LayerPlan:
+    """One layer's slots int32 [slots], why it fell back ("" if not), and the judgements of the three maps."""
 
-    cost: float
-    gpu_fanout: float
-    node_fanout: float
-    load: float
+    slots: np.ndarray
+    fallback: str
+    eplb: Judgement | None = None
+    planned: Judgement | None = None
+    current: Judgement | None = None
 
 
 def plan(
@@ -60,34 +53,37 @@ def plan(
 ) -> Plan:
     """Place the experts of every layer so that dispatch costs least and no GPU is loaded more than EPLB would load it.
 
-    ``num_slots``: physical experts (logical + redundant). ``current``: the map in use; the new map then moves as few
-    experts as it can, and with ``config.max_moves`` at most that many to each rank and layer. ``progress`` is called
-    with 1 after each layer. Equal input gives equal output on every rank. Layers without traffic keep the current map
-    (EPLB's without one). Raises InputError for sizes that do not fit and for a window without tokens.
+    ``num_slots``: physical experts (logical + redundant). ``current``: the map in use; GPUs and nodes that are
+    interchangeable are then numbered so that few experts move, and an incremental plan (``config.incremental``,
+    ``config.max_moves``) starts from it. ``progress`` is called with 1 after each layer. Equal input gives equal output
+    on every rank. Layers without traffic keep the current map (SGLang's trivial one without). Raises InputError for
+    sizes that do not fit and for a window without tokens.
     """
     began = time.perf_counter()
     _check(window, topology, num_slots, config, current)
     eplb = eplb_placement(window.counts, topology, num_slots)
-    layers = window.num_layers
+    budget = budget_for(window.num_experts, num_slots, config)
 
-    def one(layer: int) -> tuple[np.ndarray, str, Judgement | None, Judgement | None, Judgement | None]:
-        result = _plan_layer(window, layer, topology, config, eplb, current)
+    def one(layer: int) -> _LayerPlan:
+        in_use = None if current is None else current.physical_to_logical[layer]
+        result = _plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use)
         if progress is not None:
             progress(1)
         return result
 
-    threads = min(config.resolved_threads(), layers)
+    layers = range(window.num_layers)
+    threads = min(config.resolved_threads(), window.num_layers)
     if threads > 1:
         with ThreadPoolExecutor(threads, "eplb-affinity-plan") as pool:
-            results = list(pool.map(one, range(layers)))
+            results = list(pool.map(one, layers))
     else:
-        results = [one(layer) for layer in range(layers)]
-    expert_map = ExpertMap(np.stack([result[0] for result in results]), window.num_experts)
+        results = [one(layer) for layer in layers]
+    expert_map = ExpertMap(np.stack([result.slots for result in results]), window.num_experts)
     report = PlanReport(
-        eplb=_quality([result[2] for result in results]),
-        planned=_quality([result[3] for result in results]),
-        current=None if current is None else _quality([result[4] for result in results]),
-        fallback=tuple(result[1] for result in results),
+        eplb=_quality([result.eplb for result in results]),
+        planned=_quality([result.planned for result in results]),
+        current=None if current is None else _quality([result.current for result in results]),
+        fallback=tuple(result.fallback for result in results),
         moved_experts=None if current is None else moved_experts(current, expert_map, topology),
         seconds=time.perf_counter() - began,
     )
@@ -106,91 +102,93 @@ def _check(
         raise InputError("routing window: counts are negative; expected tokens per expert")
     if not window.counts.any():
         raise InputError("routing window: empty, no tokens were recorded; record some traffic before planning")
-    if config.max_moves is not None and current is None:
-        raise InputError(f"planner: max_moves={config.max_moves} needs the current map")
-    if current is not None:
-        shape = (window.num_layers, num_slots)
-        if current.physical_to_logical.shape != shape:
+    if current is None:
+        if config.keeps_current:
             raise InputError(
-                f"current map: has [layers, slots] {current.physical_to_logical.shape}, but must have {shape}"
+                f"planner: incremental={config.incremental}, max_moves={config.max_moves} need the current map"
             )
-        if current.num_experts != window.num_experts:
-            raise InputError(
-                f"current map: holds {current.num_experts} experts, but the routing window has {window.num_experts}"
-            )
+        return
+    shape = (window.num_layers, num_slots)
+    if current.physical_to_logical.shape != shape:
+        raise InputError(f"current map: has [layers, slots] {current.physical_to_logical.shape}, but must have {shape}")
+    if current.num_experts != window.num_experts:
+        raise InputError(
+            f"current map: holds {current.num_experts} experts, but the routing window has {window.num_experts}"
+        )
 
 
 def _plan_layer(
-    window: RoutingWindow,
-    layer: int,
-    topology: Topology,
-    config: PlannerConfig,
-    eplb_map: ExpertMap,
-    current_map: ExpertMap | None,
-) -> tuple[np.ndarray, str, Judgement | None, Judgement | None, Judgement | None]:
-    """(slots, fallback reason, EPLB judged, planned judged, current judged)."""
+    window: RoutingWindow, layer: int, topology: Topology, config: PlannerConfig, budget: SearchBudget,
+    eplb: np.ndarray, current: np.ndarray | None,
+) -> _LayerPlan:  # fmt: skip
     counts = window.counts[layer]
-    current = None if current_map is None else current_map.physical_to_logical[layer]
-    eplb = eplb_map.physical_to_logical[layer]
-    kept = eplb if current is None else current
-    if not counts.any():
-        return kept, NO_TRAFFIC, None, None, None
     slots_per_gpu = len(eplb) // topology.num_gpus
-    aligned = eplb if current is None else align(eplb, current, slots_per_gpu, topology.gpus_per_node)
-    budget = budget_for(window.num_experts, topology, len(eplb), config)
-    tokens = _layer_tokens(window, layer, budget.tokens, config.seed)
-
-    def judge(row: np.ndarray) -> Judgement:
-        return _judge(row, counts, tokens, topology, config)
-
-    before = None if current is None else judge(current)
-    baseline = judge(aligned)
-    limited = current is not None and config.max_moves is not None
-    if not len(tokens):
-        if limited:
-            return kept, NO_AFFINITY, baseline, before, before
-        return aligned, NO_AFFINITY, baseline, baseline, before
-
-    replicas = np.bincount(eplb, minlength=len(counts))
-    even = (counts / replicas)[eplb].reshape(topology.num_gpus, -1).sum(1).max()
-    balance = imbalance(tokens, counts, int(even), topology.num_gpus, COST_UNIT, WEIGHTS)
-    cap = int(even * (1 + config.max_load_increase) + NOISE * balance.noise * counts.sum() / topology.num_gpus)
-    home = np.ones((len(counts), topology.num_gpus), np.uint8)
-    if limited:
-        assert current is not None
-        home[:] = 0
-        home[current, np.arange(len(current)) // slots_per_gpu] = 1
-    max_moves = UNLIMITED
-    start = aligned
-    if current is not None and config.max_moves is not None:
-        max_moves, start = config.max_moves, current
-    problem = LayerProblem(
-        counts, tokens, start.copy(), cap, balance, home, config.move_cost if limited else 0, max_moves,
-        (config.seed << 20) + layer + 1,
-    )  # fmt: skip
-    found = search_layer(problem, topology, config, budget)
-    fallback, fallback_judged = (current, before) if limited else (aligned, baseline)
-    assert fallback is not None and fallback_judged is not None
-    if found is None:
-        return fallback, DUPLICATES, baseline, fallback_judged, before
+    if not counts.any():
+        trivial = np.arange(len(eplb), dtype=np.int32) % len(counts)
+        return _LayerPlan(trivial if current is None else current, NO_TRAFFIC)
     if current is not None:
-        if limited:
-            found = _keep(found, current, slots_per_gpu)
-            if (home[found, np.arange(len(found)) // slots_per_gpu] == 0).reshape(-1, slots_per_gpu).sum(
-                1
-            ).max() > max_moves:
-                return fallback, MOVE_CAP, baseline, fallback_judged, before
+        eplb = align(eplb, current, slots_per_gpu, topology.gpus_per_node)
+    tokens = _layer_tokens(window, layer, budget.annealing.tokens, config.seed)
+    by_eplb = judge(eplb, counts, tokens, topology, config)
+    in_use = None if current is None else judge(current, counts, tokens, topology, config)
+    # What to keep if the search fails: an incremental plan may not fall back to EPLB's map, which moves everything.
+    kept, by_kept = eplb, by_eplb
+    if current is not None and in_use is not None and config.keeps_current:
+        kept, by_kept = current, in_use
+    if not len(tokens):
+        return _LayerPlan(kept, NO_AFFINITY, by_eplb, by_kept, in_use)
+
+    problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
+    found = search_layer(problem, topology, config, budget)
+    if found is None:
+        return _LayerPlan(kept, DUPLICATES, by_eplb, by_kept, in_use)
+    if current is not None:
+        if config.keeps_current:
+            found = _keep_slots(found, current, slots_per_gpu)
+            new = problem.home[found, np.arange(len(found)) // slots_per_gpu] == 0
+            if new.reshape(-1, slots_per_gpu).sum(1).max() > problem.max_moves:
+                return _LayerPlan(kept, MOVE_CAP, by_eplb, by_kept, in_use)
         else:
             found = align(found, current, slots_per_gpu, topology.gpus_per_node)
-    judged = judge(found)
-    mean = counts.sum() / topology.num_gpus
-    allowed = max(cap / mean + 0.005, fallback_judged.load)
-    if judged.load <= allowed and (judged.cost < fallback_judged.cost or judged.load < fallback_judged.load - 0.005):
-        return found, "", baseline, judged, before
-    return fallback, NOT_BETTER, baseline, fallback_judged, before
+    by_search = judge(found, counts, tokens, topology, config)
+    # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
+    tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
+    cap = problem.load_cap * topology.num_gpus / counts.sum() + tolerance
+    lighter = by_search.load < by_kept.load - 0.005
+    if by_search.load <= max(cap, by_kept.load) and (by_search.cost < by_kept.cost or lighter):
+        return _LayerPlan(found, "", by_eplb, by_search, in_use)
+    return _LayerPlan(kept, NOT_BETTER, by_eplb, by_kept, in_use)
 
 
-def _keep(found: np.ndarray, current: np.ndarray, slots_per_gpu: int) -> np.ndarray:
+def _problem(
+    counts: np.ndarray, tokens: np.ndarray, eplb: np.ndarray, current: np.ndarray | None, topology: Topology,
+    config: PlannerConfig, budget: SearchBudget, layer: int,
+) -> LayerProblem:  # fmt: skip
+    replicas = np.bincount(eplb, minlength=len(counts))
+    eplb_load = float((counts / replicas)[eplb].reshape(topology.num_gpus, -1).sum(1).max())
+    balance = imbalance(tokens, counts, eplb_load, topology.num_gpus, COST_UNIT, budget.imbalance)
+    allowance = config.load_noise_allowance * balance.noise * counts.sum() / topology.num_gpus
+    start, move_cost, max_moves = eplb, 0, UNLIMITED
+    home = np.ones((len(counts), topology.num_gpus), np.uint8)
+    if current is not None and config.keeps_current:
+        start, move_cost = current, config.move_cost
+        max_moves = UNLIMITED if config.max_moves is None else config.max_moves
+        home[:] = 0
+        home[current, np.arange(len(current)) // (len(current) // topology.num_gpus)] = 1
+    return LayerProblem(
+        counts=counts,
+        tokens=tokens,
+        start=start,
+        load_cap=int(eplb_load * (1 + config.max_load_increase) + allowance),
+        imbalance=balance,
+        home=home,
+        move_cost=move_cost,
+        max_moves=max_moves,
+        seed=(config.seed << 20) + layer + 1,
+    )
+
+
+def _keep_slots(found: np.ndarray, current: np.ndarray, slots_per_gpu: int) -> np.ndarray:
     out = np.empty_like(found)
     for start in range(0, len(found), slots_per_gpu):
         stop = start + slots_per_gpu
@@ -202,40 +200,14 @@ def _layer_tokens(window: RoutingWindow, layer: int, limit: int, seed: int) -> n
     """int16 [T, k]: the layer's sampled sets, evenly thinned to ``limit``; drawn from co-activation if none."""
     if window.tokens is not None and window.tokens.size:
         tokens = window.tokens[layer]
-        used = np.flatnonzero(tokens[:, 0] >= 0)
-        if len(used) > limit:
-            used = used[np.arange(limit) * len(used) // limit]
-        if len(used):
-            return np.ascontiguousarray(tokens[used], dtype=np.int16)
+        tokens = thin(tokens[tokens[:, 0] >= 0], limit)
+        if len(tokens):
+            return np.ascontiguousarray(tokens, dtype=np.int16)
     if window.coactivation is not None and window.coactivation[layer].any():
         counts, pairs = window.counts[layer], window.coactivation[layer]
         k = int(min(max(round(1 + pairs.sum() / counts.sum()), 2), np.count_nonzero(counts)))
-        return draw_tokens(counts, pairs, k, min(limit, PSEUDO_TOKENS), (seed << 20) + layer)
+        return np.asarray(draw_tokens(counts, pairs, k, min(limit, PSEUDO_TOKENS), (seed << 20) + layer))
     return np.empty((0, 1), np.int16)
-
-
-def _judge(
-    row: np.ndarray, counts: np.ndarray, tokens: np.ndarray, topology: Topology, config: PlannerConfig
-) -> Judgement:
-    """The map ``row`` int32 [slots] on the sample, under the rule the server uses."""
-    experts = len(counts)
-    one = ExpertMap(row[None], experts)
-    replicas = one.replica_counts()[0]
-    slot_load = np.zeros(len(row), np.int64)
-    sums = np.zeros(5, np.int64)
-    source = (np.arange(len(tokens)) % topology.num_gpus).astype(np.int32)
-    measure_layer(
-        tokens, source, one.logical_to_all_physical()[0], replicas, len(row) // topology.num_gpus,
-        topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(config.dispatch), sums, slot_load,
-    )  # fmt: skip
-    sampled = np.bincount(row, weights=slot_load, minlength=experts)
-    share = np.where(sampled[row] > 0, slot_load / np.maximum(sampled[row], 1), 1 / replicas[row])
-    load = (share * counts[row]).reshape(topology.num_gpus, -1).sum(1)
-    gpu, node, _, _, copies = (sums / max(len(tokens), 1)).tolist()
-    normal = config.normal_share
-    nodes = config.node_weight if topology.num_nodes > 1 else 0
-    cost = normal * (gpu + nodes * node) + (1 - normal) * nodes * copies
-    return Judgement(cost, gpu, node, float(load.max() / load.mean()))
 
 
 def _quality(judgements: list[Judgement | None]) -> MapQuality:
@@ -243,16 +215,3 @@ def _quality(judgements: list[Judgement | None]) -> MapQuality:
         return np.array([np.nan if j is None else getattr(j, name) for j in judgements])
 
     return MapQuality(column("gpu_fanout"), column("node_fanout"), column("load"), column("cost"))
-
-
-def budget_for(num_experts: int, topology: Topology, num_slots: int, config: PlannerConfig) -> SearchBudget:
-    """How many tokens and proposals a layer gets."""
-    fast = config.effort == "fast"
-    swaps = Annealing(4096, 40, 1500, 0.01, 0.0005) if fast else Annealing(16384, 100, 20000, 0.01, 0.0003)
-    if num_slots == num_experts:
-        return SearchBudget(swaps)
-    if config.dispatch != "cover" and config.objective == "normal":
-        return SearchBudget(swaps)
-    if fast:
-        return SearchBudget(Annealing(4096, 20, 1500, 0.004, 0.0005), Annealing(2048, 20, 200, 0.002, 0.0005))
-    return SearchBudget(None, Annealing(4096, 100, 2500, 0.008, 0.0003))

@@ -223,8 +223,8 @@ def search_cover(  # type: ignore[no-untyped-def]
 
     bits uint64 [experts, words] and members int64 [experts] (its popcounts): the token sample; item_load int64
     [experts]: load of each expert over the whole window. The cost of imbalance is a sum of squares times
-    ``imbalance_weight`` >> SHIFT: of each GPU's load above ``load_free`` times ``load_scale`` / 2**20, and of its columns of
-    profile int32 [experts, columns] (load by block of time). The other arguments as in swap_search.search_swaps.
+    ``imbalance_weight`` >> SHIFT: of each GPU's load above ``load_free`` times ``load_scale`` / 2**20, and of its
+    columns of profile int32 [experts, columns] (load by block of time). The rest as in swap_search.search_swaps.
     No GPU may hold an expert twice at the start.
     """
     slots = slot_expert.shape[0]

@@ -19,10 +19,14 @@ SHIFT = 24  # imbalance cost = squares * sampled tokens >> SHIFT
 
 @dataclass(frozen=True)
 class ImbalanceWeights:
-    """Copies to another GPU, per token, that the squared relative deviation of one GPU's load is worth."""
+    """Copies to another GPU, per token, that the squared relative deviation of a GPU's load is worth.
 
-    window: float = 27.0
-    blocks: float = 0.7
+    ``window``: over the whole window, above EPLB's most loaded GPU less ``margin`` (in mean GPU loads). ``blocks``:
+    mean over blocks of time.
+    """
+
+    window: float
+    blocks: float
     margin: float = 0.2
 
 
@@ -37,7 +41,7 @@ class Imbalance:
 
 
 def imbalance(
-    tokens: np.ndarray, counts: np.ndarray, eplb_load: int, num_gpus: int, cost_unit: int, weights: ImbalanceWeights
+    tokens: np.ndarray, counts: np.ndarray, eplb_load: float, num_gpus: int, cost_unit: int, weights: ImbalanceWeights
 ) -> Imbalance:
     """From tokens int16 [T, k] in order of time and counts int64 [experts]; ``eplb_load``: EPLB's most loaded GPU."""
     total = len(tokens)

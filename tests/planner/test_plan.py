@@ -105,7 +105,7 @@ def test_experts_that_fire_together_meet_on_a_gpu(redundant, use_tokens):  # typ
     window = window_of(tokens, 32)
     if not use_tokens:
         window = RoutingWindow(window.counts, window.coactivation, None)
-    result = plan(window, Topology(4), 32 + redundant, PlannerConfig(max_load_increase=0.1))
+    result = plan(window, Topology(4), 32 + redundant, PlannerConfig(max_load_increase=0.1, effort="thorough"))
     assert result.report.planned.gpu_fanout[0] < 1.1
     assert result.report.eplb.gpu_fanout[0] > 1.8
 

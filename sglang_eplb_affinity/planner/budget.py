@@ -1,0 +1,59 @@
+"""How long a layer is searched, and what imbalance costs it. The values are measured: docs/planner.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.imbalance import ImbalanceWeights
+from sglang_eplb_affinity.planner.random_steps import schedule
+
+COST_UNIT = 8  # one copy of one token to another GPU, in integer cost units
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """One search.
+
+    ``tokens``: how many sampled tokens it looks at. ``hot`` and ``cold``: first and last temperature, i.e. what an
+    accepted proposal may typically cost, as a fraction of the tokens of an average expert.
+    """
+
+    tokens: int
+    stages: int
+    steps_per_stage: int
+    hot: float
+    cold: float
+
+    def temperatures(self, tokens_per_expert: float) -> np.ndarray:
+        scale = COST_UNIT * tokens_per_expert * 1024
+        return schedule(self.stages, int(self.hot * scale), int(self.cold * scale))
+
+
+@dataclass(frozen=True)
+class SearchBudget:
+    """``replicas``: whether the search also chooses which experts are replicated; else it only moves what exists."""
+
+    annealing: Annealing
+    replicas: bool
+    imbalance: ImbalanceWeights
+
+
+# Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it.
+_SWAPS = ImbalanceWeights(window=33.0, blocks=0.7)
+_REPLICAS = ImbalanceWeights(window=60.0, blocks=3.0)
+
+
+def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> SearchBudget:
+    """The budget for one layer: the same for all layers and ranks."""
+    fast = config.effort == "fast"
+    if config.keeps_current:
+        annealing = Annealing(2048, 2, 8000, 0.0, 0.0) if fast else Annealing(16384, 2, 100000, 0.0, 0.0)
+        return SearchBudget(annealing, False, _SWAPS)
+    if num_slots > num_experts and (config.dispatch == "cover" or config.objective != "normal"):
+        annealing = Annealing(2048, 20, 300, 0.05, 0.003) if fast else Annealing(8192, 80, 2500, 0.06, 0.0024)
+        return SearchBudget(annealing, True, _REPLICAS)
+    annealing = Annealing(4096, 40, 1500, 0.08, 0.004) if fast else Annealing(16384, 100, 20000, 0.08, 0.0024)
+    return SearchBudget(annealing, False, _SWAPS)

@@ -1,0 +1,65 @@
+"""Judging one layer's map on the plan sample, under the dispatch rule that the server uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.evaluate import NOT_KEPT, measure_layer
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.topology import Topology
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """``cost``: the objective in copies to another GPU per token; fan-outs per token; ``load``: max/mean over GPUs."""
+
+    cost: float
+    gpu_fanout: float
+    node_fanout: float
+    load: float
+
+
+def judge(
+    row: np.ndarray, counts: np.ndarray, tokens: np.ndarray, topology: Topology, config: PlannerConfig
+) -> Judgement:
+    """The map ``row`` int32 [slots] for tokens int16 [T, k]; loads are taken from counts int64 [experts]."""
+    sums, share = dispatch_sample(row, len(counts), tokens, topology, config.dispatch, NOT_KEPT)
+    load = (share * counts[row]).reshape(topology.num_gpus, -1).sum(1)
+    gpu, node, _, _, copies = (sums / max(len(tokens), 1)).tolist()
+    normal = config.normal_share
+    nodes = config.node_weight if topology.num_nodes > 1 else 0
+    cost = normal * (gpu + nodes * node) + (1 - normal) * nodes * copies
+    return Judgement(cost, gpu, node, float(load.max() / load.mean()))
+
+
+def tokens_by_slot(
+    tokens: np.ndarray, row: np.ndarray, num_experts: int, topology: Topology, rule: DispatchRule
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int16 [T, k]: the slot that serves each (token, expert); float64 [slots]: each slot's share of its expert)."""
+    chosen = np.full_like(tokens, -1)
+    _, share = dispatch_sample(row, num_experts, tokens, topology, rule, chosen)
+    return chosen, share
+
+
+def dispatch_sample(
+    row: np.ndarray, num_experts: int, tokens: np.ndarray, topology: Topology, rule: DispatchRule, chosen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(sums int64 [5] as in :func:`measure_layer`, float64 [slots]: each slot's share of its expert's tokens).
+
+    Windows do not record where a token was: the sampled tokens are given to the GPUs in turn.
+    """
+    one = ExpertMap(row[None], num_experts)
+    replicas = one.replica_counts()[0]
+    slot_load = np.zeros(len(row), np.int64)
+    sums = np.zeros(5, np.int64)
+    source = (np.arange(len(tokens)) % topology.num_gpus).astype(np.int32)
+    measure_layer(
+        tokens, source, one.logical_to_all_physical()[0], replicas, len(row) // topology.num_gpus,
+        topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums, slot_load, chosen,
+    )  # fmt: skip
+    sampled = np.bincount(row, weights=slot_load, minlength=num_experts)[row]
+    return sums, np.where(sampled > 0, slot_load / np.maximum(sampled, 1), 1 / replicas[row])
