@@ -98,6 +98,8 @@ def server_flags(gpus: int, mode: str) -> list[str]:
 
 def write_maps(folder: Path, gpus: int) -> None:
     """The placements of EPLB and affinity for ``gpus`` GPUs, from the plan trace."""
+    if (folder / "map-affinity.json").is_file():
+        return
     from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
     from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
     from sglang_eplb_affinity.topology import Topology
