@@ -82,6 +82,8 @@ def resolve(server_args: Any) -> None:
         raise InputError(
             f"--eplb-affinity-max-load-increase {server_args.eplb_affinity_max_load_increase}: must be 0 or more"
         )
+    if server_args.eplb_affinity_max_moves is not None and server_args.eplb_affinity_max_moves < 1:
+        raise InputError(f"--eplb-affinity-max-moves {server_args.eplb_affinity_max_moves}: must be at least 1")
     if server_args.expert_load_log_passes < 0:
         raise InputError(f"--expert-load-log-passes {server_args.expert_load_log_passes}: must be 0 (off) or more")
     if server_args.expert_load_log_passes:

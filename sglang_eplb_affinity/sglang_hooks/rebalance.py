@@ -31,14 +31,16 @@ logger = logging.getLogger(__name__)
 _RULE_OF_SGLANG: dict[str | None, DispatchRule] = {"static": "static", "dynamic": "dynamic", "cover": "cover"}
 
 
-def planner_config(server_args: Any) -> PlannerConfig:
-    """The planner's settings that follow from the server's flags."""
+def planner_config(server_args: Any, *, first: bool = True) -> PlannerConfig:
+    """The planner's settings that follow from the server's flags; ``first``: no planned map is in force yet."""
     low_latency = server_args.moe_a2a_backend == "deepep" and server_args.deepep_mode == "low_latency"
     return PlannerConfig(
         objective="low_latency" if low_latency else "normal",
         max_load_increase=server_args.eplb_affinity_max_load_increase,
         effort="fast",
         dispatch=_RULE_OF_SGLANG.get(server_args.ep_dispatch_algorithm, "dynamic"),
+        incremental=server_args.eplb_affinity_incremental and not first,
+        max_moves=None if first else server_args.eplb_affinity_max_moves,
     )
 
 
@@ -134,9 +136,8 @@ class RebalanceRound:
         failure = "rank 0 could not plan; its log says why"
         if self._rank == 0:
             try:
-                planned = plan(
-                    self._window, self._topology, before.num_slots, planner_config(self._server_args), before
-                ).expert_map
+                config = planner_config(self._server_args, first=self._number == 1)
+                planned = plan(self._window, self._topology, before.num_slots, config, before).expert_map
                 message[0] = 1
                 message[1:] = torch.from_numpy(planned.physical_to_logical.astype(np.int64).ravel())
             except Exception as error:  # whatever goes wrong, the server goes on with the map it has
