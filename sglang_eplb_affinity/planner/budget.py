@@ -42,8 +42,8 @@ class SearchBudget:
 
 
 # Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it.
-_SWAPS = ImbalanceWeights(window=33.0, blocks=0.7)
-_REPLICAS = ImbalanceWeights(window=60.0, blocks=3.0)
+_SWAPS = ImbalanceWeights(window=240.0, blocks=10.0)
+_REPLICAS = ImbalanceWeights(window=480.0, blocks=24.0)
 
 
 def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> SearchBudget:
@@ -53,7 +53,7 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
         annealing = Annealing(2048, 2, 8000, 0.0, 0.0) if fast else Annealing(16384, 2, 100000, 0.0, 0.0)
         return SearchBudget(annealing, False, _SWAPS)
     if num_slots > num_experts and (config.dispatch == "cover" or config.objective != "normal"):
-        annealing = Annealing(2048, 20, 300, 0.05, 0.003) if fast else Annealing(8192, 80, 2500, 0.06, 0.0024)
+        annealing = Annealing(2048, 20, 265, 0.05, 0.003) if fast else Annealing(8192, 80, 2500, 0.06, 0.0024)
         return SearchBudget(annealing, True, _REPLICAS)
-    annealing = Annealing(4096, 40, 1500, 0.08, 0.004) if fast else Annealing(16384, 100, 20000, 0.08, 0.0024)
+    annealing = Annealing(4096, 40, 3000, 0.08, 0.004) if fast else Annealing(16384, 100, 20000, 0.08, 0.0024)
     return SearchBudget(annealing, False, _SWAPS)

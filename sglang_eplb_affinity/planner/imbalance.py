@@ -19,7 +19,7 @@ SHIFT = 24  # imbalance cost = squares * sampled tokens >> SHIFT
 
 @dataclass(frozen=True)
 class ImbalanceWeights:
-    """Copies to another GPU, per token, that the squared relative deviation of a GPU's load is worth.
+    """Copies to another GPU, per token and divided by k, that the squared relative deviation of a GPU's load is worth.
 
     ``window``: over the whole window, above EPLB's most loaded GPU less ``margin`` (in mean GPU loads). ``blocks``:
     mean over blocks of time.
@@ -53,7 +53,7 @@ def imbalance(
     by_block = np.bincount(flat, minlength=blocks * experts).reshape(blocks, experts).astype(np.float64)
     mean_gpu = np.maximum(by_block.sum(1, keepdims=True) / num_gpus, 1.0)
     deviation = (by_block / mean_gpu - by_block.sum(0) / mean_gpu.sum()).T
-    unit = cost_unit / num_gpus * (1 << SHIFT)
+    unit = cost_unit / num_gpus * (1 << SHIFT) / max(tokens.shape[1], 1)
     profile = np.zeros((experts, BLOCKS), np.int32)
     profile[:, :blocks] = np.rint(deviation * math.sqrt(weights.blocks * unit / blocks)).astype(np.int32)
     load_scale = math.sqrt(weights.window * unit) / (counts.sum() / num_gpus)

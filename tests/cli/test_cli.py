@@ -1,0 +1,169 @@
+"""The command line as users run it: files in, files out, one line and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from sglang_eplb_affinity.cli import cli
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.routing import RoutingTrace
+from tests.planner.test_plan import skewed_tokens
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    tokens = skewed_tokens(np.random.default_rng(5), 3, 600, 16, 4)
+    path = tmp_path / "trace.npz"
+    sequence = np.arange(600, dtype=np.int32) // 50
+    RoutingTrace(tokens.transpose(1, 0, 2).copy(), 16, sequence).save(path)
+    return path
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=True)
+
+
+def plan_map(trace: Path, out: Path, *extra: object) -> Result:
+    return run("plan", "--trace", trace, "--gpus", 4, "--nodes", 2, "--effort", "fast", "--out", out, *extra)
+
+
+@pytest.mark.parametrize("algorithm", ["affinity", "deepseek", "deepseek_hierarchical"])
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_plan_then_evaluate(trace, tmp_path, algorithm, redundant):  # type: ignore[no-untyped-def]
+    out = tmp_path / "map.json"
+    result = plan_map(trace, out, "--algorithm", algorithm, "--redundant", redundant)
+    assert result.exit_code == 0, result.output
+    assert ExpertMap.load(out).physical_to_logical.shape == (3, 16 + redundant)
+    args = ("evaluate", "--trace", trace, "--map", out, "--gpus", 4, "--nodes", 2)
+    data = json.loads(run(*args, "--dispatch", "cover", "--format", "json").stdout)
+    row = data["results"][0]
+    assert data["gpu_fanout"] == row["gpu_fanout"] == pytest.approx(np.mean(row["per_layer"]["gpu_fanout"]))
+    assert 1 <= row["node_fanout"] <= row["gpu_fanout"] <= 4
+    assert row["load_max_over_mean"] >= 1
+    rows = list(
+        csv.DictReader(
+            io.StringIO(run(*args, "--dispatch", "static", "--dispatch", "dynamic", "--format", "csv").stdout)
+        )
+    )
+    assert [r["dispatch"] for r in rows] == ["static", "dynamic"]
+
+
+def test_affinity_beats_deepseek_on_its_own_trace(trace, tmp_path):  # type: ignore[no-untyped-def]
+    fanout = {}
+    for algorithm in ("affinity", "deepseek"):
+        out = tmp_path / f"{algorithm}.json"
+        assert plan_map(trace, out, "--algorithm", algorithm).exit_code == 0
+        text = run("evaluate", "--trace", trace, "--map", out, "--gpus", 4, "--nodes", 2, "--format", "json").stdout
+        fanout[algorithm] = json.loads(text)["gpu_fanout"]
+    assert fanout["affinity"] < 0.95 * fanout["deepseek"]
+
+
+def test_replanning_keeps_to_the_cap_and_counts_moves(trace, tmp_path):  # type: ignore[no-untyped-def]
+    old, new, report = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "report.json"
+    assert plan_map(trace, old, "--algorithm", "deepseek").exit_code == 0
+    result = plan_map(trace, new, "--current-map", old, "--max-moves", 1, "--report", report)
+    assert result.exit_code == 0, result.output
+    text = run(
+        "evaluate", "--trace", trace, "--map", new, "--current-map", old, "--gpus", 4, "--format", "json"
+    ).stdout  # fmt: skip
+    moved = json.loads(text)["results"][0]["per_layer"]["moved_experts"]
+    assert moved == json.loads(report.read_text())["moved_experts"]
+    assert max(moved) <= 4
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_conversions_come_back_unchanged(trace, tmp_path, dense):  # type: ignore[no-untyped-def]
+    start = tmp_path / "start.json"
+    rows = np.vstack([np.arange(20) % 16, np.random.default_rng(0).permutation(np.arange(20) % 16)]).astype(np.int32)
+    ExpertMap(rows, 16).save(start)
+    source = start
+    for target, name in (
+        ("tensorrt-llm", "m.yaml"), ("vllm-ascend", "m.json"), ("sglang", "m.pt"), ("sglang", "back.json"),
+    ):  # fmt: skip
+        if name.endswith(".yaml"):
+            pytest.importorskip("yaml")
+        if name.endswith(".pt"):
+            pytest.importorskip("torch")
+        out = tmp_path / name
+        result = run("convert", "--in", source, "--to", target, "--gpus", 4, "--dense-layers", dense, "--out", out)
+        assert result.exit_code == 0, result.output
+        source = out
+    assert (ExpertMap.load(source).physical_to_logical == rows).all()
+    if dense:
+        assert "  1: [" in (tmp_path / "m.yaml").read_text() and "  0: [" not in (tmp_path / "m.yaml").read_text()
+
+
+def test_inspect_writes_pictures(trace, tmp_path):  # type: ignore[no-untyped-def]
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "map.json"
+    plan_map(trace, out, "--redundant", 4)
+    for args in (("--trace", trace), ("--map", out, "--gpus", 4, "--nodes", 2)):
+        picture = tmp_path / f"{args[0][2:]}.png"
+        result = run("inspect", *args, "--plot", picture)
+        assert result.exit_code == 0, result.output
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "node 1 GPU 2" in result.output
+
+
+@pytest.mark.parametrize("command", ["plan", "evaluate", "convert", "inspect"])
+def test_help_has_an_example(command):  # type: ignore[no-untyped-def]
+    assert f"python -m sglang_eplb_affinity {command}" in run(command, "--help").output
+
+
+def shell(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sglang_eplb_affinity", *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+def bad(tmp_path: Path) -> dict[str, tuple[tuple[object, ...], str]]:
+    trace, out = tmp_path / "trace.npz", tmp_path / "map.json"
+    broken, far, holes = tmp_path / "broken.npz", tmp_path / "far.npz", tmp_path / "holes.json"
+    broken.write_bytes(b"no zip")
+    np.savez(far, topk_ids=np.full((4, 3, 2), 16, np.int16), num_experts=16)
+    holes.write_text(json.dumps({"physical_to_logical_map": [[0, 1, 2, 3] * 4] * 3}))
+    evaluate = ("evaluate", "--gpus", 4)
+    plan = ("plan", "--gpus", 4, "--out", out)
+    return {
+        "no such trace": ((*plan, "--trace", tmp_path / "none.npz"), "none.npz"),
+        "broken trace": ((*plan, "--trace", broken), "broken.npz"),
+        "id beyond the experts": ((*plan, "--trace", far), "far.npz"),
+        "slots do not divide": ((*plan, "--trace", trace, "--redundant", 3), "multiple of 4"),
+        "gpus do not divide": (("plan", "--trace", trace, "--gpus", 4, "--nodes", 3, "--out", out), "--nodes 3"),
+        "map misses an expert": ((*evaluate, "--trace", trace, "--map", holes), "holes.json"),
+        "unknown option": ((*plan, "--tracee", trace), "tracee"),
+        "unknown algorithm": ((*plan, "--trace", trace, "--algorithm", "best"), "best"),
+        "no output folder": (("plan", "--trace", trace, "--gpus", 4, "--out", tmp_path / "no" / "m.json"), "folder"),
+        "no input": (plan, "--trace or --dump"),
+        "not a dump": ((*plan, "--dump", broken), "broken.npz"),
+        "max moves without a map": ((*plan, "--trace", trace, "--max-moves", 1), "current map"),
+    }
+
+
+@pytest.mark.parametrize("case", [
+    "no such trace", "broken trace", "id beyond the experts", "slots do not divide", "gpus do not divide",
+    "map misses an expert", "unknown option", "unknown algorithm", "no output folder", "no input", "not a dump",
+    "max moves without a map",
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(trace, tmp_path, case):  # type: ignore[no-untyped-def]
+    args, named = bad(tmp_path)[case]
+    result = shell(*args)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert named in result.stderr
+    assert not (tmp_path / "map.json").exists()
+
+
+def test_input_error_reaches_the_caller_of_the_library(tmp_path):  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError):
+        ExpertMap.load(tmp_path / "none.json")

@@ -1,0 +1,88 @@
+"""The dispatch rules: the torch reference by hand-made cases, and the fast evaluation against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, choose_replicas, dispatch_trace
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.evaluate import measure
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.topology import Topology
+
+torch = pytest.importorskip("torch", reason="the reference is written in torch")
+
+
+def random_map(rng: np.random.Generator, layers: int, experts: int, slots: int) -> ExpertMap:
+    rows = [np.concatenate([np.arange(experts), rng.integers(0, experts, slots - experts)]) for _ in range(layers)]
+    return ExpertMap(np.stack([rng.permutation(row) for row in rows]).astype(np.int32), experts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(DISPATCH_RULES), st.booleans())
+def test_evaluation_equals_the_torch_reference(seed, rule, with_source):  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(seed)
+    topology = Topology(8, int(rng.choice([1, 2, 4])))
+    experts, slots, layers, count = 24, 40, 2, 90
+    k = int(rng.integers(1, 9))
+    expert_map = random_map(rng, layers, experts, slots)
+    ids = np.argsort(rng.random((count, layers, experts)), axis=-1)[..., :k].astype(np.int16)
+    source = rng.integers(0, 8, count).astype(np.int32) if with_source else None
+    physical = dispatch_trace(ids, expert_map, topology, rule, source)
+    gpu = physical // 5
+    node = gpu // topology.gpus_per_node
+    traffic = measure(ids.transpose(1, 0, 2), expert_map, topology, rule, source)
+    for layer in range(layers):
+        assert (np.take(expert_map.physical_to_logical[layer], physical[:, layer]) == ids[:, layer]).all()
+        gpus = [set(row.tolist()) for row in gpu[:, layer]]
+        nodes = [set(row.tolist()) for row in node[:, layer]]
+        assert traffic.gpu_fanout[layer] == pytest.approx(np.mean([len(s) for s in gpus]))
+        assert traffic.node_fanout[layer] == pytest.approx(np.mean([len(s) for s in nodes]))
+        assert (traffic.gpu_load[layer] == np.bincount(gpu[:, layer].ravel(), minlength=8)).all()
+        if source is not None:
+            home = source // topology.gpus_per_node
+            remote = [len(s - {int(h)}) for s, h in zip(nodes, home, strict=True)]
+            assert traffic.remote_node_copies[layer] == pytest.approx(np.mean(remote))
+            remote = [len(s - {int(g)}) for s, g in zip(gpus, source, strict=True)]
+            assert traffic.remote_gpu_copies[layer] == pytest.approx(np.mean(remote))
+            assert traffic.expert_node_copies[layer] == pytest.approx((node[:, layer] != home[:, None]).sum(1).mean())
+
+
+def choose(rows: list[list[int]], slots: list[int], topology: Topology, source: int | None, rule: str = "cover"):  # type: ignore[no-untyped-def]
+    expert_map = ExpertMap(np.array([slots], np.int32), max(slots) + 1)
+    table = torch.from_numpy(expert_map.logical_to_all_physical()[0])
+    return choose_replicas(torch.tensor(rows), table, topology, len(slots), rule, source).tolist()  # type: ignore[arg-type]
+
+
+def test_cover_prefers_visited_gpu_then_visited_node_then_source():
+    # Four GPUs on two nodes, three slots each. Expert 0 sits on GPUs 1, 2 and 3, the others once.
+    slots = [1, 2, 3, 0, 4, 5, 0, 6, 7, 0, 8, 9]
+    topology = Topology(4, 2)
+    assert choose([[0, 8]], slots, topology, source=0) == [[9, 10]]  # 8 is on GPU 3: so is a replica of 0
+    assert choose([[0, 1]], slots, topology, source=3) == [[3, 0]]  # GPU 0 has none, its node has one on GPU 1
+    assert choose([[0]], slots, topology, source=2) == [[6]]  # nothing visited: the source GPU
+    assert choose([[0]], slots, topology, source=0) == [[3]]  # the source node
+    assert choose([[0, -1]], slots, topology, source=0) == [[3, -1]]  # padding stays
+
+
+def test_ties_spread_evenly_by_hash():
+    slots = [0, 1, 0, 2]
+    chosen = np.array(choose([[0]] * 4000, slots, Topology(2), source=None))
+    share = (chosen == 0).mean()
+    assert 0.46 < share < 0.54
+    assert chosen.tolist() == choose([[0]] * 4000, slots, Topology(2), source=None)
+
+
+def test_dynamic_ignores_the_other_experts_and_static_follows_the_source():
+    slots = [0, 1, 0, 2]
+    chosen = np.array(choose([[0, 1]] * 1000, slots, Topology(2), source=0, rule="dynamic"))[:, 0]
+    assert 0.4 < (chosen == 0).mean() < 0.6
+    assert choose([[0, 1]], slots, Topology(2), source=1, rule="static") == [[2, 1]]
+
+
+def test_unknown_rule_is_named():
+    with pytest.raises(InputError, match="nearest"):
+        choose([[0]], [0, 1], Topology(2), source=0, rule="nearest")
