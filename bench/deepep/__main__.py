@@ -114,7 +114,9 @@ def _run(settings: dict[str, Any]) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         settings["port"] = probe.getsockname()[1]
-    command = "python -m bench.deepep " + " ".join(sys.argv[1:])
+    # Only the file's name: folders of the machine that measures are nobody's business.
+    given = [Path(part).name if part == settings["out"] else part for part in sys.argv[1:]]
+    command = "python -m bench.deepep " + " ".join(given)
     shown = {key: value for key, value in settings.items() if key not in ("out", "port")}
     header = {"schema": 1, "kind": "measured", "date": now(), "command": command, "settings": shown, **provenance()}
     context = multiprocessing.get_context("spawn")

@@ -2,13 +2,15 @@
 
     python -m sglang_eplb_affinity.simulate.calibrate --measured results/deepep/h200-x2.json [--write]
 
-Fitting is least squares on the logarithm of the time, so that small and large messages count alike. Each source is
+Errors are logarithms of the time, so that small and large messages count alike; the sum of their fourth powers is made
+small, which punishes the worst points. Each source is
 split into points that are fitted and points that only check; the largest error on the latter is the figure reported.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +29,29 @@ from sglang_eplb_affinity.simulate.published import Point, published_points
 
 TARGET = Path(__file__).with_name("data") / "calibrations.yaml"
 H800, H200_X2, H200, GB200 = "h800-cx7", "h200-x2", "h200-cx7", "gb200-nvl72"
-LOCAL_SHARES = np.linspace(0.0, 1.0, 11)
+# GB/s in one direction, and the share of it that a GPU can take in. Two GPUs cannot load the link: an assumption.
+H200_NVLINK, WIRE_SHARE = 450.0, 0.85
+SHARES = np.linspace(0.0, 1.0, 11)
 
 # Which constants each source can tell apart; all others keep their defaults.
 FREE: dict[tuple[str, str], tuple[str, ...]] = {
     (H800, "normal"): ("nvlink_gb_per_s", "rdma_gb_per_s"),
     (H800, "low_latency"): ("base_us", "nvlink_gb_per_s", "rdma_gb_per_s"),
     (GB200, "normal"): ("per_peer_us", "nvlink_gb_per_s"),
-    (H200_X2, "normal"): ("base_us", "nvlink_gb_per_s", "source_gb_per_s"),
+    (H200_X2, "normal"): (
+        "base_us",
+        "fill_tokens",
+        "nvlink_gb_per_s",
+        "source_gb_per_s",
+        "per_token_ns",
+        "per_copy_ns",
+    ),
     (H200_X2, "low_latency"): ("base_us", "nvlink_gb_per_s"),
 }
-START = {"base_us": 30.0, "nvlink_gb_per_s": 200.0, "rdma_gb_per_s": 45.0, "per_peer_us": 3.0, "source_gb_per_s": 900.0}
+START = {
+    "base_us": 30.0, "nvlink_gb_per_s": 200.0, "rdma_gb_per_s": 45.0, "per_peer_us": 3.0, "source_gb_per_s": 900.0,
+    "per_token_ns": 10.0, "per_copy_ns": 10.0, "fill_tokens": 30.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,23 +64,24 @@ class Comparison:
         return 100 * (self.predicted_us / self.point.us - 1)
 
 
-def fit_phase(points: Sequence[Point], free: Sequence[str], base_us: float = 0.0) -> PhaseConstants:
-    """Constants named in ``free`` from the points marked ``fit``; ``base_us`` if it is not among them."""
+def fit_phase(points: Sequence[Point], free: Sequence[str], **fixed: float) -> PhaseConstants:
+    """Constants named in ``free`` from the points marked ``fit``; the others as ``fixed``, or their defaults."""
     used = [point for point in points if point.fit]
     if len(used) < len(free):
         raise InputError(f"{points[0].key}: {len(used)} points to fit, but {len(free)} constants need as many")
 
     def constants(x: np.ndarray) -> PhaseConstants:
-        return PhaseConstants(**{"base_us": base_us, **dict(zip(free, np.exp(x).tolist(), strict=True))})
+        return PhaseConstants(**{"base_us": 0.0, **fixed, **dict(zip(free, np.exp(x).tolist(), strict=True))})
 
     def residual(x: np.ndarray) -> np.ndarray:
         made = constants(x)
-        return np.log([phase_time(made, point.load).us / point.us for point in used])
+        error = np.log([phase_time(made, point.load).us / point.us for point in used])
+        return np.asarray(np.sign(error) * error**2)
 
     start = np.log([START[name] for name in free])
     found = least_squares(residual, start, bounds=(np.log(1e-3), np.log(1e5)), method="trf")
     rounded = {name: float(f"{value:.4g}") for name, value in zip(free, np.exp(found.x).tolist(), strict=True)}
-    return PhaseConstants(**{"base_us": base_us, **rounded})
+    return PhaseConstants(**{"base_us": 0.0, **fixed, **rounded})
 
 
 def compare(points: Sequence[Point], constants: PhaseConstants) -> list[Comparison]:
@@ -90,23 +105,25 @@ def fit_all(measured: dict[str, Any] | None) -> tuple[dict[str, dict[str, PhaseC
         # The published normal-mode tables have large messages only: the latency of small ones is the measured one.
         same = fitted.get(H200_X2, {}).get(key)
         base_us = same.base_us if same is not None and key.startswith("normal") else 0.0
-        constants = fit_phase(points, FREE[name, key.split(".")[0]], base_us)
+        constants = fit_phase(points, FREE[name, key.split(".")[0]], base_us=base_us)
         fitted.setdefault(name, {})[key] = constants
         rows += compare(points, constants)
     return fitted, rows
 
 
 def _fit_measured(measured: dict[str, Any], key: str) -> tuple[PhaseConstants, list[Comparison]] | None:
-    """The local share is found by trying: it enters before the maximum over links."""
+    """The shares are found by trying: they enter before the maximum over links."""
     best: tuple[float, PhaseConstants, list[Comparison]] | None = None
-    for share in LOCAL_SHARES.tolist():
-        points = [p for p in measured_points(measured, H200_X2, {key: share}) if p.key == key]
+    channels = SHARES if key.startswith("normal") else SHARES[-1:]
+    for local, channel in itertools.product(SHARES.tolist(), channels.tolist()):
+        points = list(measured_points(measured, H200_X2, key, local, channel))
         if not points:
             return None
-        constants = fit_phase(points, FREE[H200_X2, key.split(".")[0]])
-        constants = dataclasses.replace(constants, local_share=round(share, 2))
+        wire = WIRE_SHARE * H200_NVLINK if key.startswith("normal") else 0.0
+        constants = fit_phase(points, FREE[H200_X2, key.split(".")[0]], wire_gb_per_s=wire)
+        constants = dataclasses.replace(constants, local_share=round(local, 2), channel_share=round(channel, 2))
         rows = compare(points, constants)
-        cost = float(np.sum([np.log(r.predicted_us / r.point.us) ** 2 for r in rows if r.point.fit]))
+        cost = float(np.sum([np.log(r.predicted_us / r.point.us) ** 4 for r in rows if r.point.fit]))
         if best is None or cost < best[0]:
             best = (cost, constants, rows)
     assert best is not None
@@ -132,7 +149,7 @@ def calibrations(
             rdma = fitted[H800][key]
             extra = max(0.0, rdma.base_us - constants.base_us) if key.startswith("low_latency") else 0.0
             joined[key] = dataclasses.replace(constants, rdma_gb_per_s=rdma.rdma_gb_per_s, rdma_base_us=round(extra, 2))
-        entry(H200, 450.0, 50.0, joined, [H200_X2, H800])
+        entry(H200, H200_NVLINK, 50.0, joined, [H200_X2, H800])
         latency = {k: v for k, v in joined.items() if k.startswith("low_latency")}
         entry(GB200, 900.0, 50.0, {**_with_rdma(fitted[GB200], fitted[H800]), **latency}, [GB200, H200_X2, H800])
     return out

@@ -1,10 +1,15 @@
 """Time of one dispatch or combine from the bytes on each link, with constants fitted to DeepEP measurements.
 
-    t = base + per_peer * NVLink peers + (rdma_base if RDMA is used) + source bytes / source rate
-        + ((bytes over NVLink / rate) ** 4 + (bytes over RDMA / rate) ** 4) ** (1/4)
+    t = base + fill * bytes of a copy / NVLink rate + per_peer * NVLink peers + (rdma_base if RDMA is used)
+        + (copies ** 4 + nvlink ** 4 + wire ** 4 + rdma ** 4) ** (1/4)
 
-where the bytes are those of the busiest GPU (and NIC) of the batch. NVLink and RDMA overlap: the slower one decides,
-and the fourth-power sum adds a little where both are near. Fitted by :mod:`.calibrate`; constants in
+    copies = tokens * per_token + copies * per_copy         work of the kernels for each token and copy of any size
+    nvlink = source bytes / source rate + bytes of copies / rate                     what the kernels' SMs move
+    wire   = bytes over NVLink / rate                                                what the link carries
+    rdma   = bytes over RDMA / rate
+
+where copies and bytes are those of the busiest GPU (and NIC) of the batch. They overlap: the slowest decides, and
+the fourth-power sum adds a little where two are near. Fitted by :mod:`.calibrate`; constants in
 ``data/calibrations.yaml``; the comparison with every source is in docs/capacity_planning.md.
 """
 
@@ -20,10 +25,12 @@ import yaml
 
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.simulate.traffic import (
+    LATENCY_LOCAL,
     LATENCY_NVLINK_IN,
     LATENCY_NVLINK_OUT,
     LATENCY_RDMA_IN,
     LATENCY_RDMA_OUT,
+    NORMAL_FORWARDED,
     NORMAL_LOCAL,
     NORMAL_NVLINK_OUT,
     NORMAL_RDMA_IN,
@@ -38,7 +45,10 @@ OVERLAP_POWER = 4.0
 class PhaseConstants:
     """Constants of one phase in one mode. Rates in GB/s for each GPU at the calibration's nominal links; 0: unused.
 
-    ``local_share``: what a copy that stays on its GPU costs, relative to one that travels. ``engine_us``: what an
+    ``fill_tokens``: the pipeline must fill before it flows: so many tokens' worth of bytes are latency.
+    ``local_share``: what a copy that stays on its GPU costs, relative to one that travels. ``channel_share``: normal
+    mode splits its SMs evenly over destinations, so that part of the time follows the busiest destination (times
+    their number: what the busiest GPU receives), the rest all copies that a GPU hands out. ``engine_us``: what an
     engine pays beside the kernel: normal mode's layout kernel and its wait for the received counts on the CPU.
     """
 
@@ -48,7 +58,12 @@ class PhaseConstants:
     rdma_base_us: float = 0.0
     per_peer_us: float = 0.0
     source_gb_per_s: float = 0.0
+    fill_tokens: float = 0.0
+    per_token_ns: float = 0.0
+    wire_gb_per_s: float = 0.0
+    per_copy_ns: float = 0.0
     local_share: float = 1.0
+    channel_share: float = 1.0
     engine_us: float = 0.0
 
 
@@ -65,12 +80,19 @@ class Calibration:
 
 @dataclass(frozen=True)
 class LinkBytes:
-    """Bytes of the busiest GPU and NIC in one phase, and who they are. -1: nobody (the link is not used)."""
+    """Bytes of the busiest GPU and NIC in one phase, and who they are. -1: nobody (the link is not used).
+
+    ``tokens`` are those of each GPU, ``copies`` those of the busiest one; ``wire`` the bytes that
+    really cross NVLink, into or out of one GPU.
+    """
 
     nvlink: float
     rdma: float
     source: float
     peers: int
+    tokens: float = 0.0
+    copies: float = 0.0
+    wire: float = 0.0
     nvlink_gpu: int = -1
     nvlink_direction: str = ""
     rdma_gpu: int = -1
@@ -88,43 +110,57 @@ def phase_time(
 ) -> PhaseTime:
     """Predicted time; the scales are the system's links over the calibration's nominal ones."""
     nvlink = load.nvlink / (constants.nvlink_gb_per_s * nvlink_scale * 1e3)
+    if constants.source_gb_per_s:
+        nvlink += load.source / (constants.source_gb_per_s * 1e3)
+    copies = (load.tokens * constants.per_token_ns + load.copies * constants.per_copy_ns) / 1e3
+    wire = load.wire / (constants.wire_gb_per_s * nvlink_scale * 1e3) if constants.wire_gb_per_s else 0.0
     rdma = 0.0
+    us = constants.base_us + constants.per_peer_us * load.peers
     if load.rdma:
         if not constants.rdma_gb_per_s or not rdma_scale:
             raise InputError("cluster.rdma_gb_per_s is 0, or its calibration has no RDMA, but there are several nodes")
         rdma = load.rdma / (constants.rdma_gb_per_s * rdma_scale * 1e3)
-    us = constants.base_us + constants.per_peer_us * load.peers
-    if load.rdma:
         us += constants.rdma_base_us
-    if constants.source_gb_per_s:
-        us += load.source / (constants.source_gb_per_s * 1e3)
-    transfer = (nvlink**OVERLAP_POWER + rdma**OVERLAP_POWER) ** (1 / OVERLAP_POWER)
+    if load.tokens:
+        size = load.source / load.tokens
+        us += constants.fill_tokens * size / (constants.nvlink_gb_per_s * nvlink_scale * 1e3)
+    transfer = sum(term**OVERLAP_POWER for term in (copies, nvlink, wire, rdma)) ** (1 / OVERLAP_POWER)
     if transfer < us:
         slowest = "latency"
-    elif rdma > nvlink:
+    elif rdma > max(nvlink, wire, copies):
         slowest = f"RDMA {load.rdma_direction} GPU {load.rdma_gpu}"
     else:
-        slowest = f"NVLink {load.nvlink_direction} GPU {load.nvlink_gpu}"
+        slowest = (
+            f"{'NVLink' if max(nvlink, wire) > copies else 'copies'} {load.nvlink_direction} GPU {load.nvlink_gpu}"
+        )
     return PhaseTime(us + transfer, slowest)
 
 
 def link_bytes(
-    counters: np.ndarray, mode: str, phase: str, bytes_per_copy: float, tokens_per_gpu: float, peers: int, local: float
-) -> LinkBytes:
+    counters: np.ndarray, mode: str, phase: str, bytes_per_copy: float, tokens_per_gpu: float, peers: int,
+    local: float = 1.0, channel: float = 1.0,
+) -> LinkBytes:  # fmt: skip
     """Bytes of the busiest links from ``counters`` [NUM_COUNTERS, gpus]; combine sends dispatch's copies back."""
     if mode == "normal":
-        received = counters[NORMAL_RECEIVED] - (1 - local) * counters[NORMAL_LOCAL]
-        inward, outward = received, counters[NORMAL_NVLINK_OUT]
+        stay = (1 - local) * counters[NORMAL_LOCAL]
+        inward, outward = counters[NORMAL_RECEIVED] - stay, counters[NORMAL_FORWARDED] - stay
         rdma_out, rdma_in = counters[NORMAL_RDMA_OUT], counters[NORMAL_RDMA_IN]
     else:
-        inward, outward = counters[LATENCY_NVLINK_IN], counters[LATENCY_NVLINK_OUT]
+        stay = (1 - local) * counters[LATENCY_LOCAL]
+        inward, outward = counters[LATENCY_NVLINK_IN] - stay, counters[LATENCY_NVLINK_OUT] - stay
         rdma_out, rdma_in = counters[LATENCY_RDMA_OUT], counters[LATENCY_RDMA_IN]
     names = ("into", "out of") if phase == "dispatch" else ("out of", "into")
     nvlink, nvlink_gpu, nvlink_direction = _busiest(inward, outward, names)
+    if mode == "normal":
+        nvlink = channel * nvlink + (1 - channel) * float(outward.max())
+    wire = 0.0
+    if mode == "normal":
+        travel = counters[NORMAL_RECEIVED] - counters[NORMAL_LOCAL]
+        wire = float(max(travel.max(), counters[NORMAL_NVLINK_OUT].max())) * bytes_per_copy
     rdma, rdma_gpu, rdma_direction = _busiest(rdma_in, rdma_out, names)
     return LinkBytes(
-        nvlink * bytes_per_copy, rdma * bytes_per_copy, tokens_per_gpu * bytes_per_copy, peers,
-        nvlink_gpu, nvlink_direction, rdma_gpu, rdma_direction,
+        nvlink * bytes_per_copy, rdma * bytes_per_copy, tokens_per_gpu * bytes_per_copy, peers, tokens_per_gpu, nvlink,
+        wire, nvlink_gpu, nvlink_direction, rdma_gpu, rdma_direction,
     )  # fmt: skip
 
 

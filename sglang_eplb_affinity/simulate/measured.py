@@ -36,26 +36,26 @@ def engine_us(data: dict[str, Any]) -> float:
     return max(0.0, float(np.median(extra))) if extra else 0.0
 
 
-def measured_points(data: dict[str, Any], calibration: str, local_share: dict[str, float]) -> Iterator[Point]:
-    """Points of both modes; ``local_share`` by "mode.phase" weighs copies that stay on their GPU."""
+def measured_points(
+    data: dict[str, Any], calibration: str, key: str, local_share: float, channel_share: float
+) -> Iterator[Point]:
+    """Points of one "mode.phase", with link bytes for these shares (see PhaseConstants)."""
     source = f"{data.get('command')} on {data.get('hardware')}, {data.get('date')}"
-    for mode in ("normal", "low_latency"):
-        for row in data["sections"].get(mode, {}).get("rows", []):
-            if "error" in row:
-                continue
-            for phase in ("dispatch", "combine"):
-                size = row[f"{phase}_bytes"]
-                key = f"{mode}.{phase}"
-                if mode == "normal":
-                    away, stay = row["copies_remote"], row["copies_local"]
-                else:
-                    away, stay = row["expert_copies_remote"], row["expert_copies_local"]
-                load = LinkBytes(
-                    nvlink=row["tokens"] * (away + local_share.get(key, 1.0) * stay) * size,
-                    rdma=0.0,
-                    source=row["tokens"] * size,
-                    peers=data["settings"]["gpus"] - 1,
-                )
-                label = f"{row['tokens']} tokens, hidden {row['hidden']}, {row['dtype']}, {row['routing']}"
-                fit = row["hidden"] != HELD_OUT_HIDDEN and row["routing"] != "1.5"
-                yield Point(calibration, key, label, row[f"{phase}_us"]["median"], load, fit, source)
+    mode, phase = key.split(".")
+    gpus = data["settings"]["gpus"]
+    for row in data["sections"].get(mode, {}).get("rows", []):
+        if "error" in row:
+            continue
+        size = row[f"{phase}_bytes"]
+        prefix = "copies" if mode == "normal" else "expert_copies"
+        away, stay = row[f"{prefix}_remote"], local_share * row[f"{prefix}_local"]
+        copies = away + stay
+        if mode == "normal":
+            busiest = gpus * max(stay, away / (gpus - 1))
+            copies = channel_share * busiest + (1 - channel_share) * copies
+        tokens = row["tokens"]
+        wire = tokens * away * size if mode == "normal" else 0.0
+        load = LinkBytes(tokens * copies * size, 0.0, tokens * size, gpus - 1, tokens, tokens * copies, wire)
+        label = f"{row['tokens']} tokens, hidden {row['hidden']}, {row['dtype']}, {row['routing']}"
+        fit = row["hidden"] != HELD_OUT_HIDDEN and row["routing"] != "1.5"
+        yield Point(calibration, key, label, row[f"{phase}_us"]["median"], load, fit, source)

@@ -76,7 +76,7 @@ def _point(table: dict[str, Any], row: dict[str, Any], traffic: BatchTraffic, sc
     # Uniform random routing: the busiest GPU is the mean one but for sampling noise, which a thinner draw exaggerates.
     counters = np.repeat(traffic.counters.mean(1, keepdims=True), gpus, axis=1)
     peers = min(gpus, table["gpus_per_node"]) - 1
-    load = link_bytes(counters * scale, table["mode"], row["phase"], size, table["tokens"], peers, 1.0)
+    load = link_bytes(counters * scale, table["mode"], row["phase"], size, table["tokens"], peers)
     if "us" in row:
         us = float(row["us"])
     else:

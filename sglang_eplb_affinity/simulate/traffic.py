@@ -19,8 +19,8 @@ from sglang_eplb_affinity.topology import Topology
 # Rows of the per-GPU counters.
 NORMAL_RECEIVED, NORMAL_LOCAL, NORMAL_NVLINK_OUT, NORMAL_RDMA_OUT, NORMAL_RDMA_IN = range(5)
 LATENCY_NVLINK_OUT, LATENCY_NVLINK_IN, LATENCY_RDMA_OUT, LATENCY_RDMA_IN = range(5, 9)
-OWN_NODE_TOKENS = 9
-NUM_COUNTERS = 10
+OWN_NODE_TOKENS, NORMAL_FORWARDED, LATENCY_LOCAL = 9, 10, 11
+NUM_COUNTERS = 12
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class BatchTraffic:
 
     ``NORMAL_RECEIVED`` counts every copy that arrives at a GPU, its own tokens (``NORMAL_LOCAL``) included;
     ``LATENCY_NVLINK_*`` count copies within a node, those of a GPU to itself included; ``OWN_NODE_TOKENS`` the tokens
-    that need at least one GPU of their own node.
+    that need at least one GPU of their own node; ``NORMAL_FORWARDED`` the copies that a GPU hands out in its node
+    (of its own tokens and of those that came over RDMA), to itself too; ``LATENCY_LOCAL`` a GPU's copies to itself.
     """
 
     counters: np.ndarray
@@ -151,6 +152,8 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
             if node == home_node:
                 counters[LATENCY_NVLINK_OUT, home] += 1
                 counters[LATENCY_NVLINK_IN, gpu] += 1
+                if gpu == home:
+                    counters[LATENCY_LOCAL, gpu] += 1
             else:
                 counters[LATENCY_RDMA_OUT, home] += 1
                 counters[LATENCY_RDMA_IN, gpu] += 1
@@ -165,6 +168,7 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
                 seen_gpu[gpu] = t
                 counters[NORMAL_RECEIVED, gpu] += 1
                 forwarder = node * gpus_per_node + index
+                counters[NORMAL_FORWARDED, forwarder] += 1
                 if gpu == home:
                     counters[NORMAL_LOCAL, gpu] += 1
                 elif forwarder != gpu:

@@ -61,16 +61,20 @@ def test_fit_recovers_known_constants():
     assert found.source_gb_per_s == pytest.approx(500, rel=0.01)
 
 
+def busiest(nvlink: float, rdma: float) -> LinkBytes:
+    return LinkBytes(nvlink, rdma, 0.0, 7, nvlink_gpu=1, nvlink_direction="into", rdma_gpu=2, rdma_direction="out of")
+
+
 def test_time_grows_with_bytes_and_names_the_slowest_link():
     constants = PhaseConstants(20.0, 150.0, 45.0)
-    small = phase_time(constants, LinkBytes(1e4, 1e3, 0, 7, 1, "into", 2, "out of"))
-    nvlink = phase_time(constants, LinkBytes(1e8, 1e6, 0, 7, 1, "into", 2, "out of"))
-    rdma = phase_time(constants, LinkBytes(1e8, 1e8, 0, 7, 1, "into", 2, "out of"))
+    small = phase_time(constants, busiest(1e4, 1e3))
+    nvlink = phase_time(constants, busiest(1e8, 1e6))
+    rdma = phase_time(constants, busiest(1e8, 1e8))
     assert small.us < nvlink.us < rdma.us
     assert small.slowest_link == "latency"
     assert nvlink.slowest_link == "NVLink into GPU 1"
     assert rdma.slowest_link == "RDMA out of GPU 2"
-    faster = phase_time(constants, LinkBytes(1e8, 1e8, 0, 7, 1, "into", 2, "out of"), 1.0, 2.0)
+    faster = phase_time(constants, busiest(1e8, 1e8), 1.0, 2.0)
     assert faster.us < rdma.us
 
 

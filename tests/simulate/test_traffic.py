@@ -21,6 +21,7 @@ def plain_count(physical: np.ndarray, source: np.ndarray, topology: Topology, sl
             near = gpu // per_node == home // per_node
             counters[t.LATENCY_NVLINK_OUT if near else t.LATENCY_RDMA_OUT, home] += 1
             counters[t.LATENCY_NVLINK_IN if near else t.LATENCY_RDMA_IN, gpu] += 1
+            counters[t.LATENCY_LOCAL, gpu] += gpu == home
         for node in {gpu // per_node for gpu in gpus}:
             if node == home // per_node:
                 counters[t.OWN_NODE_TOKENS, home] += 1
@@ -30,6 +31,7 @@ def plain_count(physical: np.ndarray, source: np.ndarray, topology: Topology, sl
         for gpu in set(gpus):
             counters[t.NORMAL_RECEIVED, gpu] += 1
             forwarder = gpu // per_node * per_node + home % per_node
+            counters[t.NORMAL_FORWARDED, forwarder] += 1
             if gpu == home:
                 counters[t.NORMAL_LOCAL, gpu] += 1
             elif forwarder != gpu:
