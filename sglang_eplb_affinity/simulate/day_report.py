@@ -55,12 +55,12 @@ def plot_day(results: Sequence[DayResult], head: dict[str, Any], folder: Path) -
             values = [getattr(window, name) for window in result.windows]
             axis.plot(hours, values, label=f"{result.policy.name}, {interval_text(result)}", linewidth=1.1)
         axis.set_ylabel(label)
-    axes[0].legend(fontsize=7, ncol=2)
     axes[0].set_title(
         f"{head['system']}, {head['gpus']} GPUs, {head['phase']}: simulated day\n{head['routing']}", fontsize=9
     )
     axes[-1].set_xlabel("hour")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     path = folder / f"replay-{head['system']}-{head['phase']}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -120,13 +120,14 @@ def plot(results: Sequence[PhaseResult], head: dict[str, Any], folder: Path) -> 
             bottom = [b + v for b, v in zip(bottom, values, strict=True)]
         left.set_ylabel("us per layer")
         left.set_title(f"{head['system']}, {phase}: simulated\n{head['routing']}", fontsize=9)
-        left.legend()
+        left.legend(ncol=4, loc="upper center", fontsize=8)
+        left.set_ylim(top=1.15 * max(bottom))
         middle = [r.step_ms.value for r in part]
         below = [r.step_ms.value - r.step_ms.lower for r in part]
         above = [r.step_ms.upper - r.step_ms.value for r in part]
         right.errorbar(labels, middle, yerr=[below, above], fmt="o")
         right.set_ylabel("step ms (90 % of batches)")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.1 * max(m + a for m, a in zip(middle, above, strict=True)))
         right.tick_params(axis="x", labelsize=7)
         figure.tight_layout()
         path = folder / f"simulate-{head['system']}-{phase}.png"

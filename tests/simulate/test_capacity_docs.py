@@ -1,0 +1,67 @@
+"""The capacity page shows the results that are committed beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.capacity.docs import compact_table, fill, table_named
+from sglang_eplb_affinity.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results" / "simulate"
+
+
+def result(**changes):
+    interval = {"value": 10.0, "lower": 9.0, "upper": 11.0}
+    entry = {
+        "gpus": 8, "phase": "decode", "mode": "low_latency", "tokens_per_gpu": 64, "algorithm": "affinity",
+        "redundant": 8, "dispatch_rule": "static", "step_ms": interval, "tokens_per_second_per_gpu": 6400.0,
+        "gain_pct_over_eplb": interval, "gpu_fanout": 3.0, "node_fanout": 1.5, "load_max_over_mean": 1.1,
+        "slowest": {"dispatch": "latency (100 % of layers)"},
+        **{f"{stage}_us": interval for stage in ("dispatch", "experts", "combine", "rest")},
+    }  # fmt: skip
+    return {**entry, **changes}
+
+
+def test_compact_table_has_one_row_a_result_and_no_gain_for_the_baseline():
+    baseline = result(algorithm="eplb")
+    del baseline["gain_pct_over_eplb"]
+    lines = compact_table({"results": [result(), baseline]}).splitlines()
+    assert len(lines) == 4
+    assert "+10.0 % [+9.0, +11.0]" in lines[2] and "%]" not in lines[3].replace("% of layers", "")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_fill_replaces_between_markers_only(tmp_path):
+    (tmp_path / "x.md").write_text("title\n| a |\n|---|\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: x -->\nold\n<!-- end -->\nafter\n")
+    fill(page, tmp_path)
+    fill(page, tmp_path)
+    assert page.read_text() == "before\n<!-- table: x -->\n| a |\n|---|\n<!-- end -->\nafter\n"
+
+
+def test_a_missing_result_names_the_command(tmp_path):
+    with pytest.raises(InputError, match=r"bench\.capacity all"):
+        table_named("nothing", tmp_path)
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="no simulated results yet")
+def test_page_is_up_to_date_and_entries_are_valid(tmp_path):
+    from bench.summary import load_figures
+
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "capacity_planning.md").read_text())
+    fill(page, RESULTS)
+    assert page.read_text() == (ROOT / "docs" / "capacity_planning.md").read_text()
+    names = {figure.name for figure in load_figures(RESULTS / "summary_entries.json")}
+    assert names == {
+        "simulate.calibration_error_pct.max", "simulate.ep320.seconds",
+        "simulate.deepseek_v3_ep32.tpot_gain_pct", "simulate.deepseek_v3_ep144.tpot_gain_pct",
+    }  # fmt: skip
+    for file in RESULTS.glob("*.json"):
+        data = json.loads(file.read_text())
+        assert data.get("kind", "simulated") == "simulated"
