@@ -49,11 +49,18 @@ _REPLICAS = ImbalanceWeights(window=480.0, blocks=24.0)
 def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> SearchBudget:
     """The budget for one layer: the same for all layers and ranks."""
     fast = config.effort == "fast"
+    scale = config.search_scale
     if config.keeps_current:
-        annealing = Annealing(2048, 2, 8000, 0.0, 0.0) if fast else Annealing(16384, 2, 100000, 0.0, 0.0)
+        annealing = (
+            Annealing(2048, 2, 8000 * scale, 0.0, 0.0) if fast else Annealing(16384, 2, 100000 * scale, 0.0, 0.0)
+        )
         return SearchBudget(annealing, False, _SWAPS)
     if num_slots > num_experts and (config.dispatch == "cover" or config.objective != "normal"):
-        annealing = Annealing(2048, 20, 265, 0.05, 0.003) if fast else Annealing(8192, 80, 2500, 0.06, 0.0024)
+        annealing = (
+            Annealing(2048, 20, 265 * scale, 0.05, 0.003) if fast else Annealing(8192, 80, 2500 * scale, 0.06, 0.0024)
+        )
         return SearchBudget(annealing, True, _REPLICAS)
-    annealing = Annealing(4096, 40, 3000, 0.08, 0.004) if fast else Annealing(16384, 100, 20000, 0.08, 0.0024)
+    annealing = (
+        Annealing(4096, 40, 2200 * scale, 0.08, 0.004) if fast else Annealing(16384, 100, 20000 * scale, 0.08, 0.0024)
+    )
     return SearchBudget(annealing, False, _SWAPS)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.evaluate import moved_experts
-from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
+from sglang_eplb_affinity.evaluate import measure, moved_experts
+from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
 from sglang_eplb_affinity.planner.core import NO_AFFINITY, NO_TRAFFIC
 from sglang_eplb_affinity.routing import RoutingWindow, coactivation_of
 from sglang_eplb_affinity.topology import Topology
@@ -86,6 +88,77 @@ def test_equal_input_gives_equal_maps_for_any_number_of_threads(rule, redundant)
     ]
     for other in plans[1:]:
         assert (plans[0].expert_map.physical_to_logical == other.expert_map.physical_to_logical).all()
+
+
+def test_renamed_experts_get_the_same_places():
+    # Without replicas nothing depends on an expert's number, as long as loads are untied.
+    tokens = skewed_tokens(np.random.default_rng(4), 1, 700, 24, 3)
+    window = window_of(tokens, 24)
+    counts = window.counts * 1000 + np.random.default_rng(5).permutation(24)[None]
+    rename = np.random.default_rng(6).permutation(24)
+    renamed = np.empty_like(counts)
+    renamed[:, rename] = counts
+    first = plan(RoutingWindow(counts, None, tokens), Topology(4, 2), 24)
+    second = plan(RoutingWindow(renamed, None, rename[tokens].astype(np.int16)), Topology(4, 2), 24)
+    assert first.report.fallback == ("",)
+    assert (rename[first.expert_map.physical_to_logical] == second.expert_map.physical_to_logical).all()
+
+
+def test_a_strict_cap_holds_on_the_window():
+    tokens = skewed_tokens(np.random.default_rng(7), 3, 2000, 32, 4)
+    config = PlannerConfig(max_load_increase=0.02, load_noise_allowance=0.0)
+    report = plan(window_of(tokens, 32), Topology(4, 2), 32, config).report
+    assert (report.planned.load_max_over_mean <= report.eplb.load_max_over_mean * 1.02 + 1e-6).all()
+    assert report.planned.gpu_fanout.mean() < report.eplb.gpu_fanout.mean()
+
+
+def test_replanning_the_same_window_moves_nothing_that_does_not_pay():
+    tokens = skewed_tokens(np.random.default_rng(8), 2, 2000, 32, 4)
+    window = window_of(tokens, 32)
+    first = plan(window, Topology(8, 2), 32).expert_map
+    again = plan(window, Topology(8, 2), 32, PlannerConfig(incremental=True), first).report
+    assert again.moved_experts is not None and again.moved_experts.sum() <= 4
+    free = plan(window, Topology(8, 2), 32, PlannerConfig(incremental=True, move_cost=0), first).report
+    costly = plan(window, Topology(8, 2), 32, PlannerConfig(incremental=True, move_cost=10**6), first).report
+    assert costly.moved_experts is not None and costly.moved_experts.sum() == 0
+    assert free.current is not None and (free.planned.cost <= free.current.cost + 1e-9).all()
+
+
+def test_low_latency_spreads_replicas_over_nodes():
+    # One copy per token and expert is paid for: only replicas of hot experts on both nodes can save any.
+    tokens = skewed_tokens(np.random.default_rng(9), 1, 2000, 16, 4)
+    config = PlannerConfig(objective="low_latency", dispatch="static", effort="thorough")
+    report = plan(window_of(tokens, 16), Topology(4, 2), 24, config).report
+    assert report.planned.cost[0] < report.eplb.cost[0]
+
+
+def test_the_guard_gives_overloaded_layers_back_to_eplb():
+    rng = np.random.default_rng(10)
+    before, after = skewed_tokens(rng, 3, 1500, 32, 4), skewed_tokens(rng, 3, 1500, 32, 4)
+    topology, config = Topology(8, 2), PlannerConfig()
+    old = window_of(before, 32)
+    eplb, affinity = eplb_placement(old.counts, topology, 32), plan(old, topology, 32, config).expert_map
+    new = window_of(after, 32)
+    drifted = drifted_layers(new, topology, affinity, eplb, config)
+    guarded = guarded_map(affinity, eplb, drifted)
+    loads = [measure(after, m, topology, "cover", None).load_max_over_mean for m in (affinity, eplb, guarded)]
+    assert (drifted == (loads[0] > loads[1] * 1.01)).all()
+    assert (loads[2] <= loads[1] * 1.01 + 1e-9).all()
+    assert drifted.any()
+
+
+def test_kernels_compile_without_a_cache_directory(monkeypatch, caplog):  # type: ignore[no-untyped-def]
+    real = numba.njit
+
+    def refuse(**options):  # type: ignore[no-untyped-def]
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    doubled = kernel(lambda x: 2 * x)
+    assert doubled(21) == 42
+    assert "NUMBA_CACHE_DIR" in caplog.text
 
 
 def test_tied_counts_plan_deterministically():

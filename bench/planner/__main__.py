@@ -1,0 +1,145 @@
+"""``python -m bench.planner``: the planner's quality and speed beside SGLang's EPLB, as tables in results/planner."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from bench.environment import describe_environment, now, provenance, versions
+from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
+from bench.planner.report import report_text
+from bench.planner.speed import speed_rows, start_up_and_memory
+from bench.planner.upstream import upstream_rebalance, upstream_version
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.planner import warm_up
+
+PARTS = ("quality", "curves", "floor", "drift", "speed")
+OWN_TRACE = "bench/data/tiny_moe_plan.npz,bench/data/tiny_moe_test.npz"
+Row = dict[str, Any]
+
+
+@click.command()
+@click.option("--trace", "traces", multiple=True, help=f"FILE or PLAN,TEST; may repeat.  [default: {OWN_TRACE}]")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only these parts.  [default: all]")
+@click.option("--seeds", type=int, default=3, show_default=True, help="Planner seeds per case.")
+@click.option("--repeats", type=int, default=7, show_default=True, help="Rounds of the speed table.")
+@click.option("--floor-layers", type=int, default=2, show_default=True)
+@click.option("--floor-scale", type=int, default=10, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results/planner"), show_default=True)
+def main(
+    traces: tuple[str, ...], parts: tuple[str, ...], seeds: int, repeats: int, floor_layers: int, floor_scale: int,
+    out: Path,
+) -> None:  # fmt: skip
+    """Measure the planner; prints the tables and writes CSV, Markdown and the environment.
+
+    \b
+    Example:
+      python -m bench.planner --trace my_trace.npz --part quality --out /tmp/planner
+    """
+    command = "python -m bench.planner" + "".join(f" {arg}" for arg in sys.argv[1:])
+    splits = [Split.load(text) for text in traces or (OWN_TRACE,)]
+    chosen = parts or PARTS
+    rebalance = upstream_rebalance()
+    environment = describe_environment(["python", "-m", "bench.planner", *sys.argv[1:]])
+    environment["baseline"] = f"SGLang {upstream_version()}" if rebalance else "own EPLB (SGLang is not installed)"
+    warm_up()
+    tables: dict[str, list[Row]] = {}
+    cases = [(split, case) for split in splits for case in CASES if case.fits(split.plan.num_experts)]
+    if "speed" in chosen:  # first, before anything else has heated up the machine
+        tables["speed"] = speed_rows(rebalance, repeats)
+        tables["start"] = start_up_and_memory()
+    if "quality" in chosen:
+        tables["quality"] = _each(
+            "quality", cases, lambda s, c: quality_rows(s, c, rebalance, seeds, ("fast", "thorough"))
+        )
+    if "curves" in chosen:
+        tables["curves"] = _each("curves", _curves(splits), lambda s, c: quality_rows(s, c, rebalance, 1, ("fast",)))
+    if "floor" in chosen:
+        tables["floor"] = _each("floor", cases, lambda s, c: floor_rows(s, c, floor_layers, floor_scale))
+    if "drift" in chosen:
+        drift_cases = [(s, c) for s, c in cases if (c.gpus, c.nodes) == (8, 2) and c.redundant in (0, 8)]
+        tables["drift"] = _each("drift", drift_cases, drift_rows)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        if rows:
+            write_atomically(out / f"{name}.csv", _csv(rows).encode())
+    text = report_text(tables, environment)
+    write_atomically(out / "report.md", text.encode())
+    write_atomically(out / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
+    write_atomically(out / "summary_entries.json", (json.dumps(_entries(tables, command), indent=1) + "\n").encode())
+    click.echo(text)
+
+
+def _curves(splits: list[Split]) -> list[tuple[Split, Case]]:
+    return [(split, case) for split in splits for case in CURVE_CASES if case.fits(split.plan.num_experts)]
+
+
+def _each(name: str, cases: list[tuple[Split, Case]], measure: Any) -> list[Row]:
+    rows: list[Row] = []
+    for split, case in tqdm(cases, desc=name, disable=None):
+        rows += measure(split, case)
+    return rows
+
+
+def _csv(rows: list[Row]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return buffer.getvalue()
+
+
+def _entries(tables: dict[str, list[Row]], command: str) -> list[Row]:
+    """Entries for results/summary.json; intervals are the range over planner seeds, or over rounds for times."""
+    source = provenance()
+    fixed = {
+        "kind": "measured", "hardware": source["hardware"], "versions": versions(), "commit": source["commit"],
+        "date": now(), "command": command,
+    }  # fmt: skip
+    entries: list[Row] = []
+
+    def add(name: str, values: list[float], unit: str) -> None:
+        interval = {"value": statistics.median(values), "lower": min(values), "upper": max(values)}
+        entries.append({"name": name, **interval, "unit": unit, **fixed})
+
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in tables.get("quality", []):
+        if row["arm"] == "affinity thorough":
+            groups.setdefault((row["trace"], row["case"]), []).append(row)
+    for (trace, case), rows in groups.items():
+        for name in ("gpu_fanout_ratio", "node_fanout_ratio"):
+            if name == "gpu_fanout_ratio" or rows[0]["nodes"] > 1:
+                add(f"planner.{trace}.{case}.{name}", [row[name] for row in rows], "ratio to deepseek")
+        load = [row["load_max_over_mean"] / (row["load_max_over_mean"] - row["load_difference"]) for row in rows]
+        add(f"planner.{trace}.{case}.load_ratio", load, "ratio to deepseek")
+    for row in tables.get("speed", []):
+        if row["arm"] == "affinity fast, full":
+            values = [row["ratio_to_eplb_min"], row["ratio_to_eplb"], row["ratio_to_eplb_max"]]
+            add("planner.dsv3.full_time_ratio_to_eplb", values, "ratio to SGLang deepseek")
+        if "incremental" in row["arm"]:
+            values = [row["ratio_to_full_min"], row["ratio_to_full"], row["ratio_to_full_max"]]
+            add("planner.dsv3.incremental_time_ratio_to_full", values, "ratio to full plan")
+    return entries
+
+
+def run() -> None:
+    """Bad input exits with code 2 and one line."""
+    try:
+        main(prog_name="python -m bench.planner", standalone_mode=False)
+    except (InputError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

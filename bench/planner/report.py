@@ -1,0 +1,90 @@
+"""The tables as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> str:
+    """One document; every table says what it was measured on."""
+    parts = [
+        "# Planner: quality and speed",
+        f"Measured {environment['date']} on {environment['hardware']}; baseline {environment['baseline']}; "
+        f"commit {environment['commit'][:12]}. Command: `{environment['command']}`.",
+    ]
+    if tables.get("quality"):
+        parts += [
+            "## Quality on tokens that were not planned on",
+            "Change against `deepseek` on the same test tokens; plan and test share no sequence. EPLB spreads evenly "
+            "over replicas, affinity uses `cover`. `remote nodes` is the change of node fan-out - 1. Range over "
+            "planner seeds in brackets.",
+            _quality(tables["quality"]),
+        ]
+    if tables.get("curves"):
+        parts += ["## Other sizes and redundancy (fast effort, one seed)", _quality(tables["curves"])]
+    if tables.get("floor"):
+        parts += [
+            "## Distance to a long search",
+            "Fan-outs on the PLAN sample of the first layers, where the search optimises.",
+            _plain(tables["floor"]),
+        ]
+    if tables.get("drift"):
+        parts += [
+            "## Drift: planned on one domain, tested on another",
+            "The guard and the replan have seen 1024 tokens of the test domain; all arms are measured on the others.",
+            _plain(
+                [
+                    {k: v for k, v in row.items() if k not in ("extra_nodes", "remote_node_copies")}
+                    for row in tables["drift"]
+                ]
+            ),
+        ]
+    if tables.get("speed"):
+        parts += [
+            "## Speed at DeepSeek-V3 size",
+            "58 layers, 256 experts to 288 slots, 32 GPUs on 4 nodes, top-8, 8192 sampled tokens a layer, synthetic "
+            "routing. Arms interleaved in one process; ratios within a round.",
+            _plain(tables["speed"]),
+            "Fresh processes:",
+            _plain(tables["start"]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quality(rows: list[Row]) -> str:
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["trace"], row["case"], row["arm"]), []).append(row)
+    out = []
+    for (trace, case, arm), group in groups.items():
+        out.append({
+            "trace": trace, "GPUs x nodes": case, "arm": arm, "GPU fan-out": _mean(group, "gpu_fanout"),
+            "change": _percent(group, "gpu_fanout_ratio"), "node fan-out": _mean(group, "node_fanout"),
+            "change ": _percent(group, "node_fanout_ratio"), "remote nodes": _percent(group, "extra_nodes_ratio"),
+            "load max/mean": _mean(group, "load_max_over_mean"), "difference": _mean(group, "load_difference", "+.3f"),
+            "seconds": "" if group[0]["seconds"] == "" else _mean(group, "seconds", ".2f"),
+        })  # fmt: skip
+    return _plain(out)
+
+
+def _mean(rows: list[Row], name: str, style: str = ".3f") -> str:
+    return format(statistics.mean(row[name] for row in rows), style)
+
+
+def _percent(rows: list[Row], name: str) -> str:
+    values = [100 * (row[name] - 1) for row in rows]
+    text = f"{statistics.mean(values):+.1f} %"
+    return text if len(values) == 1 else f"{text} [{min(values):+.1f}, {max(values):+.1f}]"
+
+
+def _plain(rows: list[Row]) -> str:
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
