@@ -27,12 +27,13 @@ from sglang_eplb_affinity.topology import Topology
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
 PAGE = "docs/capacity_planning.md"
 MEASURED = "results/deepep/h200-x2.json"
-RUNS: tuple[tuple[str, str], ...] = (
-    ("deepseek-v3-h800", "8,16,32,64,144,320"),
-    ("deepseek-v3-h200", "32"),
-    ("deepseek-v3-gb200-nvl72", "36,72,144"),
-    ("qwen3-235b-h200", "8,16,32"),
-    ("gpt-oss-120b-h200", "8"),
+FULL, SMALL = ("--layers", "6", "--resamples", "8"), ("--layers", "4", "--resamples", "5")
+RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("deepseek-v3-h800", "8,16,32,64,144,320", FULL),
+    ("deepseek-v3-h200", "32", SMALL),
+    ("deepseek-v3-gb200-nvl72", "36,72,144", SMALL),
+    ("qwen3-235b-h200", "8,16,32", SMALL),
+    ("gpt-oss-120b-h200", "8", SMALL),
 )
 DAYS: tuple[tuple[str, str], ...] = (("deepseek-v3-h800", "prefill"), ("deepseek-v3-h800", "decode"))
 ADVICE = ("deepseek-v3-h800", "qwen3-235b-h200", "gpt-oss-120b-h200")
@@ -47,21 +48,27 @@ def main() -> None:
 
 @main.command("all")
 @click.option("--out", default="results/simulate", show_default=True, help="Folder for results.")
-def everything(out: str) -> None:
+@click.option("--keep", is_flag=True, help="Keep the results that are there already, and make the others.")
+def everything(out: str, keep: bool) -> None:
     """All runs; some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    for preset, gpus in RUNS:
-        _cli("simulate", *_traces(), "--topology", preset, "--gpus", gpus, "--format", "markdown",
-             "--out", f"{out}/{preset}.json", into=folder / f"{preset}.md")  # fmt: skip
+    for preset, gpus, size in RUNS:
+        _cli("simulate", *_traces(), "--topology", preset, "--gpus", gpus, *size, "--format", "markdown",
+             "--out", f"{out}/{preset}.json", into=folder / f"{preset}.md", keep=keep)  # fmt: skip
     for preset, phase in DAYS:
-        _cli("replay", *_traces(), "--topology", preset, "--phase", phase, "--out", f"{out}/day-{preset}-{phase}.json",
-             "--plots", out, into=folder / f"day-{preset}-{phase}.md")  # fmt: skip
-        _thin_day(folder / f"day-{preset}-{phase}.json")
+        into = folder / f"day-{preset}-{phase}.md"
+        done = keep and into.is_file()
+        _cli("replay", *_traces(), "--topology", preset, "--phase", phase, "--layers", "2",
+             "--out", f"{out}/day-{preset}-{phase}.json", "--plots", out, into=into, keep=keep)  # fmt: skip
+        if not done:
+            _thin_day(folder / f"day-{preset}-{phase}.json")
     for preset in ADVICE:
-        _cli("recommend", *_traces(), "--topology", preset, into=folder / f"recommend-{preset}.txt")
-    write_atomically(folder / "end-to-end.md", _end_to_end(folder).encode())
+        _cli("recommend", *_traces(), "--topology", preset, "--layers", "3", "--resamples", "4",
+             into=folder / f"recommend-{preset}.txt", keep=keep)  # fmt: skip
+    if not (keep and (folder / "end-to-end.md").is_file()):
+        write_atomically(folder / "end-to-end.md", _end_to_end(folder).encode())
     started = time.monotonic()
     _cli("simulate", *_traces(), "--topology", "deepseek-v3-h800", "--gpus", "320", into=None)
     ep320 = time.monotonic() - started
@@ -101,8 +108,10 @@ def _joined() -> RoutingTrace:
     return RoutingTrace.load(ROOT / PLAN)
 
 
-def _cli(*arguments: str, into: Path | None) -> None:
-    """Run the command as a user would; its output goes to a file."""
+def _cli(*arguments: str, into: Path | None, keep: bool = False) -> None:
+    """Run the command as a user would; its output goes to a file (with ``keep`` only if that is not there)."""
+    if keep and into is not None and into.is_file():
+        return
     command = [sys.executable, "-m", "sglang_eplb_affinity", *arguments]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False)
     if done.returncode:
@@ -122,7 +131,7 @@ def _end_to_end(folder: Path) -> str:
         for overlap in ("none", "two_batch"):
             path = folder / f"end-to-end-{phase}-{overlap}.json"
             _cli("simulate", *_traces(), "--topology", "deepseek-v3-h100", "--gpus", gpus, "--phase", phase,
-                 "--overlap", overlap, "--algorithm", "eplb", "--out", str(path), into=None)  # fmt: skip
+                 "--overlap", overlap, "--algorithm", "eplb", "--layers", "3", "--resamples", "2", "--out", str(path), into=None)  # fmt: skip
             rate = 8 * json.loads(path.read_text())["results"][0]["tokens_per_second_per_gpu"]
             path.unlink()
             cells.append(f"{rate:,.0f} ({100 * (rate / published - 1):+.0f} %)")
