@@ -131,7 +131,8 @@ def _end_to_end(folder: Path) -> str:
         for overlap in ("none", "two_batch"):
             path = folder / f"end-to-end-{phase}-{overlap}.json"
             _cli("simulate", *_traces(), "--topology", "deepseek-v3-h100", "--gpus", gpus, "--phase", phase,
-                 "--overlap", overlap, "--algorithm", "eplb", "--layers", "3", "--resamples", "2", "--out", str(path), into=None)  # fmt: skip
+                 "--overlap", overlap, "--algorithm", "eplb", "--layers", "3", "--resamples", "2",
+                 "--out", str(path), into=None)  # fmt: skip
             rate = 8 * json.loads(path.read_text())["results"][0]["tokens_per_second_per_gpu"]
             path.unlink()
             cells.append(f"{rate:,.0f} ({100 * (rate / published - 1):+.0f} %)")
