@@ -81,8 +81,10 @@ class Load:
 
 def loads(gpus: int) -> tuple[Load, Load]:
     return (
-        Load("prefill", 128 * gpus, 64 * gpus, 2048, 1, "input_throughput"),
-        Load("decode", 128 * gpus, 128 * gpus, 16, 256, "output_throughput"),
+        # Long enough that the start and the end of a load do not count: with a second of decode the repeats of one
+        # server differed by a factor of two.
+        Load("prefill", 1024 * gpus, 128 * gpus, 2048, 1, "input_throughput"),
+        Load("decode", 256 * gpus, 128 * gpus, 16, 1536, "output_throughput"),
     )
 
 
