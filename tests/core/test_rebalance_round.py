@@ -1,0 +1,116 @@
+"""One rebalance without a server: what is skipped, what fails, and what the log line says."""
+
+import json
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
+
+LAYERS, EXPERTS, SLOTS = 2, 8, 12
+
+
+@pytest.fixture
+def make_round(monkeypatch: pytest.MonkeyPatch):
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    ids = torch.from_numpy(ExpertMap.contiguous(LAYERS, EXPERTS, SLOTS).physical_to_logical.astype(np.int64))
+    metadata = SimpleNamespace(
+        physical_to_logical_map=ids, physical_to_logical_map_cpu=ids, num_logical_experts=EXPERTS, ep_size=4
+    )
+    # SGLang itself imports on a machine without a GPU only beside the CPU engine's stand-ins.
+    module = ModuleType("sglang.srt.eplb.expert_location")
+    monkeypatch.setattr(module, "get_global_expert_location_metadata", lambda: metadata, raising=False)
+    for name in ("sglang", "sglang.srt", "sglang.srt.eplb"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(
+        rebalance.RebalanceRound, "_metadata_of", lambda self, planned: ("metadata of", planned.physical_to_logical)
+    )
+    arguments = SimpleNamespace(
+        eplb_algorithm="affinity",
+        eplb_affinity_nodes=2,
+        eplb_affinity_max_load_increase=0.01,
+        eplb_affinity_incremental=False,
+        eplb_affinity_max_moves=None,
+        nnodes=1,
+        moe_a2a_backend="none",
+        deepep_mode="auto",
+        ep_dispatch_algorithm="dynamic",
+    )
+
+    def make(window: RoutingWindow) -> rebalance.RebalanceRound:
+        found = rebalance.begin(SimpleNamespace(_server_args=arguments), {"affinity": window})
+        assert found is not None
+        return found
+
+    return make
+
+
+def some_window() -> RoutingWindow:
+    random = np.random.default_rng(0)
+    ids = np.stack([random.permutation(EXPERTS)[:3] for _ in range(400 * LAYERS)]).reshape(400, LAYERS, 3)
+    ids[:200, :, 0], ids[:200, :, 1], ids[:200, :, 2] = 0, 5, 7  # half of the tokens choose the same three
+    return RoutingWindow.from_trace(RoutingTrace(ids.astype(np.int16), EXPERTS))
+
+
+def record(caplog: pytest.LogCaptureFixture) -> dict:
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("[eplb-affinity] rebalance {")]
+    return dict(json.loads(line.split("rebalance ", 1)[1]))
+
+
+def test_an_empty_window_keeps_the_map(make_round, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    empty = RoutingWindow(
+        np.zeros((LAYERS, EXPERTS), np.int64),
+        np.zeros((LAYERS, EXPERTS, EXPERTS), np.int64),
+        np.full((LAYERS, 16, 3), -1, np.int16),
+    )
+    assert make_round(empty).plan() is None
+    assert record(caplog)["result"] == "skipped" and record(caplog)["reason"] == "no tokens recorded"
+
+
+def test_a_failing_planner_keeps_the_map(make_round, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(rebalance, "plan", fail)
+    caplog.set_level(logging.INFO)
+    assert make_round(some_window()).plan() is None
+    assert record(caplog)["result"] == "failed" and record(caplog)["reason"] == "RuntimeError: planted"
+
+
+def test_a_plan_becomes_metadata_and_the_line_has_both_maps(make_round, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    found = make_round(some_window())
+    planned = found.plan()
+    assert planned is not None
+    ids = torch.from_numpy(planned[1].astype(np.int64))
+    found.finish(SimpleNamespace(physical_to_logical_map_cpu=ids, num_logical_experts=EXPERTS))
+    line = record(caplog)
+    assert line["result"] == "applied" and line["moved_experts"] > 0 and line["round"] == 1
+    assert line["tokens"] == 400 * 3
+    assert line["gpu_fanout_after"] < line["gpu_fanout_before"]
+    assert 0 < line["balancedness_before"] <= line["balancedness_after"] <= 1
+
+
+def test_without_a_record_there_is_no_round() -> None:
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    assert rebalance.begin(SimpleNamespace(), {"logical_count": None}) is None
+
+
+def test_load_record_shares_an_experts_tokens_among_its_replicas() -> None:
+    from sglang_eplb_affinity.sglang_hooks.load_log import load_record
+
+    expert_map = ExpertMap(np.array([[0, 1, 2, 0], [0, 1, 2, 1]]), 3)
+    line = load_record(np.array([[6, 1, 1], [0, 0, 0]]), expert_map, 2)
+    assert line["layers"] == 1 and line["gpu_tokens"] == [4.0, 4.0] and line["expert_tokens"] == [6, 1, 1]
+    assert line["gpu_max_over_mean"] == 1.0 and line["expert_max_over_mean"] == 2.25
