@@ -95,15 +95,24 @@ def redundancy_choices(system: System) -> list[int]:
     return sorted({divisible_redundancy(experts, gpus, 0), wanted})
 
 
+def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
+    """DeepEP modes to compare. Between nodes nobody has published normal mode's latency for the few tokens of a decode
+    step, and a guess would decide; so there decode stays in the topology's mode."""
+    if phase == "prefill":
+        return (system.serving.prefill_mode,)
+    if system.topology.num_nodes > 1:
+        return (system.serving.decode_mode,)
+    return ("low_latency", "normal")
+
+
 def evaluate_candidates(
     system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
     progress: Callable[[int], object] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Every candidate of one phase: for decode in both DeepEP modes."""
-    modes: tuple[DeepEPMode, ...] = ("normal",) if phase == "prefill" else ("low_latency", "normal")
+    """Every candidate of one phase."""
     out = []
     for redundant in redundancy_choices(system):
-        for mode in modes:
+        for mode in modes_of(system, phase):
             field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
             serving = dataclasses.replace(system.serving, redundant_experts=redundant, **{field: mode})  # type: ignore[arg-type]
             sized = dataclasses.replace(system, serving=serving)
@@ -116,8 +125,7 @@ def evaluate_candidates(
 
 def candidate_runs(system: System, phase: Phase, resamples: int) -> int:
     """How often ``evaluate_candidates`` reports progress."""
-    modes = 1 if phase == "prefill" else 2
-    return len(redundancy_choices(system)) * modes * len(ALGORITHMS) * (resamples + 1)
+    return len(redundancy_choices(system)) * len(modes_of(system, phase)) * len(ALGORITHMS) * (resamples + 1)
 
 
 def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:

@@ -7,7 +7,7 @@ import pytest
 
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.routing import RoutingTrace
-from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain
+from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain, modes_of
 from sglang_eplb_affinity.simulate.replay import Day, Policy, domain_mix, moves, standard_policies
 from sglang_eplb_affinity.simulate.scenario import (
     ALGORITHMS,
@@ -141,3 +141,10 @@ def test_moves_counts_new_experts_by_gpu(system, source):
     total, busiest = moves(a, b, 8)
     assert 0 < busiest <= total
     assert moves(a, a, 8) == (0, 0)
+
+
+def test_decode_modes_are_compared_within_a_node_only(system):
+    one_node = dataclasses.replace(system, cluster=dataclasses.replace(system.cluster, gpus=4, gpus_per_node=4))
+    assert modes_of(one_node, "decode") == ("low_latency", "normal")
+    assert modes_of(system, "decode") == ("low_latency",)
+    assert modes_of(system, "prefill") == ("normal",)
