@@ -46,7 +46,7 @@ def reduce_window(recorder: AffinityRecorder, reduction: Reduction) -> RoutingWi
     matrix = totals.cpu().numpy()
     counts = np.ascontiguousarray(np.diagonal(matrix, axis1=1, axis2=2))
     coactivation = matrix.copy()
-    layers, experts = counts.shape
+    experts = counts.shape[1]
     coactivation[:, np.arange(experts), np.arange(experts)] = 0
     return RoutingWindow(counts, coactivation, tokens.cpu().numpy())
 
