@@ -42,7 +42,7 @@ class SearchBudget:
 
 
 # Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it.
-_SWAPS = ImbalanceWeights(window=240.0, blocks=10.0)
+_SWAPS = ImbalanceWeights(window=300.0, blocks=10.0)
 _REPLICAS = ImbalanceWeights(window=480.0, blocks=24.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ NOT_BETTER = "search not better"
 DUPLICATES = "an expert twice on a GPU, no swap to part them"
 MOVE_CAP = "duplicates in the current map need more moves than allowed"
 PSEUDO_TOKENS = 4096
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -139,25 +140,40 @@ def _plan_layer(
         return _LayerPlan(kept, NO_AFFINITY, by_eplb, by_kept, in_use)
 
     problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
-    found = search_layer(problem, topology, config, budget)
-    if found is None:
-        return _LayerPlan(kept, DUPLICATES, by_eplb, by_kept, in_use)
-    if current is not None:
-        if config.keeps_current:
-            found = _keep_slots(found, current, slots_per_gpu)
-            new = problem.home[found, np.arange(len(found)) // slots_per_gpu] == 0
-            if new.reshape(-1, slots_per_gpu).sum(1).max() > problem.max_moves:
-                return _LayerPlan(kept, MOVE_CAP, by_eplb, by_kept, in_use)
-        else:
-            found = align(found, current, slots_per_gpu, topology.gpus_per_node)
-    by_search = judge(found, counts, tokens, topology, config)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
     tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
-    cap = problem.load_cap * topology.num_gpus / counts.sum() + tolerance
-    lighter = by_search.load < by_kept.load - 0.005
-    if by_search.load <= max(cap, by_kept.load) and (by_search.cost < by_kept.cost or lighter):
-        return _LayerPlan(found, "", by_eplb, by_search, in_use)
+    mean = counts.sum() / topology.num_gpus
+    cap = max(problem.load_cap / mean + tolerance, by_kept.load)
+    for attempt in range(ATTEMPTS):
+        found = search_layer(problem, topology, config, budget)
+        if found is None:
+            return _LayerPlan(kept, DUPLICATES, by_eplb, by_kept, in_use)
+        if current is not None:
+            found = _settle(found, current, problem, topology, config)
+            if found is None:
+                return _LayerPlan(kept, MOVE_CAP, by_eplb, by_kept, in_use)
+        by_search = judge(found, counts, tokens, topology, config)
+        lighter = by_search.load < by_kept.load - 0.005
+        if by_search.load <= cap and (by_search.cost < by_kept.cost or lighter):
+            return _LayerPlan(found, "", by_eplb, by_search, in_use)
+        if by_search.load <= cap or not budget.replicas:
+            break
+        # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
+        lower = int(problem.load_cap - (by_search.load - cap) * mean)
+        problem = replace(problem, load_cap=lower, seed=problem.seed + ((attempt + 1) << 40))
     return _LayerPlan(kept, NOT_BETTER, by_eplb, by_kept, in_use)
+
+
+def _settle(
+    found: np.ndarray, current: np.ndarray, problem: LayerProblem, topology: Topology, config: PlannerConfig
+) -> np.ndarray | None:
+    """``found`` in the slots where it moves fewest experts; None if an incremental plan exceeds its cap."""
+    slots_per_gpu = len(found) // topology.num_gpus
+    if not config.keeps_current:
+        return np.asarray(align(found, current, slots_per_gpu, topology.gpus_per_node))
+    found = _keep_slots(found, current, slots_per_gpu)
+    new = problem.home[found, np.arange(len(found)) // slots_per_gpu] == 0
+    return None if new.reshape(-1, slots_per_gpu).sum(1).max() > problem.max_moves else found
 
 
 def _problem(
