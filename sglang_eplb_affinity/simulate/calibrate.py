@@ -177,6 +177,21 @@ def comparison_table(rows: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def summary_table(rows: Sequence[Comparison]) -> str:
+    """Markdown, one line for each hardware and phase: how many points, and the errors on those that only check."""
+    head = "| hardware | phase | fitted | checked | median error | largest error | worst checked point |"
+    lines = [head, "|" + "---|" * 7]
+    for name, key in dict.fromkeys((row.point.calibration, row.point.key) for row in rows):
+        part = [row for row in rows if (row.point.calibration, row.point.key) == (name, key)]
+        checked = sorted((row for row in part if not row.point.fit), key=lambda row: abs(row.error_pct))
+        errors = [abs(row.error_pct) for row in checked]
+        lines.append(
+            f"| {name} | {key} | {len(part) - len(checked)} | {len(checked)} | {np.median(errors):.1f} % "
+            f"| {errors[-1]:.1f} % | {checked[-1].point.label} |"
+        )
+    return "\n".join(lines)
+
+
 @click.command()
 @click.option("--measured", type=click.Path(), help="Result of `python -m bench.deepep` on 2 GPUs.")
 @click.option("--write", is_flag=True, help="Write data/calibrations.yaml.")
