@@ -83,3 +83,26 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, part, trace_file, syst
     done = run(*(names.get(a, a) for a in arguments))
     assert done.returncode == 2
     assert part in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_simulate_takes_recorder_dumps_with_token_sets(trace, system_file, tmp_path):
+    torch = pytest.importorskip("torch")
+    from sglang_eplb_affinity.routing import RoutingWindow
+
+    window = RoutingWindow.from_trace(trace, 1024)
+    assert window.tokens is not None and window.coactivation is not None
+    entry = {
+        "version": 1,
+        "counts": torch.from_numpy(window.counts),
+        "coactivation": torch.from_numpy(window.coactivation),
+        "tokens": torch.from_numpy(window.tokens),
+    }
+    dump, counts_only = tmp_path / "dump.pt", tmp_path / "stat.pt"
+    torch.save({"logical_count": entry["counts"], "affinity": entry}, dump)
+    torch.save({"rank": 0, "logical_count": entry["counts"]}, counts_only)
+    common = ["--topology", system_file, "--layers", 1, "--resamples", 2, "--phase", "decode", "--decode-batch", 16]
+    done = run("simulate", "--dump", dump, *common)
+    assert done.returncode == 0, done.stderr
+    assert "recorded routing (dump.pt)" in done.stdout
+    done = run("simulate", "--dump", counts_only, *common)
+    assert done.returncode == 2 and "counts only" in done.stderr and done.stderr.count("\n") == 1
