@@ -35,12 +35,8 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
         parts += [
             "## Drift: planned on one domain, tested on another",
             "The guard and the replan have seen 1024 tokens of the test domain; all arms are measured on the others.",
-            _plain(
-                [
-                    {k: v for k, v in row.items() if k not in ("extra_nodes", "remote_node_copies")}
-                    for row in tables["drift"]
-                ]
-            ),
+            "Means over pairs of domains; `drift.csv` has every pair.",
+            _drift(tables["drift"]),
         ]
     if tables.get("speed"):
         parts += [
@@ -68,6 +64,21 @@ def _quality(rows: list[Row]) -> str:
             "seconds": "" if group[0]["seconds"] == "" else _mean(group, "seconds", ".2f"),
         })  # fmt: skip
     return _plain(out)
+
+
+def _drift(rows: list[Row]) -> str:
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        where = "its own domain" if row["planned_on"] == row["tested_on"] else "another domain"
+        groups.setdefault((row["trace"], row["case"], where, row["arm"]), []).append(row)
+    return _plain([
+        {
+            "trace": trace, "GPUs x nodes": case, "tested on": where, "arm": arm, "pairs": len(group),
+            "GPU fan-out": _mean(group, "gpu_fanout"), "node fan-out": _mean(group, "node_fanout"),
+            "load max/mean": _mean(group, "load_max_over_mean"),
+        }
+        for (trace, case, where, arm), group in groups.items()
+    ])  # fmt: skip
 
 
 def _mean(rows: list[Row], name: str, style: str = ".3f") -> str:
