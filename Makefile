@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 REQUIREMENTS := requirements/cpu.txt requirements/cpu-nodeps.txt requirements/dev.txt requirements/constraints.txt
 # An editable install only in this checkout's own environment; elsewhere the package must outlive the checkout.
 OWN := $(filter $(VENV)/bin/python $(CURDIR)/$(VENV)/bin/python,$(PYTHON))
-INSTALL := $(PYTHON) -m pip install -q --disable-pip-version-check --no-deps $(if $(OWN),-e) .
+INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check --no-deps $(if $(OWN),-e) .
 PATCHING := $(PYTHON) -m sglang_eplb_affinity.patching
 
 .PHONY: help setup apply unapply verify refresh status bench bench-planner report test test-matrix lint clean
