@@ -5,23 +5,30 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import DEFINITIONS, METRICS, SOURCE_MODEL, measure_trace, moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
 from sglang_eplb_affinity.interchange import load_map
 from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.sglang_dump import read_dumps
 from sglang_eplb_affinity.topology import Topology
 
 
 @click.command("evaluate")
-@click.option("--trace", "traces", type=FILE, multiple=True, required=True, help="Routing trace (.npz); may repeat.")
+@click.option("--trace", "traces", type=FILE, multiple=True, help="Routing trace (.npz); may repeat.")
+@click.option(
+    "--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump with token sets (.pt); may repeat."
+)
 @click.option("--map", "maps", type=FILE, multiple=True, required=True, help="Expert map; may repeat.")
 @topology_options
 @click.option(
@@ -32,8 +39,8 @@ from sglang_eplb_affinity.topology import Topology
 @click.option("--format", "style", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.option("--out", type=FILE, help="Write to a file instead of standard output.")
 def evaluate_command(
-    traces: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int, rules: tuple[DispatchRule, ...],
-    current_map: Path | None, style: str, out: Path | None,
+    traces: tuple[Path, ...], dumps: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int,
+    rules: tuple[DispatchRule, ...], current_map: Path | None, style: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Fan-outs, remote copies and GPU load of maps on recorded tokens.
 
@@ -43,18 +50,20 @@ def evaluate_command(
           --gpus 8 --nodes 2 --dispatch cover --dispatch dynamic --format json
     """
     topology = topology_of(gpus, nodes)
+    if not traces and not dumps:
+        raise InputError("give --trace or --dump, once or several times")
     if out is not None:
         check_output(out)
     results: list[dict[str, Any]] = []
-    total = len(traces) * len(maps) * len(rules)
+    total = (len(traces) + len(dumps)) * len(maps) * len(rules)
     with tqdm(total=total, desc="evaluating", unit="map", leave=False, disable=True if total < 2 else None) as bar:
-        for trace_path in traces:
-            trace = RoutingTrace.load(trace_path)
-            current = None if current_map is None else load_map(current_map, num_experts=trace.num_experts)
+        for recorded in [*map(_of_trace, traces), *map(_of_dump, dumps)]:
+            experts = recorded.trace.num_experts
+            current = None if current_map is None else recorded.restrict(load_map(current_map, num_experts=experts))
             for map_path in maps:
-                expert_map = load_map(map_path, num_experts=trace.num_experts)
+                expert_map = recorded.restrict(load_map(map_path, num_experts=experts), str(map_path))
                 for rule in rules:
-                    results.append(_result(trace_path, trace, map_path, expert_map, topology, rule, current))
+                    results.append(_result(recorded, map_path, expert_map, topology, rule, current))
                     bar.update()
     text = {"json": _json, "csv": _csv, "table": _table}[style](results, topology)
     if out is None:
@@ -63,10 +72,42 @@ def evaluate_command(
         write_atomically(out, (text + "\n").encode())
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """What to evaluate on. ``layers``: those of the map that have tokens (a dump has dense layers too); None: all."""
+
+    path: Path
+    trace: RoutingTrace
+    layers: np.ndarray | None = None
+    num_layers: int = 0
+
+    def restrict(self, expert_map: ExpertMap, source: str = "current map") -> ExpertMap:
+        if self.layers is None:
+            return expert_map
+        if expert_map.num_layers != self.num_layers:
+            raise InputError(f"{source}: has {expert_map.num_layers} layers, but {self.path} has {self.num_layers}")
+        return ExpertMap(expert_map.physical_to_logical[self.layers], expert_map.num_experts)
+
+
+def _of_trace(path: Path) -> _Recorded:
+    return _Recorded(path, RoutingTrace.load(path))
+
+
+def _of_dump(path: Path) -> _Recorded:
+    window = read_dumps([path])
+    if window.tokens is None or not (window.tokens >= 0).any():
+        raise InputError(f"{path}: holds no token sets; record with --enable-expert-affinity-recorder (or per_token)")
+    layers = np.flatnonzero((window.tokens[:, :, 0] >= 0).any(1))
+    tokens = window.tokens[layers].transpose(1, 0, 2)
+    whole = tokens[(tokens[:, :, 0] >= 0).all(1)]
+    return _Recorded(path, RoutingTrace(whole, window.num_experts, source=str(path)), layers, window.num_layers)
+
+
 def _result(
-    trace_path: Path, trace: RoutingTrace, map_path: Path, expert_map: ExpertMap, topology: Topology,
-    rule: DispatchRule, current: ExpertMap | None,
+    recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
+    current: ExpertMap | None,
 ) -> dict[str, Any]:  # fmt: skip
+    trace, trace_path = recorded.trace, recorded.path
     traffic = measure_trace(trace, expert_map, topology, rule, map_source=str(map_path))
     moved = None if current is None else moved_experts(current, expert_map, topology)
     return {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from sglang_eplb_affinity.cli import cli
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.routing import coactivation_of
+from sglang_eplb_affinity.routing import RoutingTrace, coactivation_of
 from sglang_eplb_affinity.sglang_dump import read_dumps
 from tests.planner.test_plan import skewed_tokens, window_of
 
@@ -92,3 +95,35 @@ def test_bad_dumps_are_named(tmp_path):  # type: ignore[no-untyped-def]
         with pytest.raises(InputError, match=message) as error:
             read_dumps(paths)
         assert "\n" not in str(error.value)
+
+
+def test_evaluate_reads_dumps_with_dense_layers(tmp_path):  # type: ignore[no-untyped-def]
+    """A dump whose first layer is dense gives what a trace of the other layers gives."""
+    ids = skewed_tokens(np.random.default_rng(2), 2, 60, 16, 4)  # [layers, tokens, k]
+    tokens = np.full((3, 80, 4), -1, np.int16)
+    tokens[1:, :60] = ids
+    counts = np.stack([np.bincount(layer[layer >= 0].ravel(), minlength=16) for layer in tokens])
+    dump = write(
+        tmp_path / "dump.pt",
+        {
+            "affinity": {
+                "version": 1,
+                "counts": torch.from_numpy(counts),
+                "coactivation": torch.from_numpy(coactivation_of(tokens, 16)),
+                "tokens": torch.from_numpy(tokens),
+            }
+        },
+    )
+    RoutingTrace(np.ascontiguousarray(ids.transpose(1, 0, 2)), 16).save(tmp_path / "trace.npz")
+    ExpertMap.contiguous(3, 16, 16).save(tmp_path / "three.json")
+    ExpertMap.contiguous(2, 16, 16).save(tmp_path / "two.json")
+
+    def evaluate(*arguments):  # type: ignore[no-untyped-def]
+        return CliRunner().invoke(cli, ["evaluate", "--gpus", "4", "--format", "json", *map(str, arguments)])
+
+    of_dump = json.loads(evaluate("--dump", dump, "--map", tmp_path / "three.json").output)
+    of_trace = json.loads(evaluate("--trace", tmp_path / "trace.npz", "--map", tmp_path / "two.json").output)
+    for key in ("gpu_fanout", "load_max_over_mean", "remote_gpu_copies", "tokens", "layers"):
+        assert of_dump[key] == of_trace[key]
+    wrong = evaluate("--dump", dump, "--map", tmp_path / "two.json")
+    assert isinstance(wrong.exception, InputError) and "has 2 layers, but" in str(wrong.exception)
