@@ -66,8 +66,9 @@ def test_affinity_arm_from_prompts_to_report(tmp_path: Path) -> None:
     assert row["valid"] and row["completed"] == 10 and row["output_tokens"] == 320
     assert row["rebalances"] >= 1 and row["rebalances_failed"] == 0
     assert row["p50_ttft_ms"] > 0 and row["p90_tpot_ms"] > 0 and row["max_itl_ms"] >= row["p95_itl_ms"]
-    assert 0 < row["balancedness_initial"] <= 1 and 1 <= row["gpu_fanout_served"] <= 2
-    assert row["node_fanout_initial"] == row["gpu_fanout_initial"]  # every rank is a node of its own here
+    # 4 ranks on 2 emulated nodes
+    assert 0 < row["balancedness_initial"] <= 1 and 1 <= row["gpu_fanout_served"] <= 4
+    assert 1 <= row["node_fanout_initial"] <= min(2, row["gpu_fanout_initial"])
     assert (tmp_path / "one" / "report.html").is_file()
     log = (tmp_path / "one" / "server" / "b0-affinity.log").read_text()
     assert str(ROOT) not in log
