@@ -7,7 +7,6 @@ as the affinity recorder is on.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from typing import Any
@@ -18,9 +17,17 @@ import torch.distributed as dist
 
 from sglang_eplb_affinity.dispatch import DispatchRule
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.evaluate import Traffic, measure, moved_experts
+from sglang_eplb_affinity.evaluate import moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, plan, warm_up
+from sglang_eplb_affinity.rebalance.round_record import (
+    MapFigures,
+    Result,
+    RoundObserver,
+    RoundRecord,
+    report,
+    routing_checksum,
+)
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM
 from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
@@ -30,6 +37,14 @@ logger = logging.getLogger(__name__)
 
 _RULE_OF_SGLANG: dict[str | None, DispatchRule] = {"static": "static", "dynamic": "dynamic", "cover": "cover"}
 
+observers: list[RoundObserver] = []
+"""Told on rank 0 after every round."""
+
+
+def dispatch_rule(server_args: Any) -> DispatchRule:
+    """The rule that the server picks replicas by, as the planner knows it."""
+    return _RULE_OF_SGLANG.get(server_args.ep_dispatch_algorithm, "dynamic")
+
 
 def planner_config(server_args: Any, *, first: bool = True) -> PlannerConfig:
     """The planner's settings that follow from the server's flags; ``first``: no planned map is in force yet."""
@@ -38,7 +53,7 @@ def planner_config(server_args: Any, *, first: bool = True) -> PlannerConfig:
         objective="low_latency" if low_latency else "normal",
         max_load_increase=server_args.eplb_affinity_max_load_increase,
         effort="fast",
-        dispatch=_RULE_OF_SGLANG.get(server_args.ep_dispatch_algorithm, "dynamic"),
+        dispatch=dispatch_rule(server_args),
         incremental=server_args.eplb_affinity_incremental and not first,
         max_moves=None if first else server_args.eplb_affinity_max_moves,
     )
@@ -94,7 +109,8 @@ class RebalanceRound:
         self._server_args = manager._server_args
         self._window = window
         self._started = time.perf_counter()
-        self._plan_seconds = 0.0
+        self._phase_seconds: dict[str, float] = {}
+        self._planned_at = self._started
         metadata = get_global_expert_location_metadata()
         self._metadata = metadata
         self._before = _map_of(metadata)
@@ -116,7 +132,8 @@ class RebalanceRound:
             return None
         started = time.perf_counter()
         planned, failure = self._plan_on_rank_0()
-        self._plan_seconds = time.perf_counter() - started
+        self._planned_at = time.perf_counter()
+        self._phase_seconds["plan"] = self._planned_at - started
         if planned is None:
             self._log("failed", self._before, reason=failure)
             return None
@@ -127,6 +144,7 @@ class RebalanceRound:
 
     def finish(self, metadata: Any) -> None:
         """The new map is in force on this rank."""
+        self._phase_seconds["move"] = time.perf_counter() - self._planned_at
         self._log("applied", _map_of(metadata))
 
     def _plan_on_rank_0(self) -> tuple[ExpertMap | None, str]:
@@ -165,46 +183,34 @@ class RebalanceRound:
             ),
         )
 
-    def _log(self, result: str, after: ExpertMap, reason: str | None = None) -> None:
+    def _log(self, result: Result, after: ExpertMap, reason: str | None = None) -> None:
         if self._rank:
             return
         try:
-            logger.info("[eplb-affinity] rebalance %s", json.dumps(self._record(result, after, reason)))
-        except Exception:  # a log line must not stop the server
+            record = self._record(result, after, reason)
+        except Exception:  # figures must not stop the server
             logger.exception("[eplb-affinity] rebalance %s, but its figures could not be computed", result)
+            return
+        report(record, after, observers)
 
-    def _record(self, result: str, after: ExpertMap, reason: str | None) -> dict[str, Any]:
+    def _record(self, result: Result, after: ExpertMap, reason: str | None) -> RoundRecord:
         moved = moved_experts(self._before, after, self._topology)
-        record: dict[str, Any] = {
-            "result": result,
-            "algorithm": self._server_args.eplb_algorithm,
-            "round": self._number,
-            "tokens": int(self._window.counts.sum(1).max()),
-            "moved_experts": int(moved.sum()),
-            "moved_layers": int((moved > 0).sum()),
-        }
-        for name, expert_map in (("before", self._before), ("after", after)):
-            for key, value in self._figures(expert_map).items():
-                record[f"{key}_{name}"] = value
-        record["plan_seconds"] = round(self._plan_seconds, 4)
-        record["seconds"] = round(time.perf_counter() - self._started, 4)
-        if reason:
-            record["reason"] = reason
-        return record
-
-    def _figures(self, expert_map: ExpertMap) -> dict[str, float]:
-        rule = _RULE_OF_SGLANG.get(self._server_args.ep_dispatch_algorithm, "dynamic")
-        tokens = self._window.tokens
-        recorded = np.flatnonzero(self._window.counts.any(1))
-        if tokens is None or not len(recorded):
-            return {}
-        sub_map = ExpertMap(expert_map.physical_to_logical[recorded], expert_map.num_experts)
-        traffic: Traffic = measure(tokens[recorded], sub_map, self._topology, rule, None)
-        return {
-            "balancedness": round(float((1 / np.maximum(traffic.load_max_over_mean, 1e-9)).mean()), 4),
-            "gpu_fanout": round(float(traffic.gpu_fanout.mean()), 4),
-            "node_fanout": round(float(traffic.node_fanout.mean()), 4),
-        }
+        changed = np.flatnonzero((self._before.physical_to_logical != after.physical_to_logical).any(1))
+        rule = dispatch_rule(self._server_args)
+        return RoundRecord(
+            result=result,
+            algorithm=self._server_args.eplb_algorithm,
+            round=self._number,
+            tokens=int(self._window.counts.sum(1).max()),
+            moved_experts=int(moved.sum()),
+            committed_layers=tuple(changed.tolist()),
+            before=MapFigures.of(self._window, self._before, self._topology, rule),
+            after=MapFigures.of(self._window, after, self._topology, rule),
+            phase_seconds=self._phase_seconds,
+            seconds=time.perf_counter() - self._started,
+            reason=reason,
+            routing_checksum=routing_checksum(self._window),
+        )
 
 
 def _map_of(metadata: Any) -> ExpertMap:

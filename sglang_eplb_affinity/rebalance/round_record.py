@@ -1,0 +1,144 @@
+"""What one finished rebalance round did: the log line, the metrics and the recorded map are all made from this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.evaluate import Traffic, measure
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+Result = Literal["applied", "unchanged", "skipped", "failed"]
+Mode = Literal["synchronous", "asynchronous"]
+
+
+@dataclass(frozen=True)
+class MapFigures:
+    """One map on the window's sampled tokens under the server's dispatch rule; means over layers with traffic.
+
+    ``balancedness``: mean over most loaded GPU (1 is perfect). ``gpu_fanout``, ``node_fanout``: distinct GPUs (nodes)
+    per token. ``remote_gpu_copies``, ``remote_node_copies``: those of them that are not the token's own, if tokens
+    come from all GPUs evenly (the recorder does not know where a token came from).
+    """
+
+    balancedness: float
+    gpu_fanout: float
+    node_fanout: float
+    remote_gpu_copies: float
+    remote_node_copies: float
+
+    @staticmethod
+    def of(window: RoutingWindow, expert_map: ExpertMap, topology: Topology, rule: DispatchRule) -> MapFigures | None:
+        """None without a token sample."""
+        recorded = np.flatnonzero(window.counts.any(1))
+        if window.tokens is None or not len(recorded):
+            return None
+        sub_map = ExpertMap(expert_map.physical_to_logical[recorded], expert_map.num_experts)
+        traffic: Traffic = measure(window.tokens[recorded], sub_map, topology, rule, None)
+        gpu_fanout, node_fanout = float(traffic.gpu_fanout.mean()), float(traffic.node_fanout.mean())
+        return MapFigures(
+            balancedness=float((1 / np.maximum(traffic.load_max_over_mean, 1e-9)).mean()),
+            gpu_fanout=gpu_fanout,
+            node_fanout=node_fanout,
+            remote_gpu_copies=gpu_fanout * (1 - 1 / topology.num_gpus),
+            remote_node_copies=node_fanout * (1 - 1 / topology.num_nodes),
+        )
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round, as rank 0 saw it.
+
+    ``result``: ``applied`` (all planned layers are in force), ``unchanged`` (the plan equals the map in force, or no
+    layer gains enough), ``skipped`` (nothing recorded), ``failed`` (see ``reason``; ``committed_layers`` of them are in
+    force, the others keep their map). ``tokens``: token-expert assignments of the layer that has most.
+    ``moved_experts``: slots whose expert came from another GPU; ``moved_bytes``: their weights, over all ranks; None
+    where it is not known. ``committed_layers``: layers whose map changed. ``phase_seconds``: wall time by phase.
+    ``commit_ms``: for each committed layer the time that the forward passes stood still for it on this rank.
+    ``passes``: forward passes from the trigger to the end of the round. ``routing_checksum``: SHA-256 of the window's
+    counts and token sample.
+    """
+
+    result: Result
+    algorithm: str
+    round: int
+    mode: Mode = "synchronous"
+    tokens: int = 0
+    moved_experts: int = 0
+    moved_bytes: int | None = None
+    committed_layers: tuple[int, ...] = ()
+    before: MapFigures | None = None
+    after: MapFigures | None = None
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    commit_ms: tuple[float, ...] = ()
+    passes: int = 0
+    seconds: float = 0.0
+    reason: str | None = None
+    routing_checksum: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The log line: flat, figures as ``NAME_before`` and ``NAME_after``, phases as ``PHASE_seconds``."""
+        line: dict[str, Any] = {
+            "result": self.result,
+            "algorithm": self.algorithm,
+            "round": self.round,
+            "mode": self.mode,
+            "tokens": self.tokens,
+            "moved_experts": self.moved_experts,
+            "moved_layers": len(self.committed_layers),
+        }
+        if self.moved_bytes is not None:
+            line["moved_bytes"] = self.moved_bytes
+        for when, figures in (("before", self.before), ("after", self.after)):
+            if figures is not None:
+                for name in MapFigures.__dataclass_fields__:
+                    line[f"{name}_{when}"] = round(getattr(figures, name), 4)
+        for phase, seconds in self.phase_seconds.items():
+            line[f"{phase}_seconds"] = round(seconds, 4)
+        if self.commit_ms:
+            line["commit_ms"] = [round(value, 3) for value in self.commit_ms]
+        if self.passes:
+            line["passes"] = self.passes
+        line["seconds"] = round(self.seconds, 4)
+        if self.reason:
+            line["reason"] = self.reason
+        return line
+
+
+class RoundObserver(Protocol):
+    """Told on rank 0 after every finished round; what it raises is logged and does not reach the server."""
+
+    def round_finished(self, record: RoundRecord, in_force: ExpertMap) -> None:
+        """``in_force``: the map after the round."""
+
+
+def report(record: RoundRecord, in_force: ExpertMap, observers: list[RoundObserver]) -> None:
+    """Log the round's line, then tell the observers. Never raises: a log line must not stop the server."""
+    try:
+        logger.info("[eplb-affinity] rebalance %s", json.dumps(record.to_json()))
+    except Exception:
+        logger.exception("[eplb-affinity] rebalance %s, but its line could not be written", record.result)
+    for observer in observers:
+        try:
+            observer.round_finished(record, in_force)
+        except Exception:
+            logger.exception("[eplb-affinity] %s failed on round %d", type(observer).__name__, record.round)
+
+
+def routing_checksum(window: RoutingWindow) -> str:
+    """SHA-256 in hex of the window's counts and token sample."""
+    digest = hashlib.sha256(np.ascontiguousarray(window.counts, dtype="<i8").tobytes())
+    if window.tokens is not None:
+        digest.update(np.ascontiguousarray(window.tokens, dtype="<i2").tobytes())
+    return digest.hexdigest()
