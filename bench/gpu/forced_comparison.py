@@ -6,33 +6,33 @@ LightLLM's comparison (pull request 962) on a model with random weights, on all 
 is replayed from the small trained model's test trace, so that skew and co-activation are real; `balanced` is the upper
 bound of balancing, and `balanced:spread` against `balanced:local` is what fan-out costs at the same balance. The
 placements of EPLB and affinity are planned from the plan trace and loaded as static maps, so that no rebalance falls
-into a measurement. Each arm is one server; it can be stopped and continued, and finished arms are kept.
+into a measurement. All arms run side by side on the same GPUs and take turns; a block is every load on every arm.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bench.engine import ROOT, Engine
+from bench.engine import ROOT
 from bench.environment import now, provenance
-from bench.gpu.random_moe import MoeSizes, build
-from bench.process import last_error, start_group, stop_group
-from bench.server import Server
-from sglang_eplb_affinity.expert_map import write_atomically
+from bench.gpu.random_moe import MoeSizes, write_config
+from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
+from bench.stats import ratio_by_block
+from sglang_eplb_affinity.files import write_atomically
 
 DATA = ROOT / "bench" / "data"
 PLAN, TEST = DATA / "tiny_moe_plan.npz", DATA / "tiny_moe_test.npz"
 REDUNDANT_PER_GPU = 4
+SIZES = MoeSizes(hidden=4096, expert_width=2048, heads=32, kv_heads=4)
+ENVIRONMENT = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"}
+METRIC = {"prefill": "input_throughput", "decode": "output_throughput"}
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class ForcedArm:
     forced: str
     algorithm: str | None = None  # whose placement, planned from the plan trace
 
-    def flags(self, folder: Path, gpus: int) -> list[str]:
+    def resident(self, folder: Path, gpus: int) -> ResidentArm:
         flags = ["--ep-forced-routing", self.forced]
         if self.algorithm:
             flags += ["--init-expert-location", str(folder / f"map-{self.algorithm}.json")]
             flags += ["--ep-num-redundant-experts", str(REDUNDANT_PER_GPU * gpus), "--ep-dispatch-algorithm", "static"]
-        return flags
+        return ResidentArm(self.name, tuple(flags))
 
 
 REPLAY = f"replay:{TEST}"
@@ -60,31 +60,11 @@ ARMS = (
 )
 
 
-@dataclass(frozen=True)
-class Load:
-    """One closed-loop load; ``metric`` is bench_serving's throughput that counts."""
-
-    name: str
-    requests: int
-    concurrency: int
-    input_tokens: int
-    output_tokens: int
-    metric: str
-
-    def arguments(self, model: Path, port: int, out: Path) -> list[str]:
-        arguments = ["--backend", "sglang", "--host", "127.0.0.1", "--port", str(port), "--model", str(model)]
-        arguments += ["--dataset-name", "random-ids", "--num-prompts", str(self.requests)]
-        arguments += ["--random-input-len", str(self.input_tokens), "--random-output-len", str(self.output_tokens)]
-        arguments += ["--random-range-ratio", "1.0", "--max-concurrency", str(self.concurrency)]
-        return [*arguments, "--warmup-requests", "0", "--output-file", str(out)]
-
-
 def loads(gpus: int) -> tuple[Load, Load]:
+    """Seconds each, and without streams, so that the GPUs are what is measured."""
     return (
-        # Long enough that the start and the end of a load do not count: with a second of decode the repeats of one
-        # server differed by a factor of two.
-        Load("prefill", 1024 * gpus, 128 * gpus, 2048, 1, "input_throughput"),
-        Load("decode", 256 * gpus, 128 * gpus, 16, 1536, "output_throughput"),
+        Load("prefill", 512 * gpus, 128 * gpus, 2048, 1, streams=False),
+        Load("decode", 128 * gpus, 128 * gpus, 16, 1024, streams=False),
     )
 
 
@@ -92,10 +72,11 @@ def server_flags(gpus: int, mode: str) -> list[str]:
     flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
     flags += ["--moe-a2a-backend", "deepep", "--deepep-mode", mode, "--moe-runner-backend", "deep_gemm"]
     flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "128", "--mem-fraction-static", "0.5"]
-    flags += ["--chunked-prefill-size", str(8192 * gpus), "--max-running-requests", str(256 * gpus)]
-    return [*flags, "--disable-radix-cache", "--enable-expert-affinity-recorder", "--expert-load-log-passes", "200"]
+    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", "--load-format", "dummy"]
+    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "128", "--mem-fraction-static", "0.85"]
+    flags += ["--max-total-tokens", "300000", "--max-running-requests", str(128 * gpus), "--stream-interval", "64"]
+    flags += ["--chunked-prefill-size", str(8192 * gpus), "--disable-radix-cache"]
+    return [*flags, "--enable-expert-affinity-recorder", "--expert-load-log-passes", "200"]
 
 
 def write_maps(folder: Path, gpus: int) -> None:
@@ -113,129 +94,103 @@ def write_maps(folder: Path, gpus: int) -> None:
     plan(window, topology, slots, config).expert_map.save(folder / "map-affinity.json")
 
 
-def measure_arm(
-    arm: ForcedArm, folder: Path, model: Path, gpus: int, mode: str, repeats: int, port: int
-) -> dict[str, Any]:
-    """Start the server of one arm and load it; the first repeat warms up and is kept apart."""
-    flags = [*server_flags(gpus, mode), *arm.flags(folder, gpus)]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-    environment = {**os.environ, "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"}
-    engine = Engine(str(model), environment)
-    log = folder / f"server-{arm.name}.log"
-    started = time.monotonic()
-    with Server(command, engine, log, port, 400) as server:
-        ready = time.monotonic() - started
-        results = _load(folder / arm.name, model, gpus, repeats, port, environment, log)
-        text = server.log.read_text(errors="replace")
-    load_lines = [line.split("load ", 1)[1] for line in text.splitlines() if "[eplb-affinity] load " in line]
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Serve all arms, load them block by block; the rows and what each server logged about its load."""
+    wanted = options.arms.split(",")
+    arms = [arm.resident(folder, options.gpus) for arm in ARMS if arm.name in wanted]
+    flags = server_flags(options.gpus, options.mode)
+    with ResidentServers(arms, folder / "model", flags, ENVIRONMENT, folder / "servers", options.port) as servers:
+        print(f"ready after {servers.seconds_to_ready} s; failed: {servers.failed or 'none'}", flush=True)
+        rows = servers.run(loads(options.gpus), options.blocks, options.seconds)
+        lines = {name: _last_load_line(server.log) for name, server in servers.servers.items()}
     return {
-        "arm": arm.name,
-        "flags": [flag.replace(str(ROOT) + "/", "").replace(str(folder) + "/", "") for flag in flags],
-        "deepep_mode": mode,
         "date": now(),
-        "seconds_to_ready": round(ready, 1),
-        "throughput": {name: values[1:] for name, values in results.items()},
-        "warm_up": {name: values[0] for name, values in results.items()},
-        "last_load_line": json.loads(load_lines[-1]) if load_lines else None,
+        "command": "python -m bench.gpu.forced_comparison --out FOLDER",
+        "deepep_mode": options.mode,
+        "gpus": options.gpus,
+        "model": asdict(SIZES),
+        "loads": [asdict(load) for load in loads(options.gpus)],
+        "flags": flags,
+        "failed_servers": servers.failed,
+        "void": incomplete(rows, loads(options.gpus)),
+        "throughput": {
+            arm.name: {load: by_block(rows, arm.name, load, metric) for load, metric in METRIC.items()} for arm in arms
+        },
+        "last_load_line": lines,
     }
 
 
-def _load(
-    folder: Path, model: Path, gpus: int, repeats: int, port: int, environment: dict[str, str], log: Path
-) -> dict[str, list[float]]:
-    folder.mkdir(exist_ok=True)
-    for stale in folder.glob("*.jsonl"):
-        stale.unlink()
-    outputs = {load.name: folder / f"{load.name}.jsonl" for load in loads(gpus)}
-    commands = [load.arguments(model, port, outputs[load.name]) for _ in range(repeats + 1) for load in loads(gpus)]
-    (folder / "commands.json").write_text(json.dumps(commands))
-    client_log = folder / "client.log"
-    client = start_group(
-        [sys.executable, "-m", "bench.gpu.serving_loop", str(folder / "commands.json")], client_log, environment
-    )
-    try:
-        client.wait(timeout=300)
-    finally:
-        stop_group(client)
-    if client.returncode:
-        raise RuntimeError(f"load failed: {last_error(client_log, 'no log')}; server: {last_error(log, 'no log')}")
-    results = {}
-    for load in loads(gpus):
-        rows = [json.loads(line) for line in outputs[load.name].read_text().splitlines()]
-        short = [row["completed"] for row in rows if row["completed"] != load.requests]
-        if len(rows) != repeats + 1 or short:
-            raise RuntimeError(f"{load.name}: {len(rows)} results, {short} requests completed of {load.requests}")
-        results[load.name] = [round(float(row[load.metric]), 1) for row in rows]
-    return results
+def _last_load_line(log: Path) -> Any:
+    marker = "[eplb-affinity] load "
+    lines = [line.split(marker, 1)[1] for line in log.read_text(errors="replace").splitlines() if marker in line]
+    return json.loads(lines[-1]) if lines else None
 
 
-def gain(of: list[float], over: list[float]) -> dict[str, float]:
-    """Percent more throughput with a 95 % interval of Welch's t on log throughput over the repeats of one server."""
-    from scipy import stats
-
-    a, b = np.log(of), np.log(over)
-    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-    centre = float(a.mean() - b.mean())
-    return {
-        name: round(100 * (math.exp(value) - 1), 2)
-        for name, value in (("value", centre), ("lower", float(interval.low)), ("upper", float(interval.high)))
-    }
-
-
-def summarize(folder: Path) -> dict[str, Any]:
-    """Gains over recorded routing without EPLB, from the arms measured so far."""
-    arms = {path.stem.removeprefix("arm-"): json.loads(path.read_text()) for path in sorted(folder.glob("arm-*.json"))}
-    result: dict[str, Any] = {"arms": arms, "gain_pct_over_recorded": {}}
-    for name, arm in arms.items():
-        if name != "recorded" and "recorded" in arms:
-            result["gain_pct_over_recorded"][name] = {
-                load: gain(values, arms["recorded"]["throughput"][load]) for load, values in arm["throughput"].items()
-            }
-    return result
+def gains(throughput: dict[str, dict[str, dict[int, float]]], over: str = "recorded") -> dict[str, dict[str, Any]]:
+    """Percent more throughput than arm ``over``, paired by block: value, lower and upper of the 95 % interval."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm, of_load in throughput.items():
+        for load, values in of_load.items():
+            base = throughput.get(over, {}).get(load, {})
+            if arm != over and set(values) & set(base):
+                ratio = ratio_by_block(values, base)
+                percent = {n: round(100 * (getattr(ratio, n) - 1), 2) for n in ("ratio", "lower", "upper")}
+                found.setdefault(arm, {})[load] = {**percent, "blocks": ratio.blocks}
+    return found
 
 
-def main() -> int:
+def entries(result: dict[str, Any], source: dict[str, Any]) -> list[dict[str, Any]]:
+    """Summary entries of what fake balance gains over recorded routing."""
+    gain = result["gain_pct_over_recorded"].get("balanced", {})
+    return [
+        {
+            "name": f"forced.balanced.{load}_gain_pct",
+            "value": gain[load]["ratio"],
+            "lower": gain[load]["lower"],
+            "upper": gain[load]["upper"],
+            "unit": "% more tokens/s than recorded routing",
+            "kind": "measured",
+            "hardware": source["hardware"],
+            "versions": source["versions"],
+            "commit": source["commit"],
+            "date": result["date"],
+            "command": result["command"],
+        }
+        for load in METRIC
+        if gain.get(load, {}).get("blocks", 0) > 1
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.forced_comparison", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", type=Path, default=Path("/tmp/random-moe"), help="built there if it is not")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--mode", default="auto", choices=["auto", "normal", "low_latency"])
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=3600, help="no new arm starts after so many seconds")
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=3600, help="no load goes on after so many seconds")
     parser.add_argument("--arms", default=",".join(arm.name for arm in ARMS))
     parser.add_argument("--port", type=int, default=31700)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.gpus < 2:
+        print(f"error: --gpus: {options.gpus}, but expert parallelism needs at least 2", file=sys.stderr)
+        return 2
+    folder: Path = options.out
     began = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
-    build(options.model, MoeSizes(), "cuda" if torch.cuda.is_available() else "cpu")
-    write_maps(options.out, options.gpus)
-    print(f"model and maps ready after {time.monotonic() - began:.0f} s", flush=True)
-    failed = 0
-    for number, arm in enumerate(arm for arm in ARMS if arm.name in options.arms.split(",")):
-        path = options.out / f"arm-{arm.name}.json"
-        if path.is_file():
-            continue
-        if time.monotonic() - began > options.seconds:
-            print(f"{arm.name}: not started, the time is up", flush=True)
-            continue
-        try:
-            result = measure_arm(
-                arm, options.out, options.model, options.gpus, options.mode, options.repeats, options.port + 20 * number
-            )
-            write_atomically(path, json.dumps(result, indent=1).encode())
-            print(f"{arm.name}: {result['throughput']} ready in {result['seconds_to_ready']} s", flush=True)
-        except Exception as error:
-            failed += 1
-            print(f"{arm.name}: failed: {error}", flush=True)
-    summary = {"provenance": provenance(), **summarize(options.out)}
-    write_atomically(options.out / "result.json", json.dumps(summary, indent=1).encode())
-    print(json.dumps(summary["gain_pct_over_recorded"], indent=1))
-    return 1 if failed else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / "model", SIZES)
+    write_maps(folder, options.gpus)
+    print(f"maps ready after {time.monotonic() - began:.0f} s", flush=True)
+    result = run(options, folder)
+    result["gain_pct_over_recorded"] = gains(result["throughput"])
+    source = provenance()
+    result = {"provenance": source, **result, "entries": entries(result, source)}
+    write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    print(json.dumps({"void": result["void"], "gains": result["gain_pct_over_recorded"]}, indent=1))
+    return 1 if result["failed_servers"] or result["void"] else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m bench.gpu.random_moe FOLDER --layers 6 --hidden 2048
 
-`--load-format dummy` would do without files, but gives each rank other weights. The tokenizer is the small trained
-model's (4096 tokens).
+With ``--config-only`` no weights are written, for `--load-format dummy`, which is enough where only time counts: it
+gives each rank other weights. The tokenizer is the small trained model's (4096 tokens).
 """
 
 from __future__ import annotations
@@ -72,6 +72,14 @@ def config_of(sizes: MoeSizes) -> dict[str, object]:
     }
 
 
+def write_config(folder: Path, sizes: MoeSizes) -> None:
+    """Configuration and tokenizer without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_of(sizes), indent=1))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder / name)
+
+
 def build(folder: Path, sizes: MoeSizes, device: str) -> None:
     """Write the checkpoint, one file a layer; nothing is done if it is there already."""
     if (folder / "model.safetensors.index.json").is_file():
@@ -120,9 +128,7 @@ def build(folder: Path, sizes: MoeSizes, device: str) -> None:
             tensors[f"{of_expert}.up_proj.weight"] = normal(width, hidden)
             tensors[f"{of_expert}.down_proj.weight"] = normal(hidden, width)
         write(f"model-layer-{layer:03}.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps(config_of(sizes), indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, folder / name)
+    write_config(folder, sizes)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -133,10 +139,14 @@ def main() -> None:
     for name, kind in MoeSizes.__annotations__.items():
         assert kind == "int"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(MoeSizes, name))
+    parser.add_argument("--config-only", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = vars(parser.parse_args())
     folder, device = options.pop("folder"), options.pop("device")
-    build(folder, MoeSizes(**options), device)
+    if options.pop("config_only"):
+        write_config(folder, MoeSizes(**options))
+    else:
+        build(folder, MoeSizes(**options), device)
 
 
 if __name__ == "__main__":

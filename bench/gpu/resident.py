@@ -1,0 +1,199 @@
+"""Several servers side by side on the same GPUs, loaded one at a time in balanced order.
+
+Interleaving arms by restarting servers costs a minute or more a start. Arms that fit the memory together are started
+once, at the same time, and take turns: an idle SGLang server launches no kernel (its ranks agree over gloo on the CPU),
+so what is left to disturb the arm under load is the CPU time of the others' scheduler loops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.engine import Engine
+from bench.process import last_error, scrub_file, start_group, stop_group
+from bench.schedule import williams_rows
+from bench.server import HOST, Server, ServerFailed
+
+PORT_STEP = 10
+
+
+@dataclass(frozen=True)
+class ResidentArm:
+    """One server: its name in results, and the flags that make it differ from the others."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One closed loop of sglang.bench_serving on random token ids; ``streams`` only where latencies are read.
+
+    A stream costs the client and the detokenizer a message a token, which hides the GPUs' throughput.
+    """
+
+    name: str
+    requests: int
+    concurrency: int
+    input_tokens: int
+    output_tokens: int
+    streams: bool = True
+
+    def arguments(self, model: Path, port: int, seed: int, out: Path) -> list[str]:
+        arguments = ["--backend", "sglang", "--host", HOST, "--port", str(port), "--model", str(model)]
+        arguments += ["--dataset-name", "random-ids", "--num-prompts", str(self.requests), "--tokenize-prompt"]
+        arguments += ["--random-input-len", str(self.input_tokens), "--random-output-len", str(self.output_tokens)]
+        arguments += ["--random-range-ratio", "1.0", "--max-concurrency", str(self.concurrency), "--seed", str(seed)]
+        arguments += ["--warmup-requests", "0", "--disable-tqdm", "--output-file", str(out)]
+        return arguments if self.streams else [*arguments, "--disable-stream"]
+
+    def shortened(self, factor: float) -> Load:
+        """The same load with fewer requests, for warming up; never fewer than run at once."""
+        return Load(
+            self.name,
+            max(self.concurrency, round(self.requests * factor)),
+            self.concurrency,
+            self.input_tokens,
+            self.output_tokens,
+            self.streams,
+        )
+
+
+class ResidentServers:
+    """All arms of a comparison, started at the same time; use as a context manager.
+
+    An arm whose server does not start is left out and named in ``failed``; with none left, ServerFailed is raised.
+    ``flags`` are common to all arms and must leave memory for them: limit the pool with --max-total-tokens and let
+    --mem-fraction-static be high, because a starting server takes what others use for memory that is gone.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[ResidentArm],
+        model: Path,
+        flags: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        port: int,
+        ready_timeout_s: float = 400.0,
+    ) -> None:
+        self._model, self._folder, self._environment = model, folder, {**os.environ, **environment}
+        self.servers: dict[str, Server] = {}
+        self.seconds_to_ready: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self._stack = ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, arm in enumerate(arms):
+            at = port + PORT_STEP * number
+            command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
+            command += ["--port", str(at), "--nccl-port", str(_free_port()), *flags, *arm.flags]
+            engine = Engine(str(model), {**self._environment, **arm.environment})
+            self.servers[arm.name] = Server(command, engine, folder / f"server-{arm.name}.log", at, ready_timeout_s)
+
+    def __enter__(self) -> ResidentServers:
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            list(pool.map(self._start, list(self.servers)))
+        for name in self.failed:
+            del self.servers[name]
+        for server in self.servers.values():
+            self._stack.callback(server.stop)
+        if not self.servers:
+            raise ServerFailed("; ".join(f"{name}: {why}" for name, why in self.failed.items()))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            list(pool.map(Server.stop, self.servers.values()))
+        self._stack.close()
+
+    def _start(self, name: str) -> None:
+        started = time.monotonic()
+        try:
+            self.servers[name].__enter__()
+            self.seconds_to_ready[name] = round(time.monotonic() - started, 1)
+        except Exception as error:
+            self.failed[name] = str(error)
+
+    def run(self, loads: Sequence[Load], blocks: int, timeout_s: float, warm_up: float = 0.25) -> list[dict[str, Any]]:
+        """Every load on every arm, ``blocks`` times, arms in Williams order within a block.
+
+        Returns bench_serving's rows with ``arm``, ``load`` and ``block`` added; block -1 is the warm-up. What was not
+        done after ``timeout_s`` is missing. Raises ServerFailed if the client could not run at all.
+        """
+        return self._run(self._order(list(loads), blocks, warm_up), timeout_s)
+
+    def _order(self, loads: list[Load], blocks: int, warm_up: float) -> list[tuple[int, str, Load]]:
+        names = list(self.servers)
+        rows = williams_rows(len(names))
+        order = [(-1, name, load.shortened(warm_up)) for load in loads for name in names] if warm_up else []
+        for block in range(blocks):
+            for load in loads if block % 2 == 0 else loads[::-1]:
+                order += [(block, names[i], load) for i in rows[block % len(rows)]]
+        return order
+
+    def _run(self, order: list[tuple[int, str, Load]], timeout_s: float) -> list[dict[str, Any]]:
+        commands, outputs = [], []
+        for number, (block, name, load) in enumerate(order):
+            out = self._folder / f"load-{number:03}.jsonl"
+            out.unlink(missing_ok=True)
+            outputs.append(out)
+            # The same requests for all arms of a block.
+            commands.append(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
+        (self._folder / "commands.json").write_text(json.dumps(commands))
+        log = self._folder / "client.log"
+        client = start_group(
+            [sys.executable, "-m", "bench.gpu.serving_loop", str(self._folder / "commands.json")],
+            log,
+            self._environment,
+        )
+        deadline = time.monotonic() + timeout_s
+        while client.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        stop_group(client)
+        results = []
+        for (block, name, load), out in zip(order, outputs, strict=True):
+            lines = out.read_text().splitlines() if out.is_file() else []
+            if lines:
+                results.append({"arm": name, "load": load.name, "block": block, **json.loads(lines[-1])})
+            out.unlink(missing_ok=True)
+        scrub_file(log)
+        if not results:
+            raise ServerFailed(f"no load was completed: {last_error(log, 'no log')}")
+        return results
+
+
+def by_block(rows: Sequence[Mapping[str, Any]], arm: str, load: str, metric: str) -> dict[int, float]:
+    """One metric of one arm's measured blocks, for bench.stats.ratio_by_block."""
+    return {
+        int(row["block"]): float(row[metric])
+        for row in rows
+        if row["arm"] == arm and row["load"] == load and row["block"] >= 0
+    }
+
+
+def incomplete(rows: Sequence[Mapping[str, Any]], loads: Sequence[Load]) -> list[str]:
+    """What makes rows void: measured loads whose requests did not all complete."""
+    requests = {load.name: load.requests for load in loads}
+    return [
+        f"{row['arm']}, {row['load']}, block {row['block']}: {row['completed']} of {requests[row['load']]} completed"
+        for row in rows
+        if row["block"] >= 0 and row["completed"] != requests[row["load"]]
+    ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
