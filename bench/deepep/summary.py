@@ -38,7 +38,7 @@ def local_to_spread(result: dict[str, Any]) -> Figure:
         value=round(local["median"] / spread["median"], 4),
         lower=round(local["repeat_min"] / spread["repeat_max"], 4),
         upper=round(local["repeat_max"] / spread["repeat_min"], 4),
-        unit=f"DeepEP normal dispatch time at fan-out 1 / fan-out {gpus}, {TOKENS} tokens a GPU, {DTYPE}",
+        unit=f"of the dispatch time at fan-out {gpus} (normal mode, {TOKENS} tokens a GPU, {DTYPE})",
         kind="measured",
         hardware=result["hardware"],
         versions=result["versions"],

@@ -63,7 +63,7 @@ ARMS = (
 def loads(gpus: int) -> tuple[Load, Load]:
     """Seconds each, and without streams, so that the GPUs are what is measured."""
     return (
-        Load("prefill", 512 * gpus, 128 * gpus, 2048, 1, streams=False),
+        Load("prefill", 256 * gpus, 128 * gpus, 2048, 1, streams=False),
         Load("decode", 128 * gpus, 128 * gpus, 16, 1024, streams=False),
     )
 

@@ -1,0 +1,106 @@
+"""What the GPU comparisons do around their servers: order, validity, gains and summary entries."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench.deepep import cases
+from bench.deepep.summary import local_to_spread
+from bench.gpu.forced_comparison import ARMS, entries, gains, loads, main, write_maps
+from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
+from bench.server import ServerFailed
+from bench.summary import parse_figures
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.forced_routing import balanced_order, rows_of_order
+from sglang_eplb_affinity.topology import Topology
+
+LOADS = (Load("prefill", 64, 8, 128, 1, streams=False), Load("decode", 16, 16, 8, 64))
+SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef0"}
+
+
+def servers(folder: Path, *names: str) -> ResidentServers:
+    return ResidentServers([ResidentArm(name) for name in names], folder, ["--flag"], {}, folder, 31000)
+
+
+def test_each_arm_takes_each_place_equally_often(tmp_path: Path) -> None:
+    order = servers(tmp_path, "a", "b", "c", "d")._order(list(LOADS), 4, 0.5)
+    warm_up, measured = order[:8], order[8:]
+    assert {step[0] for step in warm_up} == {-1} and len(measured) == 4 * 2 * 4
+    assert all(load.requests == max(load.concurrency, 32 if load.name == "prefill" else 8) for *_, load in warm_up)
+    places = Counter((index % 4, arm) for index, (_, arm, _) in enumerate(measured))
+    assert set(places.values()) == {2}
+    assert [load.name for *_, load in measured[:8]] == ["prefill"] * 4 + ["decode"] * 4
+    assert [load.name for *_, load in measured[8:16]] == ["decode"] * 4 + ["prefill"] * 4
+
+
+def test_all_arms_of_a_block_get_the_same_requests(tmp_path: Path) -> None:
+    first, second = (LOADS[0].arguments(tmp_path, port, 7, tmp_path / "o.jsonl") for port in (1, 2))
+    assert [a for a, b in zip(first, second, strict=True) if a != b] == ["1"]
+    assert "--disable-stream" in first and "--disable-stream" not in LOADS[1].arguments(tmp_path, 1, 7, tmp_path)
+
+
+def test_a_comparison_without_any_server_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench.gpu.resident as resident
+
+    monkeypatch.setattr(resident.sys, "executable", "/bin/false")
+    with pytest.raises(ServerFailed, match="one: server ended while starting"), servers(tmp_path, "one"):
+        pass
+
+
+def test_rows_by_block_and_void_rows() -> None:
+    rows = [{"arm": "a", "load": "decode", "block": b, "completed": c, "x": v} for b, c, v in [(-1, 1, 9), (0, 16, 2)]]
+    assert by_block(rows, "a", "decode", "x") == {0: 2.0}
+    assert incomplete(rows, LOADS) == []
+    assert incomplete([{**rows[1], "completed": 15}], LOADS) == ["a, decode, block 0: 15 of 16 completed"]
+
+
+def test_gains_are_paired_by_block_and_become_entries() -> None:
+    slow, fast = {0: 100.0, 1: 200.0, 2: 400.0}, {0: 110.0, 1: 220.0, 2: 440.0}
+    throughput = {"recorded": {"prefill": slow, "decode": slow}, "balanced": {"prefill": fast, "decode": {0: 90.0}}}
+    found = gains(throughput)
+    assert found["balanced"]["prefill"] == {"ratio": 10.0, "lower": 10.0, "upper": 10.0, "blocks": 3}
+    assert found["balanced"]["decode"]["ratio"] == -10.0
+    result = {"gain_pct_over_recorded": found, "date": "2026-01-01T00:00:00Z", "command": "x"}
+    figures = parse_figures(entries(result, SOURCE), "entries")
+    # One block has no interval, so it makes no entry.
+    assert [(f.name, f.value) for f in figures] == [("forced.balanced.prefill_gain_pct", 10.0)]
+
+
+def test_maps_of_the_arms_fit_the_model(tmp_path: Path) -> None:
+    write_maps(tmp_path, 2)
+    for arm in ARMS:
+        flags = arm.resident(tmp_path, 2).flags
+        if arm.algorithm:
+            loaded = ExpertMap.load(Path(flags[flags.index("--init-expert-location") + 1]), 64)
+            assert (loaded.num_layers, loaded.num_slots) == (6, 64 + 8)
+    assert {load.name for load in loads(2)} == {"prefill", "decode"}
+
+
+def test_one_gpu_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "x"), "--gpus", "1"]) == 2
+    assert capsys.readouterr().err == "error: --gpus: 1, but expert parallelism needs at least 2\n"
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_balanced_ids_are_the_routings_that_deepep_is_measured_with(gpus: int) -> None:
+    for variant, routing in (("local", "spread"), ("spread", str(gpus))):
+        rows = rows_of_order(balanced_order(variant, 0, 64, Topology(gpus)), 8).astype(int)
+        case = cases.Case("normal", 4096, "bf16", 64, routing)
+        ids = cases.topk_ids(case, 0, gpus, 64, 8)
+        assert sum(cases.copies(rows, 0, gpus, 64)) == sum(cases.copies(ids, 0, gpus, 64)) == case.fanout
+
+
+def test_dispatch_ratio_of_the_committed_measurement() -> None:
+    path = Path(__file__).parents[2] / "results" / "deepep" / "h200-x2.json"
+    result = json.loads(path.read_text())
+    figure = local_to_spread(result)
+    assert figure.lower <= figure.value <= figure.upper < 1
+    result["sections"]["normal"]["rows"] = []
+    with pytest.raises(InputError, match="no row of routing 2 at hidden 4096"):
+        local_to_spread(result)
