@@ -28,21 +28,89 @@ def update_tables(text: str, figures: Sequence[Figure], source: str = "README.md
 
 
 def results_table(figures: Sequence[Figure], prefix: str) -> str:
-    """Markdown table of the entries below ``prefix``; the kind is in every line, so nothing passes for measured.
+    """Markdown tables of the entries below ``prefix``; what was not measured says so in its place.
 
-    Empty when there is no such entry.
+    Entries `HEAD.ROW.METRIC` of which several rows have the same metrics make one table, a row each; all others are
+    lines of a list. Empty when there is no such entry.
     """
     chosen = [f for f in figures if prefix == "all" or f.name == prefix or f.name.startswith(prefix + ".")]
     if not chosen:
         return ""
-    lines = ["| figure | value | interval | kind | hardware | date | commit |", "|---|---:|---:|---|---|---|---|"]
-    for f in sorted(chosen, key=lambda figure: figure.name):
-        value = f"{_number(f.value)} {f.unit}".strip()
-        interval = f"{_number(f.lower)} to {_number(f.upper)}" if f.lower != f.upper else ""
-        cells = [f"`{f.name}`", value, interval, f.kind, f.hardware, f.date[:10], f"`{f.commit[:8]}`"]
+    chosen.sort(key=lambda figure: figure.name)
+    grids = _grids(chosen)
+    in_grids = {f.name for grid in grids for row in grid for f in row}
+    rest = [f for f in chosen if f.name not in in_grids]
+    parts = [_grid_table(grid) for grid in grids] + ([_list_table(rest)] if rest else [])
+    return "\n\n".join([*parts, "\n".join(_sources(chosen))]) + "\n"
+
+
+def _grids(figures: Sequence[Figure]) -> list[list[list[Figure]]]:
+    """Rows of figures that belong in one table: two rows at least with the same metrics, and rows with some of them."""
+    heads: dict[str, dict[str, list[Figure]]] = {}
+    for figure in figures:
+        head, row = _row_name(figure)
+        heads.setdefault(head, {}).setdefault(row, []).append(figure)
+    grids = []
+    for rows in heads.values():
+        fullest = max(rows.values(), key=len)
+        columns = {_column(f) for f in fullest}
+        grid = [row for row in rows.values() if {_column(f) for f in row} <= columns]
+        if sum(len(row) == len(fullest) for row in grid) > 1:
+            grids.append(grid)
+    return grids
+
+
+def _column(figure: Figure) -> str:
+    return f"{_metric(figure)} ({figure.unit})"
+
+
+def _metric(figure: Figure) -> str:
+    return figure.name.rpartition(".")[2]
+
+
+def _row_name(figure: Figure) -> tuple[str, str]:
+    """(head, row) of a name `HEAD.ROW.METRIC`."""
+    head, _, row = figure.name.rpartition(".")[0].rpartition(".")
+    return head, row
+
+
+def _grid_table(grid: Sequence[Sequence[Figure]]) -> str:
+    columns = [_column(f) for f in max(grid, key=len)]
+    lines = [f"| `{_row_name(grid[0][0])[0]}` | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for row in grid:
+        cells = {_column(f): _cell(f) for f in row}
+        lines.append(f"| `{_row_name(row[0])[1]}` | " + " | ".join(cells.get(column, "") for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: Figure) -> str:
+    interval = f" ({_interval(figure)})" if figure.lower != figure.upper else ""
+    return _number(figure.value) + interval + (f", {figure.kind}" if figure.kind != "measured" else "")
+
+
+def _list_table(figures: Sequence[Figure]) -> str:
+    lines = ["| figure | value | interval | kind |", "|---|---:|---:|---|"]
+    for f in figures:
+        interval = _interval(f) if f.lower != f.upper else ""
+        cells = [f"`{f.name}`", f"{_number(f.value)} {f.unit}".strip(), interval, f.kind]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    commands = sorted({f.command for f in chosen})
-    return "\n".join([*lines, "", "Measured with: " + ", ".join(f"`{command}`" for command in commands)]) + "\n"
+    return "\n".join(lines)
+
+
+def _interval(figure: Figure) -> str:
+    return f"{_number(figure.lower)} to {_number(figure.upper)}"
+
+
+def _sources(figures: Sequence[Figure]) -> list[str]:
+    """One line for each command, hardware, date and commit that figures come from."""
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for f in figures:
+        found.setdefault((f.command, f.hardware, f.date[:10], f.commit[:8]), []).append(f.name)
+    lines = []
+    for (command, hardware, date, commit), names in found.items():
+        of = "" if len(found) == 1 else f" ({', '.join(f'`{name}`' for name in names)})"
+        lines.append(f"With `{command}` on {hardware}, {date}, commit `{commit}`{of}.")
+    return lines if len(lines) == 1 else [f"- {line}" for line in lines]
 
 
 def _number(value: float) -> str:

@@ -76,6 +76,27 @@ def test_table_shows_value_interval_and_kind() -> None:
     assert "sim.x" not in table and "sim.x" in results_table([replace(FIGURE, name="sim.x")], "all")
 
 
+def test_rows_of_equal_metrics_make_one_table() -> None:
+    def entry(name: str, kind: str = "measured") -> Figure:
+        return replace(FIGURE, name=name, lower=FIGURE.value, upper=FIGURE.value, kind=kind)
+
+    figures = [entry(f"bench.cpu.{arm}.{metric}") for arm in ("a", "b") for metric in ("load", "qps")]
+    figures += [entry("bench.cpu.c.load", kind="emulated"), entry("bench.cpu.seconds"), entry("bench.d.load")]
+    lines = results_table(figures, "bench").splitlines()
+    assert lines[:5] == [
+        "| `bench.cpu` | load (ratio) | qps (ratio) |",
+        "|---|---:|---:|",
+        "| `a` | 1.02 | 1.02 |",
+        "| `b` | 1.02 | 1.02 |",
+        "| `c` | 1.02, emulated |  |",
+    ]
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| `bench.")][1:] == [
+        "| `bench.cpu.seconds`",
+        "| `bench.d.load`",
+    ]
+    assert lines[-1] == "With `make bench` on 2 cores, 2026-11-21, commit `abcdef1`."
+
+
 def test_a_prefix_ends_at_a_dot() -> None:
     assert results_table([FIGURE], "bench.cp") == ""
 
