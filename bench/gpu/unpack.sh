@@ -12,7 +12,7 @@ if [ -d "$site/sgl_kernel" ] && [ -d "$site/sglang" ]; then
     export PYTHONPATH="$site:$PWD"
     python3 -m sglang_eplb_affinity.patching unapply >/dev/null
     python3 -m sglang_eplb_affinity.patching apply
-    # Each server is several processes that import thousands of files: where Python writes no byte code (as in many
-    # containers), compiling them in every process was most of a start's 84 s.
+    # Each server is several processes that import thousands of files; where Python writes no byte code (as in many
+    # containers), each of them would compile all of them.
     python3 -m compileall -qq -j 0 "$site" || true
 fi
