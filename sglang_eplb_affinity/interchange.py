@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.topology import Topology
 
 MapFormat = Literal["sglang", "vllm-ascend", "tensorrt-llm"]
@@ -29,8 +30,11 @@ def load_map(path: str | os.PathLike[str], dense_layers: int = 0, num_experts: i
 
     ``dense_layers`` rows are added only to formats that leave them out. Raises InputError that names the file.
     """
-    source = str(path)
-    data = _read(source)
+    return parse_map(read_data(path), str(path), dense_layers, num_experts)
+
+
+def parse_map(data: Any, source: str, dense_layers: int = 0, num_experts: int | None = None) -> ExpertMap:
+    """What :func:`load_map` does, on the file's content; ``source`` begins error messages."""
     if isinstance(data, dict) and "physical_to_logical_map" in data:
         return ExpertMap.from_json(data, num_experts, source=source)
     if isinstance(data, dict) and "layer_list" in data:
@@ -77,12 +81,22 @@ def save_map(
         write_atomically(path, _to_tensorrt(moe, dense_layers, layer_updates_per_iter).encode())
 
 
-def _read(source: str) -> Any:
-    suffix = Path(source).suffix
-    if suffix == ".pt":
-        return _read_pt(source)
+def num_devices(data: Any) -> int | None:
+    """GPUs that a vllm-ascend map is for; None for the other formats, which do not say."""
     try:
-        text = Path(source).read_text()
+        return len(data["layer_list"][0]["device_list"])
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def read_data(path: str | os.PathLike[str], source: str | None = None) -> Any:
+    """The content of a .json, .yaml or .pt file, tensors as lists; ``source`` begins error messages."""
+    source = source or str(path)
+    suffix = Path(path).suffix
+    if suffix == ".pt":
+        return _read_pt(path, source)
+    try:
+        text = Path(path).read_text()
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -102,13 +116,13 @@ def _read(source: str) -> Any:
         raise InputError(f"{source}: not JSON") from None
 
 
-def _read_pt(source: str) -> Any:
+def _read_pt(path: str | os.PathLike[str], source: str) -> Any:
     try:
         import torch
     except ImportError:
         raise InputError(f"{source}: reading .pt needs torch, which is not installed") from None
     try:
-        data = torch.load(source, weights_only=True, map_location="cpu")
+        data = torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror or error})") from None
     except Exception:  # torch raises many types on foreign files

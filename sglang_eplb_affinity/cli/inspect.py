@@ -10,7 +10,8 @@ import numpy as np
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.interchange import load_map
+from sglang_eplb_affinity.interchange import parse_map, read_data
+from sglang_eplb_affinity.rebalance.map_file import MapOrigin, origin_of
 from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.topology import Topology
 
@@ -42,8 +43,13 @@ def inspect_command(
         _inspect_trace(RoutingTrace.load(trace_path), layer, plot)
     else:
         assert map_path is not None
-        topology = None if gpus is None else topology_of(gpus, nodes)
-        _inspect_map(load_map(map_path), topology, layer, plot)
+        data = read_data(map_path)
+        expert_map = parse_map(data, str(map_path))
+        origin = origin_of(data, expert_map, str(map_path))
+        if origin is not None:
+            _inspect_origin(origin)
+        recorded = None if origin is None else origin.topology
+        _inspect_map(expert_map, recorded if gpus is None else topology_of(gpus, nodes), layer, plot)
 
 
 def _pick_layer(layer: int | None, default: int, layers: int) -> int:
@@ -83,6 +89,25 @@ def _inspect_trace(trace: RoutingTrace, layer: int | None, plot: Path | None) ->
 
         plot_trace(window, trace.num_tokens, chosen, plot)
         click.echo(f"{plot}: written", err=True)
+
+
+def _inspect_origin(origin: MapOrigin) -> None:
+    model, topology = origin.model, origin.topology
+    click.echo(
+        f"recorded {origin.written} in round {origin.round} of {origin.algorithm}, "
+        f"SGLang {origin.sglang_version}, sglang_eplb_affinity {origin.package_version}"
+    )
+    click.echo(
+        f"for {model.architecture} ({model.path}), top-{model.top_k} of {model.num_experts} experts, "
+        f"{topology.num_gpus} GPUs on {topology.num_nodes} nodes, replica choice {origin.dispatch}"
+    )
+    click.echo(f"planned from routing {origin.routing_checksum} ({origin.routing_tokens} assignments a layer); on it:")
+    for name, figures in (("contiguous", origin.contiguous), ("this map", origin.recorded)):
+        if figures is not None:
+            click.echo(
+                f"  {name}: balancedness {figures.balancedness:.4f}, GPU fan-out {figures.gpu_fanout:.4f}, "
+                f"node fan-out {figures.node_fanout:.4f}"
+            )
 
 
 def _inspect_map(expert_map: ExpertMap, topology: Topology | None, layer: int | None, plot: Path | None) -> None:

@@ -64,7 +64,9 @@ class RoundRecord:
     layer gains enough), ``skipped`` (nothing recorded), ``failed`` (see ``reason``; ``committed_layers`` of them are in
     force, the others keep their map). ``tokens``: token-expert assignments of the layer that has most.
     ``moved_experts``: slots whose expert came from another GPU; ``moved_bytes``: their weights, over all ranks; None
-    where it is not known. ``committed_layers``: layers whose map changed. ``phase_seconds``: wall time by phase.
+    where it is not known. ``committed_layers``: layers whose map changed. ``contiguous``: figures of SGLang's start
+    placement; ``before``, ``after``: of the maps before and after the round; all on the window that was planned on.
+    ``phase_seconds``: wall time by phase.
     ``commit_ms``: for each committed layer the time that the forward passes stood still for it on this rank.
     ``passes``: forward passes from the trigger to the end of the round. ``routing_checksum``: SHA-256 of the window's
     counts and token sample.
@@ -78,6 +80,7 @@ class RoundRecord:
     moved_experts: int = 0
     moved_bytes: int | None = None
     committed_layers: tuple[int, ...] = ()
+    contiguous: MapFigures | None = None
     before: MapFigures | None = None
     after: MapFigures | None = None
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -88,7 +91,8 @@ class RoundRecord:
     routing_checksum: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The log line: flat, figures as ``NAME_before`` and ``NAME_after``, phases as ``PHASE_seconds``."""
+        """The log line: flat, figures as ``NAME_contiguous``, ``NAME_before`` and ``NAME_after``, phases as
+        ``PHASE_seconds``."""
         line: dict[str, Any] = {
             "result": self.result,
             "algorithm": self.algorithm,
@@ -100,7 +104,7 @@ class RoundRecord:
         }
         if self.moved_bytes is not None:
             line["moved_bytes"] = self.moved_bytes
-        for when, figures in (("before", self.before), ("after", self.after)):
+        for when, figures in (("contiguous", self.contiguous), ("before", self.before), ("after", self.after)):
             if figures is not None:
                 for name in MapFigures.__dataclass_fields__:
                     line[f"{name}_{when}"] = round(getattr(figures, name), 4)

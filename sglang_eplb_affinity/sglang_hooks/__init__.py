@@ -77,11 +77,18 @@ def make_recorder(server_args: Any, expert_location_metadata: Any) -> ServerReco
     return recorder
 
 
-def initial_physical_to_logical_map(server_args: Any, model_config: Any, data: dict[str, Any]) -> Any:
-    """A map planned from a dump given to --init-expert-location, None if the algorithm is not ours."""
-    from sglang_eplb_affinity.sglang_hooks import rebalance
+def load_expert_location(server_args: Any, model_config: Any, moe_ep_rank: int) -> Any:
+    """The map given to --init-expert-location as SGLang's metadata; None where SGLang has to read it."""
+    from sglang_eplb_affinity.sglang_hooks import loaded_map
 
-    return rebalance.initial_map(server_args, model_config, data)
+    return loaded_map.load(server_args, model_config, moe_ep_rank)
+
+
+def start_observing(server_args: Any, dp_rank: int | None) -> None:
+    """Once the first map is in force, in every rank of the target model: who is told of rebalance rounds."""
+    from sglang_eplb_affinity.sglang_hooks import observing
+
+    observing.start(server_args, dp_rank)
 
 
 def begin_round(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | None:

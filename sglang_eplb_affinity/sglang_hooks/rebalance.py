@@ -30,7 +30,6 @@ from sglang_eplb_affinity.rebalance.round_record import (
 )
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM
-from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
 from sglang_eplb_affinity.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -63,24 +62,6 @@ def topology_of(server_args: Any, ep_size: int) -> Topology:
     return Topology(ep_size, server_args.eplb_affinity_nodes or server_args.nnodes)
 
 
-def initial_map(server_args: Any, model_config: Any, data: dict[str, Any]) -> torch.Tensor | None:
-    """int64 [layers, slots] planned from a dump's ``affinity`` entry, or from its counts alone."""
-    if server_args.eplb_algorithm != ALGORITHM or "logical_count" not in data:
-        return None
-    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
-
-    common = ExpertLocationMetadata._init_common(server_args, model_config)
-    if "affinity" in data:
-        window = window_of_dump(data["affinity"])
-    else:
-        count = torch.as_tensor(data["logical_count"])
-        window = RoutingWindow(count.reshape(-1, *count.shape[-2:]).sum(0).cpu().numpy().astype(np.int64))
-    topology = topology_of(server_args, common["ep_size"])
-    planned = plan(window, topology, common["num_physical_experts"], planner_config(server_args))
-    logger.info("[eplb-affinity] initial map planned: %s", planned.report.summary())
-    return torch.from_numpy(planned.expert_map.physical_to_logical.astype(np.int64))
-
-
 def warm_up_planner(server_args: Any) -> None:
     """Compile or load the planner's kernels on rank 0 before the server is ready, not at the first rebalance."""
     if server_args.eplb_algorithm != ALGORITHM or not server_args.enable_eplb:
@@ -106,6 +87,7 @@ class RebalanceRound:
     def __init__(self, manager: Any, window: RoutingWindow) -> None:
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
+        self._manager = manager
         self._server_args = manager._server_args
         self._window = window
         self._started = time.perf_counter()
@@ -113,7 +95,7 @@ class RebalanceRound:
         self._planned_at = self._started
         metadata = get_global_expert_location_metadata()
         self._metadata = metadata
-        self._before = _map_of(metadata)
+        self._before = map_of(metadata)
         self._topology = topology_of(self._server_args, metadata.ep_size)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         manager._eplb_affinity_rounds = getattr(manager, "_eplb_affinity_rounds", 0) + 1
@@ -145,7 +127,7 @@ class RebalanceRound:
     def finish(self, metadata: Any) -> None:
         """The new map is in force on this rank."""
         self._phase_seconds["move"] = time.perf_counter() - self._planned_at
-        self._log("applied", _map_of(metadata))
+        self._log("applied", map_of(metadata))
 
     def _plan_on_rank_0(self) -> tuple[ExpertMap | None, str]:
         before = self._before
@@ -172,16 +154,7 @@ class RebalanceRound:
         return ExpertMap(ids, before.num_experts), ""
 
     def _metadata_of(self, expert_map: ExpertMap) -> Any:
-        from sglang.srt.eplb.expert_location import ExpertLocationMetadata
-
-        device = self._metadata.physical_to_logical_map.device
-        return ExpertLocationMetadata._init_raw(
-            ep_size=self._metadata.ep_size,
-            physical_to_logical_map=torch.from_numpy(expert_map.physical_to_logical.astype(np.int64)).to(device),
-            logical_to_all_physical_map=torch.from_numpy(expert_map.logical_to_all_physical().astype(np.int64)).to(
-                device
-            ),
-        )
+        return metadata_of(expert_map, self._metadata.ep_size, self._metadata.physical_to_logical_map.device)
 
     def _log(self, result: Result, after: ExpertMap, reason: str | None = None) -> None:
         if self._rank:
@@ -203,7 +176,9 @@ class RebalanceRound:
             round=self._number,
             tokens=int(self._window.counts.sum(1).max()),
             moved_experts=int(moved.sum()),
+            moved_bytes=self._bytes_of(moved),
             committed_layers=tuple(changed.tolist()),
+            contiguous=MapFigures.of(self._window, contiguous_like(after), self._topology, rule),
             before=MapFigures.of(self._window, self._before, self._topology, rule),
             after=MapFigures.of(self._window, after, self._topology, rule),
             phase_seconds=self._phase_seconds,
@@ -212,6 +187,42 @@ class RebalanceRound:
             routing_checksum=routing_checksum(self._window),
         )
 
+    def _bytes_of(self, moved: np.ndarray) -> int | None:
+        """Weights of ``moved`` [layers] experts, over all ranks."""
+        if not moved.any():
+            return 0
+        sizes = expert_bytes(self._manager._get_model().routed_experts_weights_of_layer)
+        if set(np.flatnonzero(moved).tolist()) - set(sizes):
+            return None
+        return sum(int(count) * sizes[layer] for layer, count in enumerate(moved) if count)
 
-def _map_of(metadata: Any) -> ExpertMap:
+
+def expert_bytes(weights_of_layer: Any) -> dict[int, int]:
+    """Bytes of one expert's weights by layer; ``weights_of_layer`` is SGLang's {layer: [tensor [local slots, ...]]}."""
+    return {
+        layer: sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+        for layer, tensors in weights_of_layer.items()
+    }
+
+
+def contiguous_like(expert_map: ExpertMap) -> ExpertMap:
+    return ExpertMap.contiguous(expert_map.num_layers, expert_map.num_experts, expert_map.num_slots)
+
+
+def metadata_of(expert_map: ExpertMap, ep_size: int, device: Any, ep_rank: int | None = None) -> Any:
+    """SGLang's ExpertLocationMetadata with all replicas of each expert.
+
+    ``ep_rank`` None: the global rank modulo EP size, as SGLang's own rebalance has it.
+    """
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+    return ExpertLocationMetadata._init_raw(
+        ep_size=ep_size,
+        physical_to_logical_map=torch.from_numpy(expert_map.physical_to_logical.astype(np.int64)).to(device),
+        logical_to_all_physical_map=torch.from_numpy(expert_map.logical_to_all_physical().astype(np.int64)).to(device),
+        moe_ep_rank=ep_rank,
+    )
+
+
+def map_of(metadata: Any) -> ExpertMap:
     return ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts)

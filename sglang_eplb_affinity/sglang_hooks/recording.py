@@ -11,8 +11,10 @@ import torch
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
 from sglang_eplb_affinity.routing import RoutingWindow
-from sglang_eplb_affinity.sglang_hooks.arguments import MoeShape, records_affinity
+from sglang_eplb_affinity.sglang_hooks import observing
+from sglang_eplb_affinity.sglang_hooks.arguments import records_affinity
 from sglang_eplb_affinity.sglang_hooks.load_log import PHASES, LoadLog
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.window_reduce import Reduction, reduce_window
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,9 @@ class ServerRecorder:
 
     def window(self) -> RecordedWindow:
         """The window summed over ranks (a collective call); the same on every rank."""
-        return RecordedWindow(reduce_window(self._recorder, self._reduction))
+        window = reduce_window(self._recorder, self._reduction)
+        observing.window_recorded(window)
+        return RecordedWindow(window)
 
     def _tokens_of_groups(self, forward_batch: Any) -> list[int]:
         local = forward_batch.num_token_non_padded_cpu

@@ -24,6 +24,7 @@ TEXT = (
 )
 WORDS = (TEXT + " the quick brown fox jumps over a lazy dog").split(" ")
 OUTPUT_TOKENS = 64
+NUM_PROMPTS = 28
 
 
 @dataclass(frozen=True)

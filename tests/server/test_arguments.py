@@ -99,7 +99,7 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         ("range.json", "layer 1 slot 3 holds expert 16, but ids must be 0 to 15"),
         ("layers.json", "has 3 layers of 16 slots, but the model needs 4 layers of 16"),
         ("slots.json", "has 4 layers of 18 slots, but the model needs 4 layers of 16"),
-        ("broken.json", "not a readable .json"),
+        ("broken.json", "broken.json: not JSON"),
         ("other.pt", "logical_count has shape (10, 24, 32), but the model needs [..., 4 layers, 16 experts]"),
         ("absent.json", "absent.json: cannot be read"),
     ],

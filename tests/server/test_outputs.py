@@ -7,17 +7,13 @@ shows that the affinity recorder counts every token once.
 
 import itertools
 import os
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from tests.server.harness import OUTPUT_TOKENS, ServerCase, prompts, serve
+from tests.server.harness import NUM_PROMPTS, ServerCase, prompts, serve
 
 MODELS = ("qwen3moe", "dsv3")
-NUM_PROMPTS = 28
 
 # Eight runs of five factors of two levels in which every pair of levels occurs, on four references only.
 PAIRWISE = [
@@ -37,48 +33,6 @@ CASES = [ServerCase(*case) for case in (ALL if os.environ.get("EPLB_AFFINITY_FUL
 def test_the_default_cases_cover_every_pair_of_settings() -> None:
     for a, b in itertools.combinations(range(5), 2):
         assert len({(case[a], case[b]) for case in PAIRWISE}) == 4
-
-
-@pytest.fixture(scope="module")
-def reference(models: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Outputs without EPLB, by model and parallel sizes; each server is started once."""
-    ports = itertools.count(31900, 11)
-
-    @cache
-    def outputs(model: str, ep: int, dp_attention: bool) -> list[list[int]]:
-        case = ServerCase(model, ep, dp_attention=dp_attention)
-        folder = tmp_path_factory.mktemp(case.name)
-        dumps = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(folder)}
-        with serve(models / model, case.flags, folder / "log", port=next(ports), ranks=ep, **dumps) as server:
-            server.post("/start_expert_distribution_record")
-            results = server.generate(prompts(NUM_PROMPTS))
-            server.post("/stop_expert_distribution_record")
-            server.post("/dump_expert_distribution_record")
-        check_dump(folder, results)
-        return [result["output_ids"] for result in results]
-
-    return outputs
-
-
-def check_dump(folder: Path, results: list[dict]) -> None:
-    """Every token that went through the experts is recorded once: prompts, and all outputs but the last token."""
-    (path,) = folder.glob("expert_distribution_recorder_*.pt")
-    record = torch.load(path, weights_only=True)["affinity"]
-    tokens = sum(result["meta_info"]["prompt_tokens"] + OUTPUT_TOKENS - 1 for result in results)
-    counts, matrix = record["counts"], record["coactivation"]
-    moe_layers = counts.any(1)
-    top_k = record["tokens"].shape[2]
-    assert moe_layers.sum() >= 3
-    # A pass that was scheduled before a request's end is seen may run one token more for it.
-    assert (counts[moe_layers].sum(1) >= tokens * top_k).all()
-    assert (counts[moe_layers].sum(1) <= (tokens + len(results)) * top_k).all()
-    assert len(set(counts[moe_layers].sum(1).tolist())) == 1
-    assert (matrix == matrix.transpose(1, 2)).all()
-    assert (matrix.sum(2) == counts * (top_k - 1)).all()
-    rows = record["tokens"][moe_layers]
-    assert ((rows[:, :, 0] >= 0).sum(1) == counts[moe_layers].sum(1) // top_k).all()
-    ids = rows[0][rows[0, :, 0] >= 0].numpy()
-    assert (np.bincount(ids.ravel(), minlength=counts.shape[1]) == counts[moe_layers][0].numpy()).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,0 +1,130 @@
+"""--init-expert-location: a map of any format, or a dump to plan from; read and checked before the model loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.interchange import num_devices, parse_map, read_data
+from sglang_eplb_affinity.rebalance.map_file import MapOrigin, ServedModel, origin_of
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.topology import Topology
+
+FLAG = "--init-expert-location"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the server needs a map to fit."""
+
+    model: ServedModel
+    shape: MoeShape
+    topology: Topology
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class InitialMap:
+    """Either ``expert_map`` (a row for each layer, dense ones too) or ``window`` (of a dump, to plan from)."""
+
+    source: str
+    expert_map: ExpertMap | None = None
+    window: RoutingWindow | None = None
+    origin: MapOrigin | None = None
+
+
+def read_initial_map(value: str, server: Placement) -> InitialMap:
+    """Read the flag's value: a .json, .pt or .yaml file, or inline JSON.
+
+    Raises InputError, one line that names the flag's value and what differs, unless it fits the model and the server.
+    """
+    flag = f"{FLAG} {_short(value)}"
+    data = _read(value, flag)
+    if isinstance(data, dict) and "logical_count" in data and "physical_to_logical_map" not in data:
+        return InitialMap(_short(value), window=_window(data, server, flag))
+    origin = _check_origin(data, server, flag)
+    devices = num_devices(data)
+    if devices is not None and devices != server.topology.num_gpus:
+        raise InputError(f"{flag}: is for EP size {devices}, but the server has {server.topology.num_gpus}")
+    if isinstance(data, dict) and "physical_to_logical_map" in data:
+        expert_map = ExpertMap.from_json(data, server.shape.num_experts, source=flag)
+        needed, kind = server.shape.num_layers, "layers"
+    else:
+        dense = min(server.shape.moe_layers, default=0)
+        rows = parse_map(data, flag, dense, server.shape.num_experts).physical_to_logical[dense:]
+        expert_map = ExpertMap(rows, server.shape.num_experts)
+        needed, kind = len(server.shape.moe_layers), "MoE layers"
+    if (expert_map.num_layers, expert_map.num_slots) != (needed, server.num_slots):
+        raise InputError(
+            f"{flag}: has {expert_map.num_layers} {kind} of {expert_map.num_slots} slots, but the model needs "
+            f"{needed} {kind} of {server.num_slots} (experts + --ep-num-redundant-experts)"
+        )
+    if kind == "MoE layers":
+        expert_map = _with_dense_layers(expert_map, server.shape)
+    return InitialMap(_short(value), expert_map, origin=origin)
+
+
+def _short(value: str) -> str:
+    return value if len(value) < 200 else value[:40] + "..."
+
+
+def _check_origin(data: Any, server: Placement, flag: str) -> MapOrigin | None:
+    """A recorded map tells more than shapes: it must be for this model, EP size and number of nodes."""
+    if not isinstance(data, dict) or "physical_to_logical_map" not in data:
+        return None
+    origin = origin_of(data, ExpertMap.from_json(data, source=flag), flag)
+    if origin is not None:
+        differences = origin.differences(server.model, server.topology, server.num_slots)
+        if differences:
+            raise InputError(f"{flag}: was recorded for {'; '.join(differences)}")
+    return origin
+
+
+def _with_dense_layers(moe: ExpertMap, shape: MoeShape) -> ExpertMap:
+    """Rows for the layers without routed experts as well, which hold SGLang's start placement."""
+    ids = ExpertMap.contiguous(shape.num_layers, shape.num_experts, moe.num_slots).physical_to_logical.copy()
+    ids[list(shape.moe_layers)] = moe.physical_to_logical
+    return ExpertMap(ids, shape.num_experts)
+
+
+def _window(data: dict[str, Any], server: Placement, flag: str) -> RoutingWindow:
+    shape = server.shape
+    try:
+        count = np.asarray(data["logical_count"])
+    except ValueError:
+        raise InputError(f"{flag}: logical_count has rows of different length") from None
+    if count.ndim not in (2, 3) or count.shape[-2:] != (shape.num_layers, shape.num_experts):
+        raise InputError(
+            f"{flag}: logical_count has shape {tuple(count.shape)}, but the model needs "
+            f"[..., {shape.num_layers} layers, {shape.num_experts} experts]; is it another model's dump?"
+        )
+    if "affinity" not in data:
+        return RoutingWindow(count.reshape(-1, *count.shape[-2:]).sum(0).astype(np.int64))
+    from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
+
+    try:
+        return window_of_dump(data["affinity"])
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
+def _read(value: str, flag: str) -> Any:
+    if value.endswith((".json", ".yaml", ".yml")):
+        return read_data(value, flag)
+    try:
+        if value.endswith(".pt"):
+            import torch
+
+            return torch.load(value, weights_only=True, map_location="cpu")
+        return json.loads(value)
+    except OSError as error:
+        raise InputError(f"{flag}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # torch.load and json raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{flag}: not a readable .json, .pt or .yaml file, nor inline JSON ({reason})") from None

@@ -1,0 +1,175 @@
+"""--init-expert-location in each rank: the map is read or planned on rank 0, broadcast, put in force and reported.
+
+Rank 0 logs ``[eplb-affinity] map {json}`` when the map is in force, with the figures that the file has, and once more
+(``"event": "measured"``) with those of the server's own traffic, at the first window that is recorded under it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.evaluate import moved_experts
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.planner import plan
+from sglang_eplb_affinity.rebalance.round_record import MapFigures
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
+from sglang_eplb_affinity.sglang_hooks.arguments import placement_of
+from sglang_eplb_affinity.sglang_hooks.initial_map import FLAG, InitialMap, read_initial_map
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_FAILED, _MAP, _LEFT_TO_SGLANG = 0, 1, 2
+
+in_force: LoadedMap | None = None
+"""Set on rank 0 once a map is loaded."""
+
+
+def load(server_args: Any, model_config: Any, ep_rank: int) -> Any | None:
+    """SGLang's metadata of the map that the flag names; None where SGLang has to do it (elastic EP; a dump for another
+    algorithm). A collective call: rank 0 reads, so that files that differ between hosts cannot split the ranks."""
+    global in_force
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().elastic_ep_initial_size is not None:
+        return None
+    common = ExpertLocationMetadata._init_common(server_args, model_config)
+    if common is None:
+        raise InputError(f"{FLAG}: SGLang cannot place the experts of this model's class; leave the flag out")
+    experts, ep_size = common["model_config_for_expert_location"].num_logical_experts, common["ep_size"]
+    shape = (common["model_config_for_expert_location"].num_layers, common["num_physical_experts"])
+    message = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int64)
+    failure: Exception | None = None
+    initial: InitialMap | None = None
+    if _rank() == 0:
+        try:
+            initial = _read_on_rank_0(server_args, ep_size)
+            expert_map = _map_or_plan(initial, server_args, ep_size)
+            message[0] = _LEFT_TO_SGLANG if expert_map is None else _MAP
+            if expert_map is not None:
+                message[1:] = torch.from_numpy(expert_map.physical_to_logical.astype(np.int64).ravel())
+        except Exception as error:  # the other ranks wait for the broadcast
+            failure = error
+    if dist.is_initialized():
+        on_device = message.to(server_args.device)
+        dist.broadcast(on_device, src=0)
+        message = on_device.cpu()
+    if failure is not None:
+        raise failure
+    if message[0] == _FAILED:
+        raise InputError(f"{FLAG} {server_args.init_expert_location}: rank 0 could not load it; its log says why")
+    if message[0] == _LEFT_TO_SGLANG:
+        return None
+    loaded = ExpertMap(message[1:].numpy().reshape(shape), experts)
+    if initial is not None:
+        topology = rebalance.topology_of(server_args, ep_size)
+        in_force = LoadedMap(initial, loaded, topology, rebalance.dispatch_rule(server_args))
+        in_force.log_loaded()
+    return rebalance.metadata_of(loaded, ep_size, server_args.device, ep_rank)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _read_on_rank_0(server_args: Any, ep_size: int) -> InitialMap:
+    shape = MoeShape.of(server_args.get_model_config().hf_text_config)
+    if shape is None:
+        raise InputError(f"{FLAG}: {server_args.model_path} has no routed experts; leave the flag out")
+    return read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, ep_size))
+
+
+def _map_or_plan(initial: InitialMap, server_args: Any, ep_size: int) -> ExpertMap | None:
+    if initial.expert_map is not None:
+        return initial.expert_map
+    if server_args.eplb_algorithm != ALGORITHM or initial.window is None:
+        return None
+    topology = rebalance.topology_of(server_args, ep_size)
+    slots = initial.window.num_experts + server_args.ep_num_redundant_experts
+    planned = plan(initial.window, topology, slots, rebalance.planner_config(server_args))
+    logger.info("[eplb-affinity] initial map planned: %s", planned.report.summary())
+    return planned.expert_map
+
+
+class LoadedMap:
+    """On rank 0: what is said of a loaded map."""
+
+    def __init__(self, initial: InitialMap, loaded: ExpertMap, topology: Topology, rule: DispatchRule) -> None:
+        self._initial, self._loaded, self._topology, self._rule = initial, loaded, topology, rule
+        self._measured = False
+
+    def log_loaded(self) -> None:
+        record = {"event": "loaded", "source": self._initial.source, **self._placed()}
+        origin = self._initial.origin
+        if self._initial.window is not None:
+            record |= self._figures(self._initial.window) | {"figures_of": "the dump that it was planned from"}
+        elif origin is not None:
+            record |= {
+                "recorded": origin.written,
+                "recorded_round": origin.round,
+                "recorded_model": origin.model.path,
+                "algorithm": origin.algorithm,
+                "routing_checksum": origin.routing_checksum,
+            }
+            if origin.contiguous is not None and origin.recorded is not None:
+                record |= _flat(origin.contiguous, "contiguous") | _flat(origin.recorded, "loaded")
+                record["figures_of"] = "the window that it was planned from, as recorded in the file"
+        self._log(record)
+        if origin is not None and origin.dispatch != self._rule:
+            logger.warning(
+                "[eplb-affinity] the map was planned for replica choice %s, but the server has %s: its load will be "
+                "less even than recorded",
+                origin.dispatch,
+                self._rule,
+            )
+
+    def window_recorded(self, window: RoutingWindow, current: ExpertMap) -> None:
+        """At the first window with tokens: the figures of the server's own traffic, if the map is still in force."""
+        if self._measured or not window.counts.any():
+            return
+        self._measured = True
+        if not np.array_equal(current.physical_to_logical, self._loaded.physical_to_logical):
+            return
+        record = {"event": "measured", "source": self._initial.source, **self._figures(window)}
+        self._log(record | {"tokens": int(window.counts.sum(1).max()), "figures_of": "this server's traffic"})
+
+    def _placed(self) -> dict[str, Any]:
+        home = rebalance.contiguous_like(self._loaded)
+        elsewhere = moved_experts(home, self._loaded, self._topology)
+        return {
+            "layers": self._loaded.num_layers,
+            "experts": self._loaded.num_experts,
+            "slots": self._loaded.num_slots,
+            "gpus": self._topology.num_gpus,
+            "nodes": self._topology.num_nodes,
+            # Both are 0 for SGLang's start placement.
+            "relocated_experts": int(elsewhere.sum()),
+            "relocated_layers": int((elsewhere > 0).sum()),
+            "replicated_experts": int((self._loaded.replica_counts() > 1).sum()),
+        }
+
+    def _figures(self, window: RoutingWindow) -> dict[str, float]:
+        contiguous = MapFigures.of(window, rebalance.contiguous_like(self._loaded), self._topology, self._rule)
+        loaded = MapFigures.of(window, self._loaded, self._topology, self._rule)
+        if contiguous is None or loaded is None:
+            return {}
+        return _flat(contiguous, "contiguous") | _flat(loaded, "loaded")
+
+    def _log(self, record: dict[str, Any]) -> None:
+        logger.info("[eplb-affinity] map %s", json.dumps(record))
+
+
+def _flat(figures: MapFigures, of: str) -> dict[str, float]:
+    return {f"{name}_{of}": round(value, 4) for name, value in asdict(figures).items()}

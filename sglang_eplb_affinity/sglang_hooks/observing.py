@@ -1,0 +1,71 @@
+"""Who is told of rebalance rounds and recorded windows on rank 0: the map recorder, the metrics, the loaded map."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sglang_eplb_affinity.routing import RoutingWindow
+
+logger = logging.getLogger(__name__)
+
+
+def start(server_args: Any, dp_rank: int | None) -> None:
+    """Every rank calls it; only rank 0 of a group, the one that reports rounds, has observers."""
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    if dist.is_initialized() and dist.get_rank():
+        return
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    if metadata is None:
+        return
+    if server_args.eplb_record_map is not None:
+        rebalance.observers.append(_map_recorder(server_args, metadata.ep_size))
+
+
+def window_recorded(window: RoutingWindow) -> None:
+    """On every rank, with the same window. Never raises: a report must not stop the server."""
+    from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
+
+    if loaded_map.in_force is None:
+        return
+    try:
+        from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+        loaded_map.in_force.window_recorded(window, rebalance.map_of(get_global_expert_location_metadata()))
+    except Exception:
+        logger.exception("[eplb-affinity] the loaded map could not be measured")
+
+
+def _map_recorder(server_args: Any, ep_size: int) -> Any:
+    import importlib.metadata
+
+    from sglang_eplb_affinity import __version__
+    from sglang_eplb_affinity.rebalance.map_file import MapOrigin
+    from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+    from sglang_eplb_affinity.sglang_hooks.arguments import placement_of
+    from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+
+    shape = MoeShape.of(server_args.get_model_config().hf_text_config)
+    assert shape is not None  # checked at start-up
+    placement = placement_of(server_args, shape, ep_size)
+    return MapRecorder(
+        Path(server_args.eplb_record_map),
+        MapOrigin(
+            model=placement.model,
+            topology=placement.topology,
+            num_slots=placement.num_slots,
+            algorithm=server_args.eplb_algorithm,
+            dispatch=rebalance.dispatch_rule(server_args),
+            round=0,
+            written="",
+            sglang_version=importlib.metadata.version("sglang"),
+            package_version=__version__,
+        ),
+    )

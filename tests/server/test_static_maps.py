@@ -1,0 +1,122 @@
+"""A map recorded by one server is loaded by another, with and without EPLB; outputs stay those of no EPLB."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.interchange import load_map, save_map
+from sglang_eplb_affinity.rebalance.map_file import origin_of
+from sglang_eplb_affinity.topology import Topology
+from tests.server.conftest import free_port
+from tests.server.harness import RunningServer, ServerCase, prompts, serve
+
+# Shorter than the references' prompts, which come in the same order.
+COUNT = 14
+REDUNDANT = 4
+RECORDING = {
+    "qwen3moe": ServerCase("qwen3moe", algorithm="affinity", redundant=REDUNDANT),
+    "dsv3": ServerCase("dsv3", dp_attention=True, algorithm="deepseek", redundant=REDUNDANT),
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The file that a server of this model recorded; each server is started once."""
+    files: dict[str, Path] = {}
+
+    def path_of(model: str) -> Path:
+        if model not in files:
+            folder = tmp_path_factory.mktemp(f"record-{model}")
+            path = folder / "map.json"
+            case = RECORDING[model]
+            flags = [*case.flags, "--eplb-record-map", str(path)]
+            with serve(models / model, flags, folder / "log", port=free_port(), ranks=2) as server:
+                server.generate(prompts(COUNT))
+            files[model] = path
+        return files[model]
+
+    return path_of
+
+
+def lines(server: RunningServer, kind: str) -> list[dict[str, Any]]:
+    marker = f"[eplb-affinity] {kind} {{"
+    found = [line for line in server.log.read_text(errors="replace").splitlines() if marker in line]
+    return [json.loads(line[line.index(marker) + len(marker) - 1 :]) for line in found]
+
+
+@pytest.mark.parametrize("model", RECORDING)
+def test_the_file_is_a_map_and_says_where_it_comes_from(recorded, model: str) -> None:
+    path = recorded(model)
+    (log,) = path.parent.glob("log")
+    rounds = [json.loads(line.split(" rebalance ", 1)[1]) for line in log.read_text().splitlines()
+              if "[eplb-affinity] rebalance {" in line]  # fmt: skip
+    data = json.loads(path.read_text())
+    expert_map = load_map(path, num_experts=16)
+    origin = origin_of(data, expert_map, str(path))
+    assert origin is not None and origin.routing_checksum is not None
+    assert (origin.model.num_layers, origin.model.num_experts, origin.model.top_k) == (4, 16, 4)
+    assert (origin.topology, origin.num_slots) == (Topology(2), 16 + REDUNDANT)
+    assert origin.round == rounds[-1]["round"] and origin.algorithm == RECORDING[model].algorithm
+    assert origin.recorded is not None and origin.contiguous is not None
+    assert round(origin.recorded.balancedness, 4) == rounds[-1]["balancedness_after"]
+    assert round(origin.contiguous.gpu_fanout, 4) == rounds[-1]["gpu_fanout_contiguous"]
+    assert list(path.parent.glob(".*.tmp")) == []
+    assert not np.array_equal(expert_map.physical_to_logical, ExpertMap.contiguous(4, 16, 20).physical_to_logical)
+
+
+def test_loaded_without_eplb(recorded, reference, models: Path, tmp_path: Path, port: int) -> None:
+    path = recorded("qwen3moe")
+    expected = reference("qwen3moe", 2, False)
+    flags = ["--tp", "2", "--ep", "2", "--ep-num-redundant-experts", str(REDUNDANT), "--init-expert-location"]
+    flags += [str(path), "--enable-expert-affinity-recorder"]
+    dumps = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(tmp_path)}
+    with serve(models / "qwen3moe", flags, tmp_path / "log", port=port, ranks=2, **dumps) as server:
+        server.post("/start_expert_distribution_record")
+        outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
+        server.post("/dump_expert_distribution_record")
+        loaded, measured = lines(server, "map")
+    assert outputs == expected[:COUNT]
+    origin = origin_of(json.loads(path.read_text()), load_map(path, num_experts=16), "map")
+    assert origin is not None and origin.recorded is not None
+    assert loaded["event"] == "loaded" and loaded["source"] == str(path)
+    assert loaded["relocated_experts"] > 0 and loaded["recorded_round"] == origin.round
+    assert loaded["balancedness_loaded"] == round(origin.recorded.balancedness, 4)
+    assert measured["event"] == "measured" and measured["tokens"] > 0
+    assert {"balancedness_contiguous", "balancedness_loaded", "gpu_fanout_loaded"} <= set(measured)
+
+
+def test_loaded_with_eplb_which_goes_on_from_it(recorded, reference, models: Path, tmp_path: Path, port: int) -> None:
+    path = recorded("dsv3")
+    expected = reference("dsv3", 2, True)
+    case = ServerCase("dsv3", dp_attention=True, algorithm="affinity", redundant=REDUNDANT,
+                      extra=("--init-expert-location", str(path)))  # fmt: skip
+    with serve(models / "dsv3", case.flags, tmp_path / "log", port=port, ranks=2) as server:
+        outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
+        rounds = lines(server, "rebalance")
+        loaded, measured = lines(server, "map")
+    assert outputs == expected[:COUNT]
+    assert loaded["relocated_experts"] > 0 and any(line["moved_experts"] for line in rounds)
+    # The first round found the loaded map in force, with all replicas.
+    assert measured["balancedness_loaded"] == rounds[0]["balancedness_before"]
+    assert measured["gpu_fanout_contiguous"] == rounds[0]["gpu_fanout_contiguous"]
+
+
+def test_vllm_ascend_map_of_a_model_with_dense_layers(
+    recorded, reference, models: Path, tmp_path: Path, port: int
+) -> None:
+    path = tmp_path / "ascend.json"
+    save_map(load_map(recorded("dsv3"), num_experts=16), path, "vllm-ascend", Topology(2), dense_layers=1)
+    assert json.loads(path.read_text())["moe_layer_count"] == 3
+    expected = reference("dsv3", 2, True)
+    flags = ["--tp", "2", "--ep", "2", "--dp", "2", "--enable-dp-attention", "--ep-num-redundant-experts"]
+    flags += [str(REDUNDANT), "--init-expert-location", str(path)]
+    with serve(models / "dsv3", flags, tmp_path / "log", port=port, ranks=2) as server:
+        outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
+        (loaded,) = lines(server, "map")
+    assert outputs == expected[:COUNT]
+    assert loaded["relocated_layers"] > 0 and loaded["source"] == str(path)
