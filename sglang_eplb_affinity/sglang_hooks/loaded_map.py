@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import plan
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
+from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
 from sglang_eplb_affinity.sglang_hooks.arguments import placement_of
@@ -103,6 +103,18 @@ def _map_or_plan(initial: InitialMap, server_args: Any, ep_size: int) -> ExpertM
     return planned.expert_map
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """SGLang's start placement beside the loaded map, on the same tokens."""
+
+    contiguous: MapFigures
+    loaded: MapFigures
+
+    def to_json(self) -> dict[str, float]:
+        pairs = (("contiguous", self.contiguous), ("loaded", self.loaded))
+        return {f"{name}_{of}": round(value, 4) for of, figures in pairs for name, value in asdict(figures).items()}
+
+
 class LoadedMap:
     """On rank 0: what is said of a loaded map."""
 
@@ -114,7 +126,9 @@ class LoadedMap:
         record = {"event": "loaded", "source": self._initial.source, **self._placed()}
         origin = self._initial.origin
         if self._initial.window is not None:
-            record |= self._figures(self._initial.window) | {"figures_of": "the dump that it was planned from"}
+            figures = self._figures(self._initial.window)
+            if figures is not None:
+                record |= figures.to_json() | {"figures_of": "the dump that it was planned from"}
         elif origin is not None:
             record |= {
                 "recorded": origin.written,
@@ -124,7 +138,7 @@ class LoadedMap:
                 "routing_checksum": origin.routing_checksum,
             }
             if origin.contiguous is not None and origin.recorded is not None:
-                record |= _flat(origin.contiguous, "contiguous") | _flat(origin.recorded, "loaded")
+                record |= Comparison(origin.contiguous, origin.recorded).to_json()
                 record["figures_of"] = "the window that it was planned from, as recorded in the file"
         self._log(record)
         if origin is not None and origin.dispatch != self._rule:
@@ -135,15 +149,29 @@ class LoadedMap:
                 self._rule,
             )
 
-    def window_recorded(self, window: RoutingWindow, current: ExpertMap) -> None:
+    def window_recorded(self, window: RoutingWindow, current: ExpertMap) -> Comparison | None:
         """At the first window with tokens: the figures of the server's own traffic, if the map is still in force."""
         if self._measured or not window.counts.any():
-            return
+            return None
         self._measured = True
         if not np.array_equal(current.physical_to_logical, self._loaded.physical_to_logical):
+            return None
+        figures = self._figures(window)
+        if figures is not None:
+            self._log_measured(figures, int(window.counts.sum(1).max()))
+        return figures
+
+    def round_finished(self, record: RoundRecord, in_force: ExpertMap) -> None:
+        """A round observer, for rounds whose window is not seen by :meth:`window_recorded` (asynchronous ones)."""
+        if self._measured:
             return
-        record = {"event": "measured", "source": self._initial.source, **self._figures(window)}
-        self._log(record | {"tokens": int(window.counts.sum(1).max()), "figures_of": "this server's traffic"})
+        if record.contiguous is not None and record.before is not None:
+            self._log_measured(Comparison(record.contiguous, record.before), record.tokens)
+        self._measured = record.before is not None or bool(record.committed_layers)
+
+    def _log_measured(self, figures: Comparison, tokens: int) -> None:
+        record = {"event": "measured", "source": self._initial.source, "tokens": tokens, **figures.to_json()}
+        self._log(record | {"figures_of": "this server's traffic"})
 
     def _placed(self) -> dict[str, Any]:
         home = rebalance.contiguous_like(self._loaded)
@@ -160,16 +188,10 @@ class LoadedMap:
             "replicated_experts": int((self._loaded.replica_counts() > 1).sum()),
         }
 
-    def _figures(self, window: RoutingWindow) -> dict[str, float]:
+    def _figures(self, window: RoutingWindow) -> Comparison | None:
         contiguous = MapFigures.of(window, rebalance.contiguous_like(self._loaded), self._topology, self._rule)
         loaded = MapFigures.of(window, self._loaded, self._topology, self._rule)
-        if contiguous is None or loaded is None:
-            return {}
-        return _flat(contiguous, "contiguous") | _flat(loaded, "loaded")
+        return None if contiguous is None or loaded is None else Comparison(contiguous, loaded)
 
     def _log(self, record: dict[str, Any]) -> None:
         logger.info("[eplb-affinity] map %s", json.dumps(record))
-
-
-def _flat(figures: MapFigures, of: str) -> dict[str, float]:
-    return {f"{name}_{of}": round(value, 4) for name, value in asdict(figures).items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
 from sglang_eplb_affinity.routing import RoutingWindow
 
 logger = logging.getLogger(__name__)
@@ -15,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 def start(server_args: Any, dp_rank: int | None) -> None:
     """Every rank calls it; only rank 0 of a group, the one that reports rounds, has observers."""
-    from sglang_eplb_affinity.sglang_hooks import rebalance
+    from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
+    from sglang_eplb_affinity.sglang_hooks.arguments import records_affinity
 
     if dist.is_initialized() and dist.get_rank():
         return
@@ -24,6 +26,14 @@ def start(server_args: Any, dp_rank: int | None) -> None:
     metadata = get_global_expert_location_metadata()
     if metadata is None:
         return
+    if loaded_map.in_force is not None:
+        rebalance.observers.append(loaded_map.in_force)
+    placed = records_affinity(server_args) or server_args.init_expert_location != "trivial"
+    if server_args.enable_metrics and placed:
+        try:
+            rebalance.observers.append(_metrics(server_args, metadata, dp_rank))
+        except Exception:
+            logger.exception("[eplb-affinity] no metrics of placement")
     if server_args.eplb_record_map is not None:
         rebalance.observers.append(_map_recorder(server_args, metadata.ep_size))
 
@@ -37,9 +47,24 @@ def window_recorded(window: RoutingWindow) -> None:
     try:
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-        loaded_map.in_force.window_recorded(window, rebalance.map_of(get_global_expert_location_metadata()))
+        figures = loaded_map.in_force.window_recorded(window, rebalance.map_of(get_global_expert_location_metadata()))
+        for observer in rebalance.observers:
+            if figures is not None and isinstance(observer, PlacementMetrics):
+                observer.set_figures("contiguous", figures.contiguous)
+                observer.set_figures("after", figures.loaded)
     except Exception:
         logger.exception("[eplb-affinity] the loaded map could not be measured")
+
+
+def _metrics(server_args: Any, metadata: Any, dp_rank: int | None) -> PlacementMetrics:
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    labels = {"model_name": server_args.served_model_name or server_args.model_path}
+    if server_args.dp_size > 1 and not server_args.enable_dp_attention:
+        labels["dp_rank"] = str(dp_rank)  # each replica has a map of its own
+    labels |= {str(name): str(value) for name, value in (server_args.extra_metric_labels or {}).items()}
+    topology = rebalance.topology_of(server_args, metadata.ep_size)
+    return PlacementMetrics(labels, topology, rebalance.map_of(metadata))
 
 
 def _map_recorder(server_args: Any, ep_size: int) -> Any:

@@ -45,7 +45,10 @@ def make_round(monkeypatch: pytest.MonkeyPatch):
     )
 
     def make(window: RoutingWindow) -> rebalance.RebalanceRound:
-        found = rebalance.begin(SimpleNamespace(_server_args=arguments), {"affinity": window})
+        weights = {layer: [torch.zeros(SLOTS // 4, 5, 2), torch.zeros(SLOTS // 4, 3)] for layer in range(LAYERS)}
+        model = SimpleNamespace(routed_experts_weights_of_layer=weights)
+        manager = SimpleNamespace(_server_args=arguments, _get_model=lambda: model)
+        found = rebalance.begin(manager, {"affinity": window})
         assert found is not None
         return found
 
@@ -97,6 +100,8 @@ def test_a_plan_becomes_metadata_and_the_line_has_both_maps(make_round, caplog: 
     line = record(caplog)
     assert line["result"] == "applied" and line["moved_experts"] > 0 and line["round"] == 1
     assert line["tokens"] == 400 * 3
+    assert line["moved_bytes"] == line["moved_experts"] * (5 * 2 + 3) * 4
+    assert line["gpu_fanout_contiguous"] == line["gpu_fanout_before"]
     assert all(1 <= line[f"gpu_fanout_{when}"] <= 3 for when in ("before", "after"))
     assert 0 < line["balancedness_before"] <= line["balancedness_after"] <= 1
 

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from bench.engine import ROOT, cpu_environment
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.interchange import save_map
+from sglang_eplb_affinity.rebalance.map_file import MapOrigin, ServedModel, save_recorded_map
+from sglang_eplb_affinity.topology import Topology
 
 EP2 = ["--tp", "2", "--ep", "2"]
 AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
@@ -33,6 +37,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     map_file("layers.json", good[:3].tolist())
     map_file("slots.json", np.hstack([good, good[:, :2]]).tolist())
     (folder / "broken.json").write_text("{")
+    model = ServedModel("m", "Qwen3MoeForCausalLM", 4, 16, 4)
+    origin = MapOrigin(model, Topology(4, 2), 16, "affinity", "dynamic", 1, "now", "0.5.17", "0.1.0")
+    save_recorded_map(folder / "recorded.json", ExpertMap(good, 16), origin)
+    save_map(ExpertMap(good, 16), folder / "ascend.json", "vllm-ascend", Topology(2))
+    save_map(ExpertMap(good, 16), folder / "ascend4.json", "vllm-ascend", Topology(4))
     torch.save({"logical_count": torch.ones(10, 24, 32, dtype=torch.int32)}, folder / "other.pt")
     return folder
 
@@ -49,9 +58,15 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "nodes": [*AFFINITY, "--eplb-affinity-nodes", "3"],
         "sample": [*AFFINITY, "--expert-affinity-sample-tokens", "0"],
         "increase": [*AFFINITY, "--eplb-affinity-max-load-increase", "-0.5"],
+        "ascend map": [*EP2, "--init-expert-location", str(files / "ascend.json")],
+        "ep 1": ["--tp", "2", "--init-expert-location", str(files / "good.json")],
+        "record suffix": [*AFFINITY, "--eplb-record-map", str(files / "map.pt")],
+        "record folder": [*AFFINITY, "--eplb-record-map", str(files / "absent" / "map.json")],
+        "record nothing": [*EP2, "--eplb-record-map", str(files / "map.json")],
         "mode": [*AFFINITY, "--expert-distribution-recorder-mode", "per_token"],
     }
-    for name in ("missing.json", "range.json", "layers.json", "slots.json", "broken.json", "other.pt", "absent.json"):
+    names = ["missing.json", "range.json", "layers.json", "slots.json", "broken.json", "other.pt", "absent.json"]
+    for name in [*names, "recorded.json", "ascend4.json"]:
         cases[name] = [*AFFINITY, "--init-expert-location", str(files / name)]
     lines = [["--model-path", str(models / "qwen3moe"), "--device", "cpu", *flags] for flags in cases.values()]
     cases["dense"] = []
@@ -81,7 +96,7 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
             "ep_dispatch_algorithm": "dynamic",
         },
     }
-    assert results["good map"]["code"] == 0
+    assert results["good map"]["code"] == results["ascend map"]["code"] == 0
 
 
 @pytest.mark.parametrize(
@@ -102,6 +117,12 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         ("broken.json", "broken.json: not JSON"),
         ("other.pt", "logical_count has shape (10, 24, 32), but the model needs [..., 4 layers, 16 experts]"),
         ("absent.json", "absent.json: cannot be read"),
+        ("recorded.json", "recorded for EP size 4, but the server has 2; nodes 2, but the server has 1"),
+        ("ascend4.json", "is for EP size 4, but the server has 2"),
+        ("ep 1", "--init-expert-location: needs expert parallelism, but the EP size is 1"),
+        ("record suffix", "must end in .json"),
+        ("record folder", "does not exist"),
+        ("record nothing", "there are no rebalances to record without --enable-eplb"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(results: dict[str, dict], case: str, message: str) -> None:

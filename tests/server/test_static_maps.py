@@ -1,19 +1,22 @@
 """A map recorded by one server is loaded by another, with and without EPLB; outputs stay those of no EPLB."""
 
 import json
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.interchange import load_map, save_map
 from sglang_eplb_affinity.rebalance.map_file import origin_of
 from sglang_eplb_affinity.topology import Topology
 from tests.server.conftest import free_port
-from tests.server.harness import RunningServer, ServerCase, prompts, serve
+from tests.server.harness import ServerCase, prompts, serve
 
 # Shorter than the references' prompts, which come in the same order.
 COUNT = 14
@@ -34,27 +37,27 @@ def recorded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             folder = tmp_path_factory.mktemp(f"record-{model}")
             path = folder / "map.json"
             case = RECORDING[model]
-            flags = [*case.flags, "--eplb-record-map", str(path)]
+            flags = [*case.flags, "--eplb-record-map", str(path), "--enable-metrics"]
             with serve(models / model, flags, folder / "log", port=free_port(), ranks=2) as server:
                 server.generate(prompts(COUNT))
+                with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
+                    (folder / "metrics").write_bytes(response.read())
             files[model] = path
         return files[model]
 
     return path_of
 
 
-def lines(server: RunningServer, kind: str) -> list[dict[str, Any]]:
+def lines(log: Path, kind: str) -> list[dict[str, Any]]:
     marker = f"[eplb-affinity] {kind} {{"
-    found = [line for line in server.log.read_text(errors="replace").splitlines() if marker in line]
+    found = [line for line in log.read_text(errors="replace").splitlines() if marker in line]
     return [json.loads(line[line.index(marker) + len(marker) - 1 :]) for line in found]
 
 
 @pytest.mark.parametrize("model", RECORDING)
 def test_the_file_is_a_map_and_says_where_it_comes_from(recorded, model: str) -> None:
     path = recorded(model)
-    (log,) = path.parent.glob("log")
-    rounds = [json.loads(line.split(" rebalance ", 1)[1]) for line in log.read_text().splitlines()
-              if "[eplb-affinity] rebalance {" in line]  # fmt: skip
+    rounds = lines(path.with_name("log"), "rebalance")
     data = json.loads(path.read_text())
     expert_map = load_map(path, num_experts=16)
     origin = origin_of(data, expert_map, str(path))
@@ -69,6 +72,43 @@ def test_the_file_is_a_map_and_says_where_it_comes_from(recorded, model: str) ->
     assert not np.array_equal(expert_map.physical_to_logical, ExpertMap.contiguous(4, 16, 20).physical_to_logical)
 
 
+@pytest.mark.parametrize("model", RECORDING)
+def test_metrics_equal_what_the_log_says(recorded, model: str) -> None:
+    path = recorded(model)
+    rounds = lines(path.with_name("log"), "rebalance")
+    text = path.with_name("metrics").read_text()
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples
+               if s.name.startswith("eplb_affinity_")]  # fmt: skip
+    (name,) = {s.labels["model_name"] for s in samples}
+    assert Path(name).name == model
+
+    def value(name: str, **labels: str) -> float:
+        (found,) = [
+            s.value for s in samples if s.name == f"eplb_affinity_{name}" and labels.items() <= s.labels.items()
+        ]
+        return float(found)
+
+    # A round may have ended between the request and the end of the server.
+    done = int(
+        sum(value("rebalances_total", result=result) for result in ("applied", "unchanged", "skipped", "failed"))
+    )
+    assert len(rounds) - 2 <= done <= len(rounds) and done >= 3
+    last = rounds[done - 1]
+    for name in ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "remote_node_copies"):
+        for of in ("contiguous", "before", "after"):
+            assert round(value(name, map=of), 4) == last[f"{name}_{of}"]
+    for name in ("moved_experts", "moved_bytes"):
+        assert value(f"{name}_total") == sum(line[name] for line in rounds[:done]) > 0
+    assert value("window_tokens") == last["tokens"] and value("relocated_experts") > 0
+    assert value("phase_seconds_count", phase="total") == done
+    assert value("phase_seconds_sum", phase="total") == pytest.approx(
+        sum(r["seconds"] for r in rounds[:done]), abs=1e-2
+    )
+    assert value("last_commit_timestamp_seconds") <= value("last_round_timestamp_seconds") <= time.time()
+    # One process writes them: no label of a process or of a rank.
+    assert not any({"pid", "tp_rank"} & set(s.labels) for s in samples)
+
+
 def test_loaded_without_eplb(recorded, reference, models: Path, tmp_path: Path, port: int) -> None:
     path = recorded("qwen3moe")
     expected = reference("qwen3moe", 2, False)
@@ -79,7 +119,7 @@ def test_loaded_without_eplb(recorded, reference, models: Path, tmp_path: Path, 
         server.post("/start_expert_distribution_record")
         outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
         server.post("/dump_expert_distribution_record")
-        loaded, measured = lines(server, "map")
+        loaded, measured = lines(server.log, "map")
     assert outputs == expected[:COUNT]
     origin = origin_of(json.loads(path.read_text()), load_map(path, num_experts=16), "map")
     assert origin is not None and origin.recorded is not None
@@ -97,8 +137,8 @@ def test_loaded_with_eplb_which_goes_on_from_it(recorded, reference, models: Pat
                       extra=("--init-expert-location", str(path)))  # fmt: skip
     with serve(models / "dsv3", case.flags, tmp_path / "log", port=port, ranks=2) as server:
         outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
-        rounds = lines(server, "rebalance")
-        loaded, measured = lines(server, "map")
+        rounds = lines(server.log, "rebalance")
+        loaded, measured = lines(server.log, "map")
     assert outputs == expected[:COUNT]
     assert loaded["relocated_experts"] > 0 and any(line["moved_experts"] for line in rounds)
     # The first round found the loaded map in force, with all replicas.
@@ -117,6 +157,6 @@ def test_vllm_ascend_map_of_a_model_with_dense_layers(
     flags += [str(REDUNDANT), "--init-expert-location", str(path)]
     with serve(models / "dsv3", flags, tmp_path / "log", port=port, ranks=2) as server:
         outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
-        (loaded,) = lines(server, "map")
+        (loaded,) = lines(server.log, "map")
     assert outputs == expected[:COUNT]
     assert loaded["relocated_layers"] > 0 and loaded["source"] == str(path)

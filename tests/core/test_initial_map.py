@@ -1,0 +1,83 @@
+"""--init-expert-location without a server: formats, dense layers, and what does not fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.interchange import save_map
+from sglang_eplb_affinity.rebalance.map_file import MapOrigin, ServedModel, save_recorded_map
+from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.topology import Topology
+
+# A model whose first layer is dense, on 2 GPUs, with 2 redundant experts.
+SERVER = Placement(
+    ServedModel("org/model", "DeepseekV3ForCausalLM", 3, 4, 2), MoeShape(3, 4, 2, (1, 2)), Topology(2), 6
+)
+ROWS = np.array([[0, 1, 2, 3, 0, 1], [3, 1, 0, 2, 3, 0], [2, 2, 0, 1, 3, 3]])
+MAP = ExpertMap(ROWS, 4)
+ORIGIN = MapOrigin(SERVER.model, SERVER.topology, 6, "affinity", "dynamic", 1, "now", "0.5.17", "0.1.0")
+
+
+def ids(value: str, server: Placement = SERVER) -> np.ndarray:
+    found = read_initial_map(value, server)
+    assert found.expert_map is not None
+    return found.expert_map.physical_to_logical
+
+
+@pytest.mark.parametrize(("name", "target"), [("a.json", "sglang"), ("a.pt", "sglang"), ("b.json", "vllm-ascend"),
+                                              ("c.yaml", "tensorrt-llm")])  # fmt: skip
+def test_every_format_gives_the_same_map(tmp_path: Path, name: str, target) -> None:  # type: ignore[no-untyped-def]
+    save_map(MAP, tmp_path / name, target, Topology(2), dense_layers=1)
+    assert np.array_equal(ids(str(tmp_path / name)), ROWS)
+
+
+def test_inline_json_and_recorded_map(tmp_path: Path) -> None:
+    assert np.array_equal(ids(json.dumps(MAP.to_json())), ROWS)
+    save_recorded_map(tmp_path / "map.json", MAP, ORIGIN)
+    found = read_initial_map(str(tmp_path / "map.json"), SERVER)
+    assert found.origin is not None and found.origin.round == 1
+
+
+def test_moe_layers_that_are_not_in_one_piece(tmp_path: Path) -> None:
+    save_map(MAP, tmp_path / "b.json", "vllm-ascend", Topology(2), dense_layers=1)
+    found = ids(str(tmp_path / "b.json"), replace(SERVER, shape=MoeShape(4, 4, 2, (1, 3))))
+    assert np.array_equal(found[[1, 3]], ROWS[1:])
+    assert np.array_equal(found[[0, 2]], ExpertMap.contiguous(2, 4, 6).physical_to_logical)
+
+
+def test_a_dump_is_planned_from(tmp_path: Path) -> None:
+    torch.save({"logical_count": torch.arange(24).reshape(2, 3, 4)}, tmp_path / "dump.pt")
+    found = read_initial_map(str(tmp_path / "dump.pt"), SERVER)
+    assert found.expert_map is None and found.window is not None
+    assert found.window.counts.tolist()[0] == [12, 14, 16, 18]
+
+
+def test_misfits_are_one_line_that_names_what_differs(tmp_path: Path) -> None:
+    recorded, ascend = str(tmp_path / "map.json"), str(tmp_path / "ascend.json")
+    save_recorded_map(Path(recorded), MAP, ORIGIN)
+    save_map(MAP, ascend, "vllm-ascend", Topology(2), dense_layers=1)
+    other = ServedModel("other", "Qwen3MoeForCausalLM", 3, 4, 2)
+    cases = [
+        (recorded, replace(SERVER, model=other), "recorded for model architecture DeepseekV3ForCausalLM, but"),
+        (recorded, replace(SERVER, topology=Topology(6, 2)), "EP size 2, but the server has 6; nodes 1, but the ser"),
+        (recorded, replace(SERVER, num_slots=8), "slots 6, but the server has 8"),
+        (ascend, replace(SERVER, topology=Topology(3)), "is for EP size 2, but the server has 3"),
+        (ascend, replace(SERVER, shape=MoeShape(3, 4, 2, (0, 1, 2))), "has 2 MoE layers of 6 slots, but the model"),
+        (ascend, replace(SERVER, num_slots=8), "the model needs 2 MoE layers of 8"),
+        (str(tmp_path / "absent.json"), SERVER, "cannot be read"),
+        ('{"logical_count": [[1, 2], [3]]}', SERVER, "rows of different length"),
+        ("[1]", SERVER, "not an expert map"),
+        ("nonsense", SERVER, "nor inline JSON"),
+    ]
+    for value, server, message in cases:
+        with pytest.raises(InputError) as error:
+            read_initial_map(value, server)
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"--init-expert-location {value}")
