@@ -11,7 +11,7 @@ import numpy as np
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.interchange import num_devices, parse_map, read_data
-from sglang_eplb_affinity.rebalance.map_file import MapOrigin, ServedModel, origin_of
+from sglang_eplb_affinity.rebalance.map_file import KEY, MapOrigin, ServedModel, origin_of
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.topology import Topology
@@ -76,7 +76,7 @@ def _short(value: str) -> str:
 
 def _check_origin(data: Any, server: Placement, flag: str) -> MapOrigin | None:
     """A recorded map tells more than shapes: it must be for this model, EP size and number of nodes."""
-    if not isinstance(data, dict) or "physical_to_logical_map" not in data:
+    if not isinstance(data, dict) or KEY not in data or "physical_to_logical_map" not in data:
         return None
     origin = origin_of(data, ExpertMap.from_json(data, source=flag), flag)
     if origin is not None:
