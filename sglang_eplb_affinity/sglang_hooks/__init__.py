@@ -96,3 +96,19 @@ def begin_round(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | N
     from sglang_eplb_affinity.sglang_hooks import rebalance
 
     return rebalance.begin(manager, dump_output)
+
+
+def start_async_rebalancing(model_runner: Any) -> None:
+    """With --eplb-async: once a rank's weights are loaded, before its KV cache is sized."""
+    if model_runner.eplb_manager is None or not model_runner.server_args.eplb_async:
+        return
+    from sglang_eplb_affinity.sglang_hooks import async_rebalance
+
+    model_runner.eplb_manager.affinity_rebalancer = async_rebalance.start(model_runner)
+
+
+def weights_change(model_runner: Any) -> None:
+    """New weights are about to be loaded into a running model: nothing staged before may be committed after."""
+    rebalancer = getattr(getattr(model_runner, "eplb_manager", None), "affinity_rebalancer", None)
+    if rebalancer is not None:
+        rebalancer.weights_changed()

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.rebalance.map_file import ServedModel
-from sglang_eplb_affinity.sglang_hooks import ALGORITHM
+from sglang_eplb_affinity.sglang_hooks import ALGORITHM, async_arguments
 from sglang_eplb_affinity.sglang_hooks.initial_map import FLAG as INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
@@ -47,6 +47,7 @@ def resolve(server_args: Any) -> None:
         raise InputError(f"--expert-load-log-passes {server_args.expert_load_log_passes}: must be 0 (off) or more")
     if server_args.expert_load_log_passes or server_args.eplb_record_map is not None:
         server_args.enable_expert_affinity_recorder = True
+    async_arguments.resolve(server_args)
     if server_args.enable_expert_affinity_recorder and server_args.expert_distribution_recorder_mode is None:
         server_args.expert_distribution_recorder_mode = "stat"
 
@@ -91,6 +92,7 @@ def check(server_args: Any) -> None:
             f"{'--eplb-algorithm affinity' if ours else INITIAL_MAP}: needs expert parallelism, but the EP size is "
             f"{view.ep_size}; give --ep-size of 2 or more (with --tp-size at least as large)"
         )
+    async_arguments.check(server_args, view)
     if forced:
         from sglang_eplb_affinity.sglang_hooks.forcing import make
 

@@ -64,8 +64,8 @@ def topology_of(server_args: Any, ep_size: int) -> Topology:
 
 def warm_up_planner(server_args: Any) -> None:
     """Compile or load the planner's kernels on rank 0 before the server is ready, not at the first rebalance."""
-    if server_args.eplb_algorithm != ALGORITHM or not server_args.enable_eplb:
-        return
+    if server_args.eplb_algorithm != ALGORITHM or not server_args.enable_eplb or server_args.eplb_async:
+        return  # with --eplb-async the planner process warms up by itself
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     try:

@@ -42,6 +42,7 @@ class ServerRecorder:
         from sglang.srt.runtime_context import get_parallel
 
         parallel = get_parallel()
+        self.top_k = top_k
         self._all_to_all = server_args.moe_a2a_backend != "none"
         self._num_groups = 1 if self._all_to_all else max(parallel.attn_dp_size, 1)
         self._reduction = Reduction(
@@ -66,6 +67,11 @@ class ServerRecorder:
         )
         self._load_log = LoadLog(server_args.expert_load_log_passes, self._recorder, self._reduction)
         self._warned: set[str] = set()
+
+    @property
+    def own_recorder(self) -> AffinityRecorder | None:
+        """The recorder of this rank's tokens; None if another rank records them."""
+        return self._recorder if self._reduction.contributes else None
 
     def on_forward_pass_start(self, forward_batch: Any) -> None:
         if self._reduction.contributes:

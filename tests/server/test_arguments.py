@@ -18,6 +18,7 @@ from sglang_eplb_affinity.topology import Topology
 
 EP2 = ["--tp", "2", "--ep", "2"]
 AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
+ASYNC = [*AFFINITY, "--eplb-async"]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,15 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "record folder": [*AFFINITY, "--eplb-record-map", str(files / "absent" / "map.json")],
         "record nothing": [*EP2, "--eplb-record-map", str(files / "map.json")],
         "mode": [*AFFINITY, "--expert-distribution-recorder-mode", "per_token"],
+        "async": [*ASYNC, "--eplb-async-window-passes", "200", "--eplb-affinity-max-moves", "2"],
+        "async deepseek": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-async"],
+        "async window": [*ASYNC, "--eplb-async-window-passes", "2000"],
+        "async gain": [*ASYNC, "--eplb-async-min-gain", "1.5"],
+        "async off": [*AFFINITY, "--eplb-async-layers-in-flight", "4"],
+        "async without eplb": [*EP2, "--eplb-async"],
+        "async algorithm": [*EP2, "--enable-eplb", "--eplb-algorithm", "elasticity_aware", "--eplb-async"],
+        "async chunks": [*ASYNC, "--eplb-rebalance-layers-per-chunk", "2"],
+        "async threshold": [*ASYNC, "--eplb-min-rebalancing-utilization-threshold", "0.9"],
     }
     names = ["missing.json", "range.json", "layers.json", "slots.json", "broken.json", "other.pt", "absent.json"]
     for name in [*names, "recorded.json", "ascend4.json"]:
@@ -99,6 +109,11 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
     assert results["good map"]["code"] == results["ascend map"]["code"] == 0
 
 
+@pytest.mark.parametrize("case", ["async", "async deepseek"])
+def test_async_rebalancing_is_accepted(results: dict[str, dict], case: str) -> None:
+    assert results[case]["code"] == 0, results[case]["errors"]
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -110,6 +125,13 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         ("increase", "--eplb-affinity-max-load-increase -0.5: must be 0 or more"),
         ("mode", "--expert-distribution-recorder-mode per_token: --eplb-algorithm affinity needs mode stat"),
         ("dense", "has no routed experts"),
+        ("async window", "--eplb-async-window-passes 2000: must be 1 to 1000 (--eplb-rebalance-num-iterations)"),
+        ("async gain", "--eplb-async-min-gain 1.5: must be a fraction, 0 to below 1"),
+        ("async off", "--eplb-async-layers-in-flight 4: needs --eplb-async"),
+        ("async without eplb", "--eplb-async: needs --enable-eplb"),
+        ("async algorithm", "not with --eplb-algorithm elasticity_aware"),
+        ("async chunks", "--eplb-rebalance-layers-per-chunk 2: does not go with --eplb-async; use --eplb-async-layers"),
+        ("async threshold", "--eplb-min-rebalancing-utilization-threshold 0.9: does not go with --eplb-async; use"),
         ("missing.json", "layer 2 has no replica of logical expert 5"),
         ("range.json", "layer 1 slot 3 holds expert 16, but ids must be 0 to 15"),
         ("layers.json", "has 3 layers of 16 slots, but the model needs 4 layers of 16"),

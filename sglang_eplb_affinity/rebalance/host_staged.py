@@ -1,0 +1,150 @@
+"""Across hosts, and on CPU servers: experts travel as gloo messages through host memory.
+
+On a CPU the live slot is sent and the staging row received into directly. On a GPU both go through pinned buffers and
+a side stream. All receives of a layer are posted before anything is sent, so no order of sends can block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_eplb_affinity.rebalance.layer_moves import Arrival, LayerJob
+from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer
+
+logger = logging.getLogger(__name__)
+
+SEND_CHUNK = 4  # experts in pinned memory on their way out
+
+
+class HostStagedTransfer:
+    """``global_rank``: rank of the default process group for each expert-parallel rank. ``near``: ranks that another
+    path serves (their arrivals are left out here); empty on a CPU, where local moves are copies. A message that
+    takes longer than ``limit_seconds`` breaks the connection: later transfers fail at once, and say why."""
+
+    def __init__(
+        self,
+        weights: Mapping[int, LayerWeights],
+        rank: int,
+        global_rank: Callable[[int], int],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        near: frozenset[int] = frozenset(),
+        rows: int = 0,
+        row_bytes: int = 0,
+        limit_seconds: float = 60.0,
+    ) -> None:
+        self._weights, self._rank, self._global_rank = weights, rank, global_rank
+        self._group, self._device, self._near = group, device, near
+        self._limit = timedelta(seconds=limit_seconds)
+        self._broken: Exception | None = None
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._landing = StagingBuffer(rows, row_bytes, "cpu")
+            self._outgoing = StagingBuffer(SEND_CHUNK, row_bytes, "cpu")
+            self._landing.rows = self._landing.rows.pin_memory()
+            self._outgoing.rows = self._outgoing.rows.pin_memory()
+
+    def run(self, job: LayerJob, staging: StagingBuffer) -> None:
+        if self._broken is not None:
+            raise RuntimeError(f"an earlier transfer broke the connection: {self._broken}")
+        far = [(row, arrival) for row, arrival in enumerate(job.arrivals) if arrival.source_rank not in self._near]
+        try:
+            # A rank that cannot read its own weights still sends, so that nobody waits for ever; the round is given up.
+            failure = self._exchange(job, far, staging)
+        except Exception as error:
+            self._broken = error
+            raise
+        if failure is not None:
+            raise failure
+
+    def _exchange(self, job: LayerJob, far: list[tuple[int, Arrival]], staging: StagingBuffer) -> Exception | None:
+        weights = self._weights[job.layer]
+        local = [(row, arrival) for row, arrival in far if arrival.source_rank == self._rank]
+        remote = [(row, arrival) for row, arrival in far if arrival.source_rank != self._rank]
+        landing = staging if self._stream is None else self._landing
+        receives: list[Any] = []
+        for row, arrival in remote:
+            source = self._global_rank(arrival.source_rank)
+            for number, part in enumerate(landing.parts(row, weights)):
+                tag = self._tag(self._rank, arrival.slot, number)
+                receives.append(dist.irecv(part, source, group=self._group, tag=tag))
+        failure = self._send(job, weights)
+        try:
+            self.copy_local(job, local, staging)
+        except Exception as error:
+            failure = failure or error
+        for work in receives:
+            work.wait(self._limit)
+        if self._stream is not None:
+            self._land(remote, weights, staging)
+        return failure
+
+    def _send(self, job: LayerJob, weights: LayerWeights) -> Exception | None:
+        failure: Exception | None = None
+        for start in range(0, len(job.departures), SEND_CHUNK):
+            chunk = job.departures[start : start + SEND_CHUNK]
+            sends: list[Any] = []
+            parts: list[list[torch.Tensor]]
+            if self._stream is None:
+                parts = [[tensor[d.slot] for tensor in weights.tensors] for d in chunk]
+            else:
+                parts = [self._outgoing.parts(row, weights) for row in range(len(chunk))]
+            try:
+                self.read([d.slot for d in chunk], weights, parts)
+            except Exception as error:
+                failure = failure or error
+            for departure, of_expert in zip(chunk, parts, strict=True):
+                target = self._global_rank(departure.target_rank)
+                for number, part in enumerate(of_expert):
+                    tag = self._tag(departure.target_rank, departure.target_slot, number)
+                    sends.append(dist.isend(part, target, group=self._group, tag=tag))
+            for work in sends:
+                work.wait(self._limit)
+        return failure
+
+    def read(self, slots: list[int], weights: LayerWeights, parts: list[list[torch.Tensor]]) -> None:
+        """Bring live slots into host memory; on a CPU they are there."""
+        if self._stream is None:
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            for slot, of_expert in zip(slots, parts, strict=True):
+                for tensor, part in zip(weights.tensors, of_expert, strict=True):
+                    part.copy_(tensor[slot], non_blocking=True)
+            self._stream.synchronize()
+
+    def copy_local(self, job: LayerJob, local: list[tuple[int, Arrival]], staging: StagingBuffer) -> None:
+        """Moves between slots of this rank (only where no other path serves them)."""
+        if not local:
+            return
+        weights = self._weights[job.layer]
+        with torch.cuda.stream(self._stream):  # nothing on a CPU
+            self._wait_until_released(staging)
+            for row, arrival in local:
+                for part, tensor in zip(staging.parts(row, weights), weights.tensors, strict=True):
+                    part.copy_(tensor[arrival.source_slot], non_blocking=True)
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _wait_until_released(self, staging: StagingBuffer) -> None:
+        if self._stream is not None and staging.released is not None:
+            self._stream.wait_event(staging.released)
+
+    def _land(self, remote: list[tuple[int, Arrival]], weights: LayerWeights, staging: StagingBuffer) -> None:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._wait_until_released(staging)
+            for row, _ in remote:
+                for part, landed in zip(staging.parts(row, weights), self._landing.parts(row, weights), strict=True):
+                    part.copy_(landed, non_blocking=True)
+            self._stream.synchronize()
+
+    @staticmethod
+    def _tag(target_rank: int, target_slot: int, number: int) -> int:
+        return (target_rank << 20 | target_slot << 4 | number) & 0x3FFFFFFF

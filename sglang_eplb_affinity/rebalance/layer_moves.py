@@ -1,0 +1,127 @@
+"""Which slots of a layer change, where their weights come from, and the replica tables that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.topology import Topology
+
+KEEPS = -1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's change, the same bytes on every rank.
+
+    ``slots`` int32 [slots]: the expert of each slot afterwards. ``source`` int32 [slots]: the slot whose weights it
+    takes, as they are before the change; -1 where the slot keeps its own. ``replicas`` int32 [experts, max_replicas]:
+    slots of each expert in rising order, padded with -1. ``static_choice`` int32 [ranks, experts]: the slot that each
+    rank sends an expert's tokens to under SGLang's ``static`` dispatch, None under other rules.
+    """
+
+    layer: int
+    slots: np.ndarray
+    source: np.ndarray
+    replicas: np.ndarray
+    static_choice: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Local slot ``slot`` of this rank takes the weights of local slot ``source_slot`` of rank ``source_rank``."""
+
+    slot: int
+    source_rank: int
+    source_slot: int
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Rank ``target_rank`` needs local slot ``slot`` of this rank, for its own local slot ``target_slot``."""
+
+    slot: int
+    target_rank: int
+    target_slot: int
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """What one rank does to stage a layer: arrivals and departures in the order of the slots that change."""
+
+    layer: int
+    arrivals: tuple[Arrival, ...]
+    departures: tuple[Departure, ...]
+
+
+def layer_plan(
+    layer: int, old: np.ndarray, new: np.ndarray, num_experts: int, topology: Topology, rule: DispatchRule
+) -> LayerPlan:
+    """From the slots before and after, int32 [slots] each."""
+    one = ExpertMap(new[None], num_experts)
+    replicas = one.logical_to_all_physical()[0]
+    static = static_choice(replicas, topology, len(new)) if rule == "static" else None
+    return LayerPlan(layer, new.astype(np.int32), choose_sources(old, new, topology), replicas, static)
+
+
+def choose_sources(old: np.ndarray, new: np.ndarray, topology: Topology) -> np.ndarray:
+    """int32 [slots]: where each changed slot takes its expert's weights from, -1 for slots that keep theirs.
+
+    A replica on the same GPU first, else one on the same node, else any; of several the one that has been asked for
+    least so far, so that a hot expert's new replicas do not all pull from one GPU. Lower slots win ties.
+    """
+    slots_per_gpu = topology.slots_per_gpu(len(old))
+    gpu = np.arange(len(old)) // slots_per_gpu
+    node = gpu // topology.gpus_per_node
+    asked = np.zeros(len(old), np.int64)
+    source = np.full(len(old), KEEPS, np.int32)
+    for slot in np.flatnonzero(old != new):
+        holders = np.flatnonzero(old == new[slot])
+        distance = np.where(gpu[holders] == gpu[slot], 0, np.where(node[holders] == node[slot], 1, 2))
+        nearest = holders[distance == distance.min()]
+        chosen = nearest[np.argmin(asked[nearest])]
+        asked[chosen] += 1
+        source[slot] = chosen
+    return source
+
+
+def static_choice(replicas: np.ndarray, topology: Topology, num_slots: int) -> np.ndarray:
+    """int32 [ranks, experts]: SGLang's ``static`` dispatch table of all ranks; see ``static`` in dispatch.py.
+
+    SGLang fills it in a Python loop over ranks, layers and experts (about a second for DeepSeek-V3).
+    """
+    slots_per_gpu = topology.slots_per_gpu(num_slots)
+    valid = replicas >= 0
+    count = valid.sum(1)
+    gpu = np.where(valid, replicas, 0) // slots_per_gpu
+    node = gpu // topology.gpus_per_node
+    experts = np.arange(len(replicas))
+    out = np.empty((topology.num_gpus, len(replicas)), np.int32)
+    for rank in range(topology.num_gpus):
+        same_gpu = valid & (gpu == rank)
+        same_node = valid & (node == rank // topology.gpus_per_node)
+        near = np.count_nonzero(same_node, axis=1)
+        choice = np.where((near > 0) & (near < count), same_node.argmax(1), (rank + experts) % count)
+        choice = np.where(same_gpu.any(1), same_gpu.argmax(1), choice)
+        out[rank] = replicas[experts, choice]
+    return out
+
+
+def job_of(plan: LayerPlan, rank: int, slots_per_gpu: int) -> LayerJob:
+    """This rank's part of a layer's change."""
+    changed = np.flatnonzero(plan.source != KEEPS)
+    target, source = changed // slots_per_gpu, plan.source[changed] // slots_per_gpu
+    arrivals = tuple(
+        Arrival(
+            int(slot % slots_per_gpu), int(plan.source[slot] // slots_per_gpu), int(plan.source[slot] % slots_per_gpu)
+        )
+        for slot in changed[target == rank]
+    )
+    departures = tuple(
+        Departure(int(plan.source[slot] % slots_per_gpu), int(slot // slots_per_gpu), int(slot % slots_per_gpu))
+        for slot in changed[(source == rank) & (target != rank)]
+    )
+    return LayerJob(plan.layer, arrivals, departures)

@@ -1,0 +1,146 @@
+"""--eplb-async inside a rank of SGLang: makes the rebalancer once the weights are loaded."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
+from sglang_eplb_affinity.rebalance.commit import LayerCommitter
+from sglang_eplb_affinity.rebalance.map_tables import MapTables
+from sglang_eplb_affinity.rebalance.paths import Members, make_transfer
+from sglang_eplb_affinity.rebalance.plan_round import Algorithm, PlanSettings
+from sglang_eplb_affinity.rebalance.planner_client import PlannerProcess
+from sglang_eplb_affinity.rebalance.rebalancer import AsyncRebalancer, Parts
+from sglang_eplb_affinity.rebalance.round_record import report
+from sglang_eplb_affinity.rebalance.transfer import ByHostTransfer
+from sglang_eplb_affinity.rebalance.watchdog import Watchdog
+from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, staging_row_bytes
+from sglang_eplb_affinity.rebalance.window_exchange import WindowExchange, WindowShape
+from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
+from sglang_eplb_affinity.sglang_hooks.async_arguments import config_of
+from sglang_eplb_affinity.sglang_hooks.window_snapshot import RecorderWindow
+
+logger = logging.getLogger(__name__)
+
+# Longer than any phase limit: a group that timed out cannot be used again.
+_GROUP_TIMEOUT = timedelta(hours=12)
+
+
+def start(model_runner: Any) -> AsyncRebalancer:
+    """A collective call of all ranks, with the weights loaded and the KV cache not yet sized."""
+    from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+    from sglang.srt.runtime_context import get_parallel
+
+    args, parallel = model_runner.server_args, get_parallel()
+    metadata = get_global_expert_location_metadata()
+    config, device = config_of(args), _device_of(args, model_runner)
+    world, world_rank = dist.get_world_size(), dist.get_rank()
+    rank, num_ranks = parallel.moe_ep_rank, parallel.moe_ep_size
+    agree, plan, move = (dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT) for _ in range(3))
+    members = Members(agree, rank, (parallel.moe_tp_rank, parallel.moe_dp_rank))
+
+    local_slots = metadata.num_physical_experts // num_ranks
+    weights = {
+        int(layer): LayerWeights.of(layer, list(tensors), local_slots)
+        for layer, tensors in sorted(model_runner.model.routed_experts_weights_of_layer.items())
+    }
+    rows, row_bytes = _staging_rows(args, local_slots), staging_row_bytes(weights)
+    staging = tuple(StagingBuffer(rows, row_bytes, device) for _ in range(config.layers_in_flight))
+    transfer = make_transfer(weights, members, move, device, rows, row_bytes, config.phase_limit_seconds)
+
+    affinity = get_global_expert_distribution_recorder()._affinity
+    shape = WindowShape(
+        metadata.num_layers, metadata.num_logical_experts, affinity.top_k, args.expert_affinity_sample_tokens
+    )
+    window = RecorderWindow(affinity.own_recorder, shape, device, seed=world_rank)
+    settings = plan_settings(args, model_runner, num_ranks, rows)
+    planner = PlannerProcess(settings, config.phase_limit_seconds) if world_rank == 0 else None
+    if planner is not None:
+        atexit.register(planner.close)
+    exchange = WindowExchange(shape, settings, planner, plan, world_rank, world)
+
+    rebalancer = AsyncRebalancer(
+        config,
+        Parts(
+            window=window,
+            plan=exchange.plan,
+            transfer=transfer,
+            committer=LayerCommitter(weights, _tables(metadata, rank), device),
+            staging=staging,
+            agreement=GlooAgreement(agree),
+            bytes_per_expert={layer: of_layer.bytes_per_expert for layer, of_layer in weights.items()},
+            report=partial(report, observers=rebalance.observers) if world_rank == 0 else None,
+        ),
+        ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts),
+        algorithm=args.eplb_algorithm,
+        rank=rank,
+        num_ranks=num_ranks,
+        prepare=partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
+    )
+    Watchdog(rebalancer, min(1.0, config.phase_limit_seconds / 4))
+    logger.info(
+        "[eplb-affinity] --eplb-async: %d layers of %d x %.2f MB experts on this rank, %d in flight; "
+        "staging %.1f MB and snapshot %.1f MB on %s, allocated before the KV cache; %s",
+        len(weights), local_slots, max((w.bytes_per_expert for w in weights.values()), default=0) / 1e6,
+        config.layers_in_flight, sum(buffer.nbytes for buffer in staging) / 1e6, window.nbytes / 1e6, device,
+        "peer copies" if isinstance(transfer, ByHostTransfer) else "host-staged messages",
+    )  # fmt: skip
+    return rebalancer
+
+
+def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: int) -> PlanSettings:
+    """How the planner process plans; ``auto`` is resolved as SGLang does."""
+    algorithm: Algorithm = ALGORITHM  # type: ignore[assignment]
+    groups = None
+    if args.eplb_algorithm != ALGORITHM:
+        from sglang.srt.eplb.eplb_algorithms import compute_algorithm
+        from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+
+        groups = ModelConfigForExpertLocation.from_model_config(model_runner.model_config).num_groups
+        algorithm = compute_algorithm(args.eplb_algorithm, groups, args.nnodes).name
+    return PlanSettings(
+        algorithm=algorithm,
+        planner=rebalance.planner_config(args, first=False),
+        topology=rebalance.topology_of(args, num_ranks),
+        minimum_gain=args.eplb_async_min_gain,
+        staging_rows=staging_rows,
+        nodes_of_eplb=args.nnodes,
+        expert_groups=groups,
+    )
+
+
+def _staging_rows(args: Any, local_slots: int) -> int:
+    if args.eplb_algorithm == ALGORITHM and args.eplb_affinity_max_moves is not None:
+        return min(args.eplb_affinity_max_moves, local_slots)
+    return local_slots
+
+
+def _tables(metadata: Any, rank: int) -> MapTables:
+    return MapTables(
+        metadata.physical_to_logical_map,
+        metadata.logical_to_all_physical_map,
+        metadata.logical_to_all_physical_map_num_valid,
+        metadata.logical_to_rank_dispatch_physical_map,
+        metadata.physical_to_logical_map_cpu,
+        metadata.logical_to_all_physical_map_cpu,
+        rank,
+    )
+
+
+def _device_of(args: Any, model_runner: Any) -> torch.device:
+    if args.device == "cuda":
+        return torch.device("cuda", model_runner.gpu_id)
+    if args.device == "cpu":
+        return torch.device("cpu")
+    raise InputError(f"--device {args.device}: --eplb-async works on cuda and cpu")

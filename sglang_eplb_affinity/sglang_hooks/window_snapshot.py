@@ -1,0 +1,89 @@
+"""The recorded window of one rank, taken off the device without stopping it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
+from sglang_eplb_affinity.recorder import AffinityRecorder
+
+
+class RecorderWindow:
+    """WindowSource of an AffinityRecorder; ``recorder`` is None on ranks that record nothing of their own.
+
+    Taking a window is two small copies on the forward stream, into buffers made once (counts, and the sampled tokens in
+    random order), and a copy to pinned memory on a side stream, which the next passes do not wait for.
+    """
+
+    def __init__(self, recorder: AffinityRecorder | None, shape: WindowShape, device: torch.device, seed: int) -> None:
+        self._recorder, self._shape, self._device = recorder, shape, device
+        self._random = np.random.default_rng(seed)
+        self._stream: Any = None
+        if recorder is None:
+            return
+        cuda = device.type == "cuda"
+        counts = (shape.num_layers, shape.num_experts)
+        sample = (shape.num_layers, shape.sample_tokens, shape.top_k)
+        self._device_counts = torch.empty(counts, dtype=torch.int64, device=device)
+        self._device_sample = torch.empty(sample, dtype=torch.int16, device=device)
+        self._counts = torch.empty(counts, dtype=torch.int64, pin_memory=cuda)
+        self._sample = torch.empty(sample, dtype=torch.int16, pin_memory=cuda)
+        self._order = torch.empty(shape.sample_tokens, dtype=torch.int64, pin_memory=cuda)
+        if cuda:
+            self._stream = torch.cuda.Stream(device)
+            self._copied = torch.cuda.Event(blocking=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the snapshot."""
+        if self._recorder is None:
+            return 0
+        return self._device_counts.nbytes + self._device_sample.nbytes
+
+    def start(self) -> None:
+        if self._recorder is not None:
+            self._recorder.reset()
+
+    def take(self) -> Share:
+        recorder = self._recorder
+        if recorder is None:
+            return Share(self._shape, 0, None, None, None)
+        seen = recorder.seen_tokens
+        filled = min(seen, self._shape.sample_tokens)
+        # Any first rows of a random order are a uniform sample, whatever share of it is asked for.
+        order = np.concatenate([self._random.permutation(filled), np.arange(filled, self._shape.sample_tokens)])
+        self._order.copy_(torch.from_numpy(order))
+        self._device_counts.copy_(recorder.totals().diagonal(dim1=1, dim2=2))
+        rows = self._order.to(self._device, non_blocking=True)
+        torch.index_select(recorder.sample(), 1, rows, out=self._device_sample)
+        recorder.reset()
+        if self._stream is None:
+            self._counts.copy_(self._device_counts)
+            self._sample.copy_(self._device_sample)
+            return Share(self._shape, seen, self._counts, self._sample, None)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._counts.copy_(self._device_counts, non_blocking=True)
+            self._sample.copy_(self._device_sample, non_blocking=True)
+            self._copied.record(self._stream)
+        return Share(self._shape, seen, self._counts, self._sample, self._copied)
+
+
+class Share:
+    """A window on its way to the host. Its buffers are the recorder window's: one round at a time."""
+
+    def __init__(
+        self, shape: WindowShape, seen: int, counts: torch.Tensor | None, sample: torch.Tensor | None, copied: Any
+    ) -> None:
+        self._shape, self._seen, self._counts, self._sample, self._copied = shape, seen, counts, sample, copied
+
+    def wait(self) -> tuple[int, np.ndarray, torch.Tensor]:
+        if self._counts is None or self._sample is None:
+            empty = torch.empty(self._shape.num_layers, 0, self._shape.top_k, dtype=torch.int16)
+            return 0, np.zeros((self._shape.num_layers, self._shape.num_experts), np.int64), empty
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._seen, self._counts.numpy(), self._sample
