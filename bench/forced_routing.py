@@ -20,7 +20,7 @@ import torch
 
 from bench.environment import now, provenance
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.forced_routing import ForcedRouting
 from sglang_eplb_affinity.topology import Topology
 

@@ -21,7 +21,7 @@ from bench.process import last_error, scrub_file, start_group, stop_group
 from bench.profile import LoadConfig
 from bench.server import HOST, Server
 from bench.workload import Workload
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 
 # What bench_serving writes for each request with --output-details.
 _DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "errors")

@@ -17,7 +17,7 @@ from bench.process import scrub
 from bench.run_folder import RunFolder, RunPlan
 from bench.store import latest_records
 from bench.table import CPU_NOTE, HEADLINE, crowded_warning, node_title, read_table, write_tables
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 
 NOTEBOOK = Path(__file__).parent / "notebooks" / "report.py"
 BASELINE = "vanilla"

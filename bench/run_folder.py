@@ -14,7 +14,7 @@ from bench.profile import LoadConfig, Profile, ServerConfig
 from bench.schedule import CellKey, plan_sessions
 from bench.store import Store
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

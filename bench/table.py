@@ -15,7 +15,7 @@ from bench.metrics import PLACEMENT
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
 from bench.store import CellRecord
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 
 HEADLINE = {"p50_ttft_ms": "P50-TTFT ms", "p90_tpot_ms": "P90-TPOT ms", "p95_itl_ms": "P95-ITL ms", "qps": "QPS"}
 PLACEMENT_TITLES = {"balancedness": "balancedness", "gpu_fanout": "GPU fan-out", "node_fanout": "node fan-out"}

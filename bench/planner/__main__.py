@@ -19,7 +19,7 @@ from bench.planner.report import report_text
 from bench.planner.speed import speed_rows, start_up_and_memory
 from bench.planner.upstream import upstream_rebalance, upstream_version
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
 
 PARTS = ("quality", "curves", "floor", "drift", "speed")

@@ -17,7 +17,8 @@ from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, to
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import DEFINITIONS, METRICS, SOURCE_MODEL, measure_trace, moved_experts
-from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.interchange import load_map
 from sglang_eplb_affinity.routing import RoutingTrace
 from sglang_eplb_affinity.sglang_dump import read_dumps

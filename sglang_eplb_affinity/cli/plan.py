@@ -11,7 +11,7 @@ from tqdm import tqdm
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.interchange import load_map
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.config import Effort, Objective

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.routing import RoutingWindow
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sglang_eplb_affinity.cli.options import FILE, check_output
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import write_atomically
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.planner.config import Effort
 from sglang_eplb_affinity.routing import RoutingTrace
 from sglang_eplb_affinity.simulate import report
