@@ -16,7 +16,10 @@ from click.testing import CliRunner, Result
 from sglang_eplb_affinity.cli import cli
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.rebalance.map_file import MapOrigin, ServedModel, save_recorded_map
+from sglang_eplb_affinity.rebalance.round_record import MapFigures
 from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.topology import Topology
 from tests.planner.test_plan import skewed_tokens
 
 
@@ -113,6 +116,38 @@ def test_inspect_writes_pictures(trace, tmp_path):  # type: ignore[no-untyped-de
         assert result.exit_code == 0, result.output
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert "node 1 GPU 2" in result.output
+
+
+def test_a_recorded_map_is_read_by_every_command(trace, tmp_path):  # type: ignore[no-untyped-def]
+    out, recorded, plain = tmp_path / "map.json", tmp_path / "recorded.json", tmp_path / "plain.json"
+    plan_map(trace, out)
+    model = ServedModel("org/model", "Qwen3MoeForCausalLM", 3, 16, 4)
+    figures = MapFigures(0.875, 2.5, 1.5, 1.875, 0.75)
+    origin = MapOrigin(
+        model, Topology(4, 2), 16, "affinity", "static", 7, "2026-11-21T12:00:00+00:00", "0.5.17", "0.1.0",
+        "c0ffee", 1200, figures, figures,
+    )  # fmt: skip
+    save_recorded_map(recorded, ExpertMap.load(out, 16), origin)
+    text = run("inspect", "--map", recorded).output
+    for told in (
+        "round 7 of affinity",
+        "org/model",
+        "c0ffee",
+        "balancedness 0.8750",
+        "4 GPUs on 2 nodes",
+        "node 1 GPU 2",
+    ):
+        assert told in text
+    tables = [
+        run("evaluate", "--trace", trace, "--map", path, "--gpus", 4, "--nodes", 2, "--format", "csv").output
+        for path in (out, recorded)
+    ]
+    assert tables[0].replace("map.json", "") == tables[1].replace("recorded.json", "")
+    # What an unpatched SGLang reads: it takes no key but this one.
+    assert run("convert", "--in", recorded, "--to", "sglang", "--out", plain).exit_code == 0
+    assert list(json.loads(plain.read_text())) == ["physical_to_logical_map"]
+    recorded.write_text(recorded.read_text().replace('"map_checksum": "', '"map_checksum": "0'))
+    assert "not the map that was recorded" in str(run("inspect", "--map", recorded).exception)
 
 
 @pytest.mark.parametrize("command", ["plan", "evaluate", "convert", "inspect"])
