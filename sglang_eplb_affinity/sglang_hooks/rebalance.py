@@ -127,7 +127,11 @@ class RebalanceRound:
     def finish(self, metadata: Any) -> None:
         """The new map is in force on this rank."""
         self._phase_seconds["move"] = time.perf_counter() - self._planned_at
-        self._log("applied", map_of(metadata))
+        # SGLang's algorithms place dense layers too, but only layers with experts move.
+        layers = sorted(self._manager._get_model().routed_experts_weights_of_layer)
+        ids = self._before.physical_to_logical.copy()
+        ids[layers] = map_of(metadata).physical_to_logical[layers]
+        self._log("applied", ExpertMap(ids, self._before.num_experts))
 
     def _plan_on_rank_0(self) -> tuple[ExpertMap | None, str]:
         before = self._before
@@ -187,13 +191,11 @@ class RebalanceRound:
             routing_checksum=routing_checksum(self._window),
         )
 
-    def _bytes_of(self, moved: np.ndarray) -> int | None:
+    def _bytes_of(self, moved: np.ndarray) -> int:
         """Weights of ``moved`` [layers] experts, over all ranks."""
         if not moved.any():
             return 0
         sizes = expert_bytes(self._manager._get_model().routed_experts_weights_of_layer)
-        if set(np.flatnonzero(moved).tolist()) - set(sizes):
-            return None
         return sum(int(count) * sizes[layer] for layer, count in enumerate(moved) if count)
 
 

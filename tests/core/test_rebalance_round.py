@@ -106,6 +106,18 @@ def test_a_plan_becomes_metadata_and_the_line_has_both_maps(make_round, caplog: 
     assert 0 < line["balancedness_before"] <= line["balancedness_after"] <= 1
 
 
+def test_layers_without_experts_do_not_count_as_moved(make_round, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    found = make_round(some_window())
+    del found._manager._get_model().routed_experts_weights_of_layer[0]
+    swapped = ExpertMap.contiguous(LAYERS, EXPERTS, SLOTS).physical_to_logical[:, ::-1].astype(np.int64)
+    ids = torch.from_numpy(swapped.copy())
+    found.finish(SimpleNamespace(physical_to_logical_map_cpu=ids, num_logical_experts=EXPERTS))
+    line = record(caplog)
+    assert line["moved_layers"] == 1 and 0 < line["moved_experts"] <= SLOTS
+    assert line["moved_bytes"] == line["moved_experts"] * (5 * 2 + 3) * 4
+
+
 def test_without_a_record_there_is_no_round() -> None:
     from sglang_eplb_affinity.sglang_hooks import rebalance
 
