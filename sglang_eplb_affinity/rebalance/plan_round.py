@@ -64,6 +64,7 @@ class PlanReply:
     tokens: int = 0
     before: MapFigures | None = None
     after: MapFigures | None = None
+    contiguous: MapFigures | None = None
     seconds: float = 0.0
     routing_checksum: str | None = None
 
@@ -81,7 +82,9 @@ def plan_round(request: PlanRequest) -> PlanReply:
     order = [int(layer) for layer in np.argsort(-gain, kind="stable") if differs[layer].any()]
     arrivals = differs.reshape(len(differs), settings.topology.num_gpus, -1).sum(2).max(1)
     chosen = [n for n in order if gain[n] >= settings.minimum_gain and arrivals[n] <= settings.staging_rows]
-    common = {"tokens": tokens, "routing_checksum": routing_checksum(window)}
+    home = ExpertMap.contiguous(current.num_layers, current.num_experts, current.num_slots)
+    contiguous = MapFigures.of(window, home, settings.topology, settings.planner.dispatch)
+    common = {"tokens": tokens, "routing_checksum": routing_checksum(window), "contiguous": contiguous}
     before = MapFigures.of(window, current, settings.topology, settings.planner.dispatch)
     if not chosen:
         reason = f"no layer gains {settings.minimum_gain:.2%} within {settings.staging_rows} moves" if order else None

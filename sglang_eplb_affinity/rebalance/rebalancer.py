@@ -67,7 +67,10 @@ class Parts:
 
 
 class AsyncRebalancer:
-    """One for each rank. ``rank`` is the expert-parallel rank, ``prepare`` what each background thread does first."""
+    """One for each rank. ``rank`` is the expert-parallel rank, ``prepare`` what each background thread does first.
+
+    ``planned``: ``current`` was planned, not SGLang's start placement, so that the first round may improve on it.
+    """
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class AsyncRebalancer:
         algorithm: str,
         rank: int,
         num_ranks: int,
+        planned: bool = False,
         prepare: Callable[[], object] | None = None,
     ) -> None:
         self._config, self._parts, self._algorithm, self._rank = config, parts, algorithm, rank
@@ -89,7 +93,7 @@ class AsyncRebalancer:
         self._reporting = BackgroundThread("eplb-report", prepare)
         self._phase = Phase.WAITING
         self._round: RoundState | None = None
-        self._passes, self._number, self._applied = 0, 0, False
+        self._passes, self._number, self._applied = 0, 0, planned
         self._due = config.warm_up + config.interval
         self._stale_word = False
         self._waits_since: float | None = None

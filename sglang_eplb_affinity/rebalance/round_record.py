@@ -80,9 +80,9 @@ class RoundRecord:
     moved_experts: int = 0
     moved_bytes: int | None = None
     committed_layers: tuple[int, ...] = ()
-    contiguous: MapFigures | None = None
     before: MapFigures | None = None
     after: MapFigures | None = None
+    contiguous: MapFigures | None = None
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     commit_ms: tuple[float, ...] = ()
     passes: int = 0

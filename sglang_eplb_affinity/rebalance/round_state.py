@@ -76,6 +76,7 @@ class RoundState:
             committed_layers=tuple(plan.layer for plan in committed),
             before=reply.before,
             after=None if self.given_up else reply.after,
+            contiguous=reply.contiguous,
             phase_seconds=phases,
             commit_ms=tuple(ticket.milliseconds for ticket in self.tickets),
             passes=passes - self.began_pass,

@@ -86,6 +86,7 @@ def start(model_runner: Any) -> AsyncRebalancer:
         algorithm=args.eplb_algorithm,
         rank=rank,
         num_ranks=num_ranks,
+        planned=args.init_expert_location != "trivial",
         prepare=partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
     )
     Watchdog(rebalancer, min(1.0, config.phase_limit_seconds / 4))

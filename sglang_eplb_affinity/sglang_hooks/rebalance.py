@@ -140,7 +140,8 @@ class RebalanceRound:
         failure = "rank 0 could not plan; its log says why"
         if self._rank == 0:
             try:
-                config = planner_config(self._server_args, first=self._number == 1)
+                first = self._number == 1 and self._server_args.init_expert_location == "trivial"
+                config = planner_config(self._server_args, first=first)
                 planned = plan(self._window, self._topology, before.num_slots, config, before).expert_map
                 message[0] = 1
                 message[1:] = torch.from_numpy(planned.physical_to_logical.astype(np.int64).ravel())

@@ -42,6 +42,7 @@ def make_round(monkeypatch: pytest.MonkeyPatch):
         moe_a2a_backend="none",
         deepep_mode="auto",
         ep_dispatch_algorithm="dynamic",
+        init_expert_location="trivial",
     )
 
     def make(window: RoutingWindow) -> rebalance.RebalanceRound:
