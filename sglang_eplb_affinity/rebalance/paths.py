@@ -23,7 +23,7 @@ class Members:
     def __init__(self, group: dist.ProcessGroup, rank: int, replica: tuple[int, ...]) -> None:
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (replica, rank, socket.gethostname()), group=group)
-        self.group, self.rank, self.host = group, rank, socket.gethostname()
+        self.group, self.rank, self.replica, self.host = group, rank, replica, socket.gethostname()
         self.global_rank = {r: world_rank for world_rank, (of, r, _) in enumerate(found) if of == replica}
         self.on_this_host = frozenset(r for of, r, host in found if of == replica and host == self.host)
 
@@ -42,6 +42,8 @@ def make_transfer(
     sources: dict[int, Any] = {members.rank: weights}
     if device.type == "cuda":
         near, sources = _peers(weights, members, device)
+    if near == frozenset(members.global_rank):
+        return PeerCopyTransfer(sources, device)
     far = HostStagedTransfer(
         weights,
         members.rank,

@@ -18,6 +18,7 @@ from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, Pl
 from sglang_eplb_affinity.rebalance.planner_main import HEADER, READY
 
 logger = logging.getLogger(__name__)
+START_SECONDS = 180.0
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -54,12 +55,16 @@ class PlannerProcess:
             return False
 
     def plan(self, request: PlanRequest) -> PlanReply:
-        """Blocks until the answer is here; raises PlannerFailed. The next call finds a fresh process."""
-        deadline = time.monotonic() + self._limit
+        """Blocks until the answer is here; raises PlannerFailed. The next call finds a fresh process.
+
+        The limit counts from when the process is ready, for which it has START_SECONDS.
+        """
         try:
             if self._process is None or self._process.poll() is not None:
                 self._restart()
-            self._expect_ready(deadline)
+            # A process that has just been started may still load or compile its kernels.
+            self._expect_ready(time.monotonic() + max(self._limit, START_SECONDS))
+            deadline = time.monotonic() + self._limit
             self._send(pickle.dumps(request, protocol=5), deadline)
             return cast(PlanReply, pickle.loads(self._receive(deadline)))
         except PlannerFailed:

@@ -8,10 +8,12 @@ Messages are pickles (made by our own parent, nobody else can write to the pipe)
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
 import pickle
+import signal
 import struct
 import sys
 import traceback
@@ -22,6 +24,7 @@ from sglang_eplb_affinity.planner import warm_up
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings, plan_round
 
 READY = b"ready"
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 HEADER = struct.Struct("<Q")
 
 
@@ -67,10 +70,16 @@ def main() -> None:
     replies = io.FileIO(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    if hasattr(os, "nice"):
-        os.nice(5)  # serving comes first
+    os.nice(5)  # serving comes first
+    _end_with_parent()
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         serve(sys.stdin.buffer, io.BufferedWriter(replies))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed takes this process along even while it plans (Linux; elsewhere the closed pipe does)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

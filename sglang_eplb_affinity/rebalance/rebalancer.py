@@ -28,6 +28,7 @@ from sglang_eplb_affinity.rebalance.commit import Committer, StagedLayer
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
 from sglang_eplb_affinity.rebalance.layer_moves import LayerPlan, job_of
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply
+from sglang_eplb_affinity.rebalance.planner_client import START_SECONDS
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 from sglang_eplb_affinity.rebalance.round_state import RoundState
 from sglang_eplb_affinity.rebalance.transfer import ExpertTransfer
@@ -53,7 +54,7 @@ class Parts:
     """What a rebalancer works with. ``staging``: one buffer for each layer in flight.
 
     ``plan`` runs in a background thread on every rank (a collective call). ``report`` is told on rank 0, in a thread;
-    None on the others. ``bytes_per_expert`` by layer, for the record.
+    None on the others. ``bytes_per_expert`` by layer, for the record. ``verify`` is called after each round.
     """
 
     window: WindowSource
@@ -64,6 +65,7 @@ class Parts:
     agreement: Agreement
     bytes_per_expert: Mapping[int, int]
     report: Report | None = None
+    verify: Callable[[ExpertMap], object] | None = None
 
 
 class AsyncRebalancer:
@@ -145,10 +147,13 @@ class AsyncRebalancer:
         now, limit, found = time.monotonic(), self._config.phase_limit_seconds, self._round
         if found is None or now - self._warned_at < limit:
             return
-        running = found.running()
+        running = [(name, since, limit) for name, since in found.moving()]
+        if found.plan_task.running_since is not None:
+            # The planner has its own limit; this is for everything around it, and a planner may be starting anew.
+            running.append(("planning", found.plan_task.running_since, START_SECONDS + 2 * limit))
         if self._waits_since is not None:
-            running.append(("waiting for the other ranks' word", self._waits_since))
-        for name, since in running:
+            running.append(("waiting for the other ranks' word", self._waits_since, limit))
+        for name, since, limit in running:
             if now - since > limit:
                 self._warned_at = now
                 logger.error(
@@ -276,6 +281,8 @@ class AsyncRebalancer:
         self._phase = Phase.FROZEN if freeze else Phase.WAITING
         if freeze:
             logger.info("[eplb-affinity] --eplb-async-run-once: the map stays as it is from now on")
+        if self._parts.verify is not None:
+            self._parts.verify(self.in_force)
         report = self._parts.report
         if report is not None:
             record = now.record(self._algorithm, self._passes, self._slots_per_gpu, self._parts.bytes_per_expert)

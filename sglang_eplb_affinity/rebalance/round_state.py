@@ -45,10 +45,9 @@ class RoundState:
             return "failed"
         return "applied" if self.reply.result == "planned" else self.reply.result
 
-    def running(self) -> list[tuple[str, float]]:
-        """Background jobs under way: what they do, and since when (time.monotonic())."""
-        found = [("planning", self.plan_task.running_since)]
-        found += [(f"moving layer {plan.layer}", task.running_since) for plan, task in list(self.in_flight)]
+    def moving(self) -> list[tuple[str, float]]:
+        """Layers that are being staged: what to call it, and since when (time.monotonic())."""
+        found = [(f"moving layer {plan.layer}", task.running_since) for plan, task in list(self.in_flight)]
         return [(name, since) for name, since in found if since is not None]
 
     def record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.rebalance import verify
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
 from sglang_eplb_affinity.rebalance.map_tables import MapTables
@@ -22,7 +24,6 @@ from sglang_eplb_affinity.rebalance.plan_round import Algorithm, PlanSettings
 from sglang_eplb_affinity.rebalance.planner_client import PlannerProcess
 from sglang_eplb_affinity.rebalance.rebalancer import AsyncRebalancer, Parts
 from sglang_eplb_affinity.rebalance.round_record import report
-from sglang_eplb_affinity.rebalance.transfer import ByHostTransfer
 from sglang_eplb_affinity.rebalance.watchdog import Watchdog
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, staging_row_bytes
 from sglang_eplb_affinity.rebalance.window_exchange import WindowExchange, WindowShape
@@ -70,6 +71,10 @@ def start(model_runner: Any) -> AsyncRebalancer:
         atexit.register(planner.close)
     exchange = WindowExchange(shape, settings, planner, plan, world_rank, world)
 
+    current = ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts)
+    verifier = None
+    if os.environ.get(verify.ENVIRONMENT) == "1":
+        verifier = verify.WeightVerifier(weights, current, rank, num_ranks, members.replica, agree)
     rebalancer = AsyncRebalancer(
         config,
         Parts(
@@ -81,8 +86,9 @@ def start(model_runner: Any) -> AsyncRebalancer:
             agreement=GlooAgreement(agree),
             bytes_per_expert={layer: of_layer.bytes_per_expert for layer, of_layer in weights.items()},
             report=partial(report, observers=rebalance.observers) if world_rank == 0 else None,
+            verify=verifier.check if verifier is not None else None,
         ),
-        ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts),
+        current,
         algorithm=args.eplb_algorithm,
         rank=rank,
         num_ranks=num_ranks,
@@ -95,7 +101,7 @@ def start(model_runner: Any) -> AsyncRebalancer:
         "staging %.1f MB and snapshot %.1f MB on %s, allocated before the KV cache; %s",
         len(weights), local_slots, max((w.bytes_per_expert for w in weights.values()), default=0) / 1e6,
         config.layers_in_flight, sum(buffer.nbytes for buffer in staging) / 1e6, window.nbytes / 1e6, device,
-        "peer copies" if isinstance(transfer, ByHostTransfer) else "host-staged messages",
+        f"experts travel by {type(transfer).__name__}",
     )  # fmt: skip
     return rebalancer
 

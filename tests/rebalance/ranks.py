@@ -36,6 +36,7 @@ from sglang_eplb_affinity.rebalance.plan_round import PlanSettings
 from sglang_eplb_affinity.rebalance.planner_client import PlannerProcess
 from sglang_eplb_affinity.rebalance.rebalancer import AsyncRebalancer, Parts, Phase
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
+from sglang_eplb_affinity.rebalance.transfer import ExpertTransfer
 from sglang_eplb_affinity.rebalance.watchdog import Watchdog
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, staging_row_bytes
 from sglang_eplb_affinity.rebalance.window_exchange import WindowExchange, WindowShape
@@ -57,6 +58,7 @@ class Scenario:
     pass_seconds: float = 0.0
     phase_limit_seconds: float = 60.0
     expert_elements: int = 64
+    through_host: bool = False  # host-staged messages also between the GPUs of one host
     faults: dict[str, int] = field(default_factory=dict)
 
 
@@ -113,9 +115,13 @@ class Rank:
         agree, plan, move = (dist.new_group(backend="gloo") for _ in range(3))
         members = Members(agree, rank, (0,))
         row_bytes = staging_row_bytes(weights)
-        self.transfer = make_transfer(
-            weights, members, move, device, LOCAL_SLOTS, row_bytes, scenario.phase_limit_seconds
-        )
+        limit = scenario.phase_limit_seconds
+        if scenario.through_host:
+            self.transfer: ExpertTransfer = HostStagedTransfer(
+                weights, rank, lambda r: r, move, device, rows=LOCAL_SLOTS, row_bytes=row_bytes, limit_seconds=limit
+            )
+        else:
+            self.transfer = make_transfer(weights, members, move, device, LOCAL_SLOTS, row_bytes, limit)
         self.window = Recorder(rank)
         shape = WindowShape(LAYERS, EXPERTS, TOP_K, SAMPLE)
         topology = Topology(scenario.ranks)
@@ -206,8 +212,9 @@ class Rank:
         if "window unreadable" in wanted and self.rank == 1:
             self.window.fails = True
         if "read raises" in wanted and self.rank == 1:
-            target = HostStagedTransfer if self.device.type == "cpu" else PeerCopyTransfer
-            self._once(target, "read" if self.device.type == "cpu" else "pull", RuntimeError("planted"))
+            peer = isinstance(self.transfer, PeerCopyTransfer)
+            owner = PeerCopyTransfer if peer else HostStagedTransfer
+            self._once(owner, "pull" if peer else "read", RuntimeError("planted"))
         if "messages lost" in wanted and self.rank == 1:
             self._once(HostStagedTransfer, "_exchange", RuntimeError("planted"))
         if "slow rank" in wanted and self.rank == 1:

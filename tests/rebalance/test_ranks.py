@@ -69,8 +69,12 @@ def test_200_rounds_leave_memory_flat(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU (two for copies between GPUs)")
-def test_peer_copies_between_processes(tmp_path: Path) -> None:
-    found = run(tmp_path, device="cuda", ranks=2, rounds=30, expert_elements=1_000_000, faults={"read raises": 3})
-    assert all(rank["transfer"] == "ByHostTransfer" for rank in found)
+@pytest.mark.parametrize(("through_host", "transfer"), [(False, "PeerCopyTransfer"), (True, "HostStagedTransfer")])
+def test_experts_travel_between_gpus(tmp_path: Path, through_host: bool, transfer: str) -> None:
+    found = run(
+        tmp_path, device="cuda", ranks=2, rounds=30, expert_elements=1_000_000, faults={"read raises": 3},
+        through_host=through_host,
+    )  # fmt: skip
+    assert all(rank["transfer"] == transfer for rank in found)
     results = [record["result"] for record in found[0]["records"]]
     assert results[2] == "failed" and results.count("applied") >= 25

@@ -1,0 +1,275 @@
+"""What rebalancing costs the requests that are being served: none, SGLang's own, and --eplb-async.
+
+    python -m bench.gpu.rebalance_stall --out FOLDER            (all GPUs of this host, DeepEP)
+    python -m bench.gpu.rebalance_stall --out FOLDER --cpu      (a smoke run on the CPU engine: its times mean nothing)
+
+All arms run side by side on the same GPUs and take turns, in every block each. A closed loop keeps N requests running;
+inter-token latency is measured on some of them that stream (all of them streaming would measure the client). Expert
+weights are random, routing is replayed from the small trained model's test trace: skew and co-activation are real.
+Rebalances come every 100 passes, far more often than in production, and move layers however small the gain is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.engine import cpu_environment
+from bench.environment import now, provenance
+from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY, SIZES
+from bench.gpu.random_moe import TOKENIZER, write_config
+from bench.gpu.resident import Load, ResidentArm, ResidentServers
+from bench.gpu.serving_process import ServingProcess
+from bench.schedule import williams_rows
+from bench.stats import ratio_by_block
+from sglang_eplb_affinity.files import write_atomically
+
+INTERVAL = 100
+_ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})")
+_UPSTREAM = re.compile(r"TP0.*\[EPLBManager\] rebalance end time=([\d.]+)s")
+
+
+@dataclass(frozen=True)
+class StallLoad:
+    """``concurrency`` requests at once, ``streams`` of them streaming and measured, in ``waves`` of equal length."""
+
+    concurrency: int
+    streams: int
+    output_tokens: int
+    waves: int
+    input_tokens: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"c{self.concurrency}"
+
+    def measured(self) -> Load:
+        return Load(self.name, self.streams * self.waves, self.streams, self.input_tokens, self.output_tokens)
+
+    def background(self) -> Load:
+        """One wave more, so that the measured requests end under full load."""
+        rest = self.concurrency - self.streams
+        return Load(self.name, rest * (self.waves + 1), rest, self.input_tokens, self.output_tokens, streams=False)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``modes``: DeepEP's, or ``cpu``."""
+
+    loads: tuple[StallLoad, ...]
+    modes: tuple[str, ...]
+    ranks: int
+    redundant: int
+    interval: int
+
+    def arms(self) -> list[ResidentArm]:
+        return [self._arm(mode, name) for mode in self.modes for name in ("none", "sync", "async")]
+
+    def _arm(self, mode: str, name: str) -> ResidentArm:
+        flags = [] if mode == "cpu" else ["--deepep-mode", mode]
+        if name != "none":
+            flags += ["--enable-eplb", "--ep-num-redundant-experts", str(self.redundant)]
+            flags += ["--eplb-rebalance-num-iterations", str(self.interval)]
+            flags += ["--expert-distribution-recorder-buffer-size", str(self.interval)]
+            flags += ["--eplb-algorithm", "deepseek" if name == "sync" else "affinity"]
+        if name == "async":
+            flags += ["--eplb-async", "--eplb-async-min-gain", "0"]
+        return ResidentArm(f"{mode}/{name}", tuple(flags))
+
+
+def gpu_setting(gpus: int, modes: Sequence[str]) -> Setting:
+    loads = (StallLoad(128, 32, 256, 2), StallLoad(512, 32, 256, 2))
+    return Setting(loads, tuple(modes), gpus, REDUNDANT_PER_GPU * gpus, INTERVAL)
+
+
+CPU_SETTING = Setting((StallLoad(4, 2, 48, 2),), ("cpu",), 2, 4, 20)
+
+
+def gpu_flags(gpus: int) -> list[str]:
+    flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
+    flags += ["--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm"]
+    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", "--load-format", "dummy"]
+    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "256", "--mem-fraction-static", "0.85"]
+    flags += ["--max-total-tokens", "200000", "--max-running-requests", str(320 * gpus)]
+    return [*flags, "--chunked-prefill-size", str(4096 * gpus), "--disable-radix-cache", "--ep-forced-routing", REPLAY]
+
+
+def cpu_flags() -> list[str]:
+    flags = ["--device", "cpu", "--tp", "2", "--ep", "2", "--attention-backend", "torch_native", "--disable-cuda-graph"]
+    flags += ["--max-total-tokens", "8192", "--context-length", "2048", "--dtype", "float32"]
+    return [*flags, "--max-running-requests", "16", "--disable-radix-cache"]
+
+
+def order_of(setting: Setting, blocks: int) -> list[tuple[int, StallLoad, str]]:
+    """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up."""
+    names = ["none", "sync", "async"]
+    rows = williams_rows(len(names))
+    found = [(-1, load, arm.name) for load in setting.loads for arm in setting.arms()]
+    for block in range(blocks):
+        for load in setting.loads if block % 2 == 0 else setting.loads[::-1]:
+            for mode in setting.modes:
+                found += [(block, load, f"{mode}/{names[i]}") for i in rows[block % len(rows)]]
+    return found
+
+
+def run(
+    setting: Setting, options: argparse.Namespace, model: Path, flags: list[str], environment: dict[str, str]
+) -> Any:
+    folder: Path = options.out
+    deadline = time.monotonic() + options.seconds
+    cells: list[dict[str, Any]] = []
+    everything = {**os.environ, **environment}
+    with (
+        ResidentServers(setting.arms(), model, flags, environment, folder / "servers", options.port) as servers,
+        ServingProcess(folder / "measured.log", everything) as measured,
+        ServingProcess(folder / "background.log", everything) as background,
+    ):
+        print(f"ready after {servers.seconds_to_ready} s; failed: {servers.failed or 'none'}", flush=True)
+        measured.wait_until_ready(300)
+        background.wait_until_ready(300)
+        for number, (block, load, arm) in enumerate(order_of(setting, options.blocks)):
+            left = deadline - time.monotonic()
+            if arm not in servers.servers or left < 5:
+                continue
+            try:
+                cell = _cell(load, servers.servers[arm].port, model, folder, number, block, measured, background, left)
+            except RuntimeError as error:
+                print(f"{arm} {load.name} block {block}: {error}", flush=True)
+                break
+            cells.append({"arm": arm, "load": load.name, "block": block, **cell})
+            print(json.dumps(cells[-1]), flush=True)
+        logs = {name: server.log.read_text(errors="replace") for name, server in servers.servers.items()}
+        failed = servers.failed
+    return cells, logs, failed
+
+
+def _cell(
+    load: StallLoad, port: int, model: Path, folder: Path, number: int, block: int,
+    measured: ServingProcess, background: ServingProcess, seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """One arm under one load: latencies of the streams, throughput of the rest."""
+    outputs = [folder / f"cell-{number:03}-{kind}.jsonl" for kind in ("measured", "background")]
+    for path in outputs:
+        path.unlink(missing_ok=True)
+    seed = 1000 + 2 * block
+    background.begin(load.background().arguments(model, port, seed, outputs[1]))
+    time.sleep(1.0)
+    measured.begin([*load.measured().arguments(model, port, seed + 1, outputs[0]), "--output-details"])
+    measured.wait(seconds)
+    background.wait(seconds)
+    of_streams, of_rest = (json.loads(path.read_text().splitlines()[-1]) for path in outputs)
+    for path in outputs:
+        path.unlink()
+    itl = 1000 * np.concatenate([np.asarray(values) for values in of_streams["itls"]])
+    return {
+        "completed": [of_streams["completed"], of_rest["completed"]],
+        "itl_ms": {name: round(float(value), 3) for name, value in _spread(itl).items()},
+        "output_throughput": round(float(of_rest["output_throughput"]), 1),
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {"p50": np.percentile(values, 50), "p99": np.percentile(values, 99), "max": values.max()}
+
+
+METRICS = {
+    "p99_itl": lambda cell: cell["itl_ms"]["p99"],
+    "max_itl": lambda cell: cell["itl_ms"]["max"],
+    "throughput": lambda cell: cell["output_throughput"],
+}
+
+
+def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``MODE/ARM LOAD``: each metric over that of no rebalancing, paired by block."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm, load in sorted({(cell["arm"], cell["load"]) for cell in cells}):
+        base = arm.split("/")[0] + "/none"
+        for metric, of in METRICS.items():
+            values, reference = (
+                {c["block"]: of(c) for c in cells if (c["arm"], c["load"]) == (name, load) and c["block"] >= 0}
+                for name in (arm, base)
+            )
+            if arm != base and set(values) & set(reference):
+                ratio = ratio_by_block(values, reference)
+                found.setdefault(f"{arm} {load}", {})[metric] = {
+                    "ratio": round(ratio.ratio, 4), "lower": round(ratio.lower, 4), "upper": round(ratio.upper, 4),
+                    "blocks": ratio.blocks,
+                }  # fmt: skip
+    return found
+
+
+def rounds(log: str) -> dict[str, Any]:
+    """What the server's log says of its rebalances; times of both kinds of them."""
+    ours = [json.loads(match) for match in _ROUND.findall(log)]
+    upstream = [float(match) for match in _UPSTREAM.findall(log)]
+    applied = [record for record in ours if record["result"] == "applied"]
+    commits = [value for record in applied for value in record.get("commit_ms", [])]
+    found: dict[str, Any] = {"results": {r: sum(x["result"] == r for x in ours) for r in {x["result"] for x in ours}}}
+    if applied and commits:
+        found |= {
+            "seconds_to_last_commit": _spread(np.asarray([record["seconds"] for record in applied])),
+            "passes": _spread(np.asarray([record["passes"] for record in applied])),
+            "moved_mb_per_round": _spread(np.asarray([record["moved_bytes"] for record in applied]) / 1e6),
+            "commit_ms_per_layer": _spread(np.asarray(commits)),
+            "layers_committed": len(commits),
+        }
+    if upstream:
+        found["upstream_seconds_per_rebalance"] = _spread(np.asarray(upstream))
+        found["upstream_rebalances"] = len(upstream)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import torch
+
+    name = "python -m bench.gpu.rebalance_stall"
+    parser = argparse.ArgumentParser(prog=name, description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--modes", default="normal,auto", help="of DeepEP; auto decodes in low-latency mode")
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=3600, help="no load goes on after so many seconds")
+    parser.add_argument("--port", type=int, default=31700)
+    options = parser.parse_args(arguments)
+    if not options.cpu and options.gpus < 2:
+        print(f"error: --gpus: {options.gpus}, but expert parallelism needs at least 2", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.cpu:
+        setting, model, flags, environment = CPU_SETTING, TOKENIZER, cpu_flags(), cpu_environment(2)
+    else:
+        setting, flags = gpu_setting(options.gpus, options.modes.split(",")), gpu_flags(options.gpus)
+        model, environment = options.out / "model", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "320"}
+        write_config(model, SIZES)
+    cells, logs, failed = run(setting, options, model, flags, environment)
+    result = {
+        "provenance": provenance(),
+        "date": now(),
+        "command": f"{name} --out FOLDER" + (" --cpu" if options.cpu else ""),
+        "flags": flags,
+        "arms": {arm.name: list(arm.flags) for arm in setting.arms()},
+        "loads": [asdict(load) for load in setting.loads],
+        "failed_servers": failed,
+        "ratios_to_no_rebalancing": ratios(cells),
+        "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("/none")},
+        "cells": cells,
+    }
+    write_atomically(options.out / "result.json", json.dumps(result, indent=1, default=float).encode())
+    print(json.dumps({key: result[key] for key in ("ratios_to_no_rebalancing", "rounds")}, indent=1, default=float))
+    return 1 if failed or not cells else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

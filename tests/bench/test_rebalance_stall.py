@@ -1,0 +1,61 @@
+"""The stall comparison's order and figures; the run itself needs servers (tests/server) or GPUs."""
+
+import json
+
+from bench.gpu.rebalance_stall import CPU_SETTING, StallLoad, gpu_setting, order_of, ratios, rounds
+
+
+def test_every_arm_has_every_load_in_every_block_and_modes_stay_together() -> None:
+    setting = gpu_setting(2, ["normal", "auto"])
+    order = order_of(setting, 3)
+    assert len(order) == (3 + 1) * 2 * 6
+    for block in range(-1, 3):
+        cells = [(load.name, arm) for b, load, arm in order if b == block]
+        assert sorted(cells) == sorted({(load.name, arm.name) for load in setting.loads for arm in setting.arms()})
+    first = [next(arm for b, _, arm in order if b == block) for block in range(3)]
+    assert len(set(first)) > 1, "arms change places from block to block"
+
+
+def test_arms_differ_in_their_flags_only_by_what_is_compared() -> None:
+    flags = {arm.name: set(arm.flags) for arm in CPU_SETTING.arms()}
+    assert not flags["cpu/none"]
+    assert flags["cpu/async"] - flags["cpu/sync"] == {"affinity", "--eplb-async", "--eplb-async-min-gain", "0"}
+
+
+def test_measured_requests_end_under_full_load() -> None:
+    load = StallLoad(128, 32, 256, 2)
+    assert (load.measured().requests, load.background().requests) == (64, 96 * 3)
+    assert load.measured().streams and not load.background().streams
+
+
+def cell(arm: str, block: int, p99: float, most: float, throughput: float) -> dict:
+    itl = {"p50": 1.0, "p99": p99, "max": most}
+    return {"arm": arm, "load": "c4", "block": block, "itl_ms": itl, "output_throughput": throughput}
+
+
+def test_ratios_are_paired_by_block_and_leave_the_warm_up_out() -> None:
+    cells = [cell("m/none", -1, 99, 99, 1), cell("m/async", -1, 1, 1, 1)]
+    for block, slow in enumerate((1.0, 2.0)):
+        cells += [cell("m/none", block, 10 * slow, 20 * slow, 100 / slow)]
+        cells += [cell("m/async", block, 11 * slow, 30 * slow, 99 / slow)]
+    found = ratios(cells)["m/async c4"]
+    assert (
+        found["p99_itl"]["ratio"] == 1.1 and found["max_itl"]["ratio"] == 1.5 and found["throughput"]["ratio"] == 0.99
+    )
+    assert found["p99_itl"]["blocks"] == 2 and list(ratios(cells)) == ["m/async c4"]
+
+
+def test_rounds_are_read_from_the_servers_log() -> None:
+    record = {"result": "applied", "seconds": 0.5, "passes": 12, "moved_bytes": 2_000_000, "commit_ms": [0.25, 0.75]}
+    log = "\n".join(
+        [
+            f"[2026-01-01 00:00:00 TP0 EP0] [eplb-affinity] rebalance {json.dumps(record)}",
+            f"[2026-01-01 00:00:00 TP0 EP0] [eplb-affinity] rebalance {json.dumps({'result': 'unchanged'})}",
+            "[2026-01-01 00:00:00 DP0 TP0 EP0] [EPLBManager] rebalance end time=0.125s",
+            "[2026-01-01 00:00:00 DP1 TP1 EP1] [EPLBManager] rebalance end time=9.0s",
+        ]
+    )
+    found = rounds(log)
+    assert found["results"] == {"applied": 1, "unchanged": 1} and found["layers_committed"] == 2
+    assert found["commit_ms_per_layer"]["max"] == 0.75 and found["moved_mb_per_round"]["p50"] == 2.0
+    assert found["upstream_seconds_per_rebalance"]["max"] == 0.125 and found["upstream_rebalances"] == 1
