@@ -12,6 +12,7 @@ renormalised them; only ids change. Limits on a model's routing (DeepSeek's grou
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,20 +24,24 @@ from sglang_eplb_affinity.routing import RoutingTrace
 from sglang_eplb_affinity.topology import Topology
 
 FLAG = "--ep-forced-routing"
-MODES = "balanced, balanced:spread, balanced:local, replay:TRACE.npz or replay:TRACE.npz,domain=NAME"
+MODES = "balanced, balanced:spread, balanced:local or replay:TRACE.npz[,domain=NAME][,layers=cycle]"
 NOT_THE_MODELS = "expert ids are forced, so outputs are not the model's"
 _DRAWS = 16
+_OPTION = re.compile(",(domain|layers)=")
+_REPLAY = re.compile(r"(?P<trace>.+?)(,domain=(?P<domain>[^,]+))?(?P<cycle>,layers=cycle)?")
 
 
 @dataclass(frozen=True)
 class ForcedRoutingSpec:
-    """A parsed flag. ``variant`` is "", "spread" or "local"; ``trace`` and ``domain`` belong to ``replay``."""
+    """A parsed flag. ``variant`` is "", "spread" or "local"; ``trace``, ``domain`` and ``cycle_layers`` belong to
+    ``replay``: with the last, MoE layer i replays the trace's layer i modulo its layers."""
 
     value: str
     mode: str
     variant: str = ""
     trace: str = ""
     domain: str = ""
+    cycle_layers: bool = False
 
     @staticmethod
     def parse(value: str) -> ForcedRoutingSpec:
@@ -44,10 +49,10 @@ class ForcedRoutingSpec:
         mode, _, rest = value.partition(":")
         if mode == "balanced" and (rest in ("spread", "local") or value == "balanced"):
             return ForcedRoutingSpec(value, mode, variant=rest)
-        if mode == "replay" and rest:
-            path, separator, domain = rest.partition(",domain=")
-            if path and bool(separator) == bool(domain):
-                return ForcedRoutingSpec(value, mode, trace=path, domain=domain)
+        if mode == "replay" and (match := _REPLAY.fullmatch(rest)) and not _OPTION.search(match["trace"]):
+            return ForcedRoutingSpec(
+                value, mode, trace=match["trace"], domain=match["domain"] or "", cycle_layers=bool(match["cycle"])
+            )
         raise InputError(f"{FLAG} {value}: unknown; use {MODES}")
 
 
@@ -117,7 +122,7 @@ def replay_table(spec: ForcedRoutingSpec, num_layers: int, num_experts: int, top
     """int16 [layers, tokens, k] of a trace that fits the model; raises InputError that says what does not."""
     trace = RoutingTrace.load(spec.trace)
     for name, has, wants in (
-        ("MoE layers", trace.num_layers, num_layers),
+        ("MoE layers", num_layers if spec.cycle_layers else trace.num_layers, num_layers),
         ("experts", trace.num_experts, num_experts),
         ("experts a token (top-k)", trace.top_k, top_k),
     ):
@@ -140,7 +145,8 @@ def replay_table(spec: ForcedRoutingSpec, num_layers: int, num_experts: int, top
         if not rows.any():
             raise InputError(f"{spec.trace}: domain {spec.domain!r} has no tokens")
         trace = trace.select(rows)
-    return np.ascontiguousarray(trace.topk_ids.transpose(1, 0, 2), dtype=np.int16)
+    table = np.ascontiguousarray(trace.topk_ids.transpose(1, 0, 2), dtype=np.int16)
+    return table[np.arange(num_layers) % trace.num_layers]
 
 
 def reference_ids(rows: torch.Tensor, start: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -62,12 +62,22 @@ def one_pass(routing: ForcedRouting, tokens: int, columns: int = 4, real: int | 
 def test_parse(value: str, expected: tuple[str, ...]) -> None:
     spec = ForcedRoutingSpec.parse(value)
     assert (spec.mode, spec.variant, spec.trace, spec.domain) == expected
-    assert spec.value == value
+    assert spec.value == value and not spec.cycle_layers
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [("replay:a.npz,layers=cycle", ("a.npz", "")), ("replay:a,b.npz,domain=code,layers=cycle", ("a,b.npz", "code"))],
+)
+def test_parse_cycled_layers(value: str, expected: tuple[str, str]) -> None:
+    spec = ForcedRoutingSpec.parse(value)
+    assert (spec.trace, spec.domain) == expected and spec.cycle_layers
 
 
 @pytest.mark.parametrize(
     "value",
-    ["", "even", "balanced:", "balanced:wide", "Balanced", "replay", "replay:", "replay:a,domain=", "replay:,domain=x"],
+    ["", "even", "balanced:", "balanced:wide", "Balanced", "replay", "replay:", "replay:a,domain=", "replay:,domain=x"]
+    + ["replay:a,domain=,layers=cycle", "replay:,layers=cycle", "replay:a,layers=", "replay:a,layers=repeat"],
 )
 def test_unknown_values_are_refused_in_one_line(value: str) -> None:
     with pytest.raises(InputError) as error:
@@ -134,6 +144,19 @@ def test_replay_of_one_domain_uses_its_rows_only(trace: Path) -> None:
     data = RoutingTrace.load(trace)
     routing = ForcedRouting.from_flag(f"replay:{trace},domain=code", **MODEL)
     np.testing.assert_array_equal(one_pass(routing, 4).numpy(), data.topk_ids[data.domain == 1].transpose(1, 0, 2))
+
+
+def test_a_trace_is_cycled_over_more_or_fewer_layers_only_when_asked_for(trace: Path) -> None:
+    recorded = RoutingTrace.load(trace).topk_ids
+    for layers in (2, 3, 7):
+        model = {**MODEL, "moe_layers": tuple(range(layers))}
+        routing = ForcedRouting.from_flag(f"replay:{trace},layers=cycle", **model)
+        for layer in range(layers):
+            ids = torch.zeros((4, 4), dtype=torch.int64)
+            routing.apply(layer, ids)
+            np.testing.assert_array_equal(ids.numpy(), recorded[:4, layer % 3])
+    with pytest.raises(InputError, match="has 16 experts, but the model has 32"):
+        ForcedRouting.from_flag(f"replay:{trace},layers=cycle", **{**MODEL, "num_experts": 32})
 
 
 def test_other_layers_and_columns_are_left_alone() -> None:
