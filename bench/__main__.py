@@ -17,6 +17,7 @@ from bench.arms import ARMS, arms_named
 from bench.console import ConsoleProgress
 from bench.engine import CACHE, ROOT, check_sglang
 from bench.environment import command_line, describe_environment, hardware, provenance
+from bench.links import with_link
 from bench.profile import PROFILE_DIR, Profile
 from bench.report import build_report
 from bench.run_folder import RunFolder, RunPlan, open_run
@@ -53,6 +54,8 @@ def main() -> None:
 @click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
 @click.option("--model", help="Model path or hub id instead of the profile's.")
 @click.option("--port", type=int, help="Port of the server on 127.0.0.1. Default: the profile's.")
+@click.option("--link", default="", help="nvlink (the machine's own), or emulatedN: N GB/s between nodes.")
+@click.option("--seconds", type=float, help="Start no row that would not be over by then; go on with the same command.")
 @click.option("--no-report", is_flag=True, help="Only measure; build tables and notebook later with `report`.")
 def run(
     profile_name: str,
@@ -64,17 +67,19 @@ def run(
     blocks: int | None,
     model: str | None,
     port: int | None,
+    link: str,
+    seconds: float | None,
     no_report: bool,
 ) -> None:
     """Measure all arms at all concurrencies and write tables, plots and a notebook."""
-    profile = Profile.named(profile_name).with_model(model)
+    profile = with_link(Profile.named(profile_name).with_model(model), link)
     if port is not None:
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))
     levels = _levels(concurrency) if concurrency is not None else profile.load.concurrency
     repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
-    source = sharegpt.locate(sharegpt_file, CACHE / "sharegpt")
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    source = _source(profile, sharegpt_file)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest() if source else ""
     check_sglang()
     plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest)
 
@@ -84,9 +89,10 @@ def run(
     folder.write_json("run.json", plan.to_json())
     if not (folder.path / "environment.json").is_file():
         folder.write_json("environment.json", describe_environment(command_line()))
-    interrupted = _measure(folder, plan, source)
-    if interrupted:
-        click.echo(f"interrupted; go on with: python -m bench run --run {folder.name} (and the same options)", err=True)
+    if not _measure(folder, plan, source, seconds):
+        click.echo(
+            f"not finished; go on with: python -m bench run --run {folder.name} (and the same options)", err=True
+        )
         sys.exit(INTERRUPTED)
     if not no_report:
         build_report(folder, plan)
@@ -118,21 +124,21 @@ main.add_command(summary)
 main.add_command(readme)
 
 
-def _measure(folder: RunFolder, plan: RunPlan, source: Path) -> bool:
-    """Measure what is missing; True when it was interrupted."""
-    cells, done = plan.cells(), folder.store.complete()
-    requests = {c: plan.profile.load.requests_at(c.concurrency) for c in cells}
+def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: float | None) -> bool:
+    """Measure what is missing; False when it was interrupted or out of time."""
+    requests = {c: plan.profile.load.requests_at(c.concurrency) for c in plan.cells()}
+    left = {c for sitting in folder.left(plan) for c in sitting.cells}
     provenance()  # taken before the run: files changed while it goes on are not what was measured
-    progress = ConsoleProgress(sum(requests.values()), sum(requests[c] for c in cells if c in done))
+    progress = ConsoleProgress(sum(requests.values()), sum(n for c, n in requests.items() if c not in left))
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        Runner(folder, plan, sharegpt.first_turns(sharegpt.load(source)), progress).run()
+        turns = sharegpt.first_turns(sharegpt.load(source)) if source else []
+        return Runner(folder, plan, turns, progress, seconds).run()
     except KeyboardInterrupt:
-        return True
+        return False
     finally:
         signal.signal(signal.SIGTERM, previous)
         progress.close()
-    return False
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
@@ -167,7 +173,14 @@ def _at_least(least: int, value: int, flag: str) -> int:
     return value
 
 
-def _source_name(path: Path, given: str | None) -> str:
+def _source(profile: Profile, given: str | None) -> Path | None:
+    """The ShareGPT file; None where requests are random ids."""
+    return sharegpt.locate(given, CACHE / "sharegpt") if profile.load.prompts == "sharegpt" else None
+
+
+def _source_name(path: Path | None, given: str | None) -> str:
+    if path is None:
+        return "random token ids"
     return f"ShareGPT ({path.name if given else f'{sharegpt.PACKAGE} {sharegpt.PACKAGE_VERSION}'})"
 
 

@@ -35,13 +35,16 @@ def check_sglang() -> None:
 
 
 def prepare_engine(config: ServerConfig) -> Engine:
-    """Build the tiny model when the profile asks for one; everything else is only looked up."""
-    environment = {**os.environ, **config.environment}
+    """Build the model when the profile asks for a tiny or random one; everything else is only looked up."""
+    # Times in the log to the millisecond: what happened in a row's steady part is read from it.
+    environment = {**os.environ, "SGLANG_LOG_MS": "1", **config.environment}
     if config.engine == "cpu":
         environment |= cpu_environment(config.ranks)
     model = config.model
     if model.startswith("tiny:"):
         model = str(build_tiny_model(model.removeprefix("tiny:")))
+    if model.startswith("random:"):
+        model = str(build_random_model(model.removeprefix("random:")))
     return Engine(model, environment)
 
 
@@ -70,3 +73,17 @@ def build_tiny_model(name: str) -> Path:
         known = ", ".join(sorted(path.parent.name for path in folder.glob("*/config.json")))
         raise InputError(f"--model: no tiny model {name!r}; known are {known}")
     return folder / name
+
+
+def build_random_model(sizes: str) -> Path:
+    """Configuration and tokenizer of a Qwen3Moe without weights, for `--load-format dummy`; ``sizes`` is KEY=N,..."""
+    from bench.gpu import random_moe  # imports torch
+
+    folder = CACHE / "random_models" / sizes.replace("=", "").replace(",", "-")
+    try:
+        pairs = dict(part.split("=") for part in sizes.split(",") if part)
+        random_moe.write_config(folder, random_moe.MoeSizes(**{key: int(value) for key, value in pairs.items()}))
+    except (ValueError, TypeError):
+        known = ", ".join(random_moe.MoeSizes.__annotations__)
+        raise InputError(f"--model: random:{sizes} is not KEY=N,... with KEY one of {known}") from None
+    return folder

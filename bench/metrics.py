@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from bench.profile import LoadConfig
 from bench.rebalance_log import FAILED, UNCHANGED, LogSummary, mean_of
+from bench.request_log import RequestLog
+from bench.server_log import batch_lines, queue_metrics
+from bench.steady import Targets, client_metrics, steady_metrics, steady_window
 
-# Tidy column -> field of bench_serving's result.
-_FROM_BENCH = {
-    "completed": "completed",
-    "duration_s": "duration",
-    "input_tokens": "total_input_tokens",
-    "output_tokens": "total_output_tokens",
-    "qps": "request_throughput",
-    "output_tokens_per_s": "output_throughput",
-    "mean_concurrency": "concurrency",
-    "p50_ttft_ms": "median_ttft_ms",
-    "p90_ttft_ms": "p90_ttft_ms",
-    "p99_ttft_ms": "p99_ttft_ms",
-    "p50_tpot_ms": "median_tpot_ms",
-    "p90_tpot_ms": "p90_tpot_ms",
-    "p99_tpot_ms": "p99_tpot_ms",
-    "p95_itl_ms": "p95_itl_ms",
-    "p99_itl_ms": "p99_itl_ms",
-}
-PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout")
+PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "remote_node_copies")
 
 
-def latency_metrics(bench: Mapping[str, Any], requests: Mapping[str, list[Any]]) -> dict[str, float]:
-    """TTFT, TPOT, ITL in ms and rates from bench_serving; the largest ITL from its requests: stalls hide under P95."""
-    found = {name: float(bench[field]) for name, field in _FROM_BENCH.items() if bench.get(field) is not None}
-    gaps = [gap for request in requests.get("itls", []) for gap in request]
-    if gaps:
-        found["max_itl_ms"] = 1000.0 * max(gaps)
-    return found
+def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_log: str = "") -> dict[str, float]:
+    """What the requests say, and the server's log of the row about them; latencies in ms, rates in 1/s.
+
+    All but ``completed``, ``duration_s`` and the token totals is of the row's steady part.
+    """
+    ends = log.end[log.ok]
+    found = {
+        "completed": float(log.ok.sum()),
+        "input_tokens": float(log.input_tokens[log.ok].sum()),
+        "output_tokens": float(log.output_tokens.sum()),
+        "duration_s": float(ends.max() - log.start.min()) if len(ends) else 0.0,
+        "silent_requests": float((log.ok & (log.ttft == 0)).sum()),
+    }
+    window = steady_window(log, concurrency, bool(load.request_rate))
+    if window is None:
+        return found
+    targets = Targets(load.slo_ttft_ms, load.slo_tpot_ms, load.stall_ms)
+    found |= steady_metrics(log, window, targets) | client_metrics(log, window)
+    return found | queue_metrics(batch_lines(server_log), log.epoch + window.start, log.epoch + window.end)
 
 
 def placement_metrics(
     server_life: LogSummary, cell: LogSummary, probed: Mapping[str, float] | None = None
 ) -> dict[str, float | int | None]:
-    """Balancedness and fan-outs as the server saw them, each three times.
+    """Balancedness, fan-outs and remote copies as the server saw them, each three times.
 
     ``*_initial``: the placement the server started with, on its first window. ``*_served``: the placement in use
     during the cell, on the traffic of the cell (mean over its rebalances after the first that moved experts).

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
 from pathlib import Path
 
 import numpy as np
 
 from bench.load import send_all
-from bench.profile import LoadConfig, ServerConfig
+from bench.profile import ServerConfig
 from bench.server import Server
+from bench.workload import Workload
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import measure
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.topology import Topology
 
 # SGLang writes its recorder's dumps here; rank 0 alone writes, so one file a dump.
 DUMP_FOLDER_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
 
+MAX_KEPT_TOKENS = 4096
 Placement = dict[str, float]
 
 
@@ -26,18 +28,17 @@ class ProbeFailed(RuntimeError):
     """The server could not say what its placement is worth; the run goes on without the figure."""
 
 
-def probe_placement(
-    server: Server, prompts: Sequence[str], load: LoadConfig, config: ServerConfig, dumps: Path
-) -> Placement:
-    """Balancedness and fan-outs of the placement a server without EPLB keeps, on these prompts.
+def probe_placement(server: Server, work: Workload, config: ServerConfig, dumps: Path, keep: Path) -> Placement:
+    """Balancedness and fan-outs of the placement a server without EPLB keeps, on these requests.
 
-    That placement is SGLang's `trivial` one without redundant experts. Recording stops again before it returns.
+    That placement is SGLang's `trivial` one without redundant experts. Recording stops again before it returns. What
+    was recorded is kept as ``keep``, for plots, unless it is there already.
     """
     dumps.mkdir(parents=True, exist_ok=True)
     before = set(dumps.glob("*.pt"))
     try:
         server.post("/start_expert_distribution_record")
-        send_all(server, prompts, load.output_tokens, concurrency=min(len(prompts), 8))
+        send_all(server, work, concurrency=min(work.requests, 64))
         server.post("/stop_expert_distribution_record")
         server.post("/dump_expert_distribution_record")
     except OSError as error:
@@ -48,6 +49,8 @@ def probe_placement(
     dump = written.pop()
     try:
         window = read_dump(dump)
+        if not keep.is_file():
+            save_window(window, keep)
         return placement_of(window, Topology(config.ranks, config.nodes))
     except InputError as error:
         raise ProbeFailed(str(error)) from None
@@ -78,4 +81,29 @@ def placement_of(window: RoutingWindow, topology: Topology) -> Placement:
         "balancedness": float((1 / traffic.load_max_over_mean).mean()),
         "gpu_fanout": float(traffic.gpu_fanout.mean()),
         "node_fanout": float(traffic.node_fanout.mean()),
+        # If tokens come from all GPUs evenly; the recorder does not know where a token came from.
+        "remote_gpu_copies": float(traffic.gpu_fanout.mean()) * (1 - 1 / topology.num_gpus),
+        "remote_node_copies": float(traffic.node_fanout.mean()) * (1 - 1 / topology.num_nodes),
     }
+
+
+def save_window(window: RoutingWindow, path: Path) -> None:
+    """As a compressed .npz of at most MAX_KEPT_TOKENS sampled tokens, the layers that recorded nothing left out."""
+    layers = np.flatnonzero(window.counts.any(axis=1))
+    assert window.coactivation is not None and window.tokens is not None
+    tokens = window.tokens[layers]
+    real = tokens[:, (tokens[:, :, 0] >= 0).all(axis=0)]
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        counts=window.counts[layers],
+        coactivation=window.coactivation[layers],
+        tokens=real[:, :MAX_KEPT_TOKENS],
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+def load_window(path: Path) -> RoutingWindow:
+    """What :func:`save_window` wrote."""
+    with np.load(path, allow_pickle=False) as data:
+        return RoutingWindow(data["counts"], data["coactivation"], data["tokens"])

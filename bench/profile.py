@@ -25,7 +25,9 @@ PROFILE_DIR = Path(__file__).parent / "profiles"
 class ServerConfig:
     """How the server is started. ``flags`` go to every arm, ``eplb_flags`` to the arms that use EPLB."""
 
-    model: str  # a path, a hub id, `tiny:NAME` (built on the spot for the CPU), or empty: --model must name one
+    # A path, a hub id, `tiny:NAME` (built on the spot for the CPU), `random:KEY=N,...` (sizes of a Qwen3Moe without
+    # weights, see bench.gpu.random_moe), or empty: --model must name one.
+    model: str
     ranks: int
     nodes: int = 1  # more than 1 on a single host: emulated, the ranks are dealt out node by node
     engine: str = "cuda"  # `cpu`: SGLang's CPU engine as bench/cpu_engine completes it
@@ -40,20 +42,27 @@ class ServerConfig:
 class LoadConfig:
     """What is sent. ``requests`` maps concurrency to the number of requests of a cell.
 
+    ``prompts``: `sharegpt` for text, or `random-ids`, for models whose routing is forced so that text does not matter.
     ``input_tokens`` is [shortest, longest] prompt that is taken as it is; ``exact_input_tokens`` instead cuts and
-    joins prompts to one length. ``output_tokens`` is the same for every request (end of sequence ignored).
-    ``request_rate`` in requests/s makes the load open (Poisson arrivals, at most the concurrency in flight);
-    0 is a closed loop.
+    joins prompts to one length. ``output_tokens`` is the same for every request (end of sequence ignored), but for the
+    first of a closed loop if it is to ``stagger`` (see bench.workload). ``request_rate`` in requests/s makes the load
+    open (Poisson arrivals, at most the concurrency in flight); 0 is a closed loop. For ``slo_*`` (0: none) and
+    ``stall_ms`` see bench.steady.Targets.
     """
 
     requests: Mapping[int, int]
     output_tokens: int
+    prompts: str = "sharegpt"
     input_tokens: tuple[int, int] = (4, 1024)
     exact_input_tokens: int = 0
+    stagger: bool = False
     request_rate: float = 0.0
     warmup_requests: int = 16
     warmup_rounds: int = 4
     cell_timeout_s: float = 600.0
+    slo_ttft_ms: float = 0.0
+    slo_tpot_ms: float = 0.0
+    stall_ms: float = 50.0
 
     @property
     def concurrency(self) -> tuple[int, ...]:
@@ -77,6 +86,9 @@ class Profile:
     arms: tuple[str, ...] = ("none", "vanilla", "affinity")
     blocks: int = 1
     seed: int = 1
+    # All arms' servers start at once on the same GPUs and take turns; else one at a time, each for a whole block.
+    arms_side_by_side: bool = False
+    link: str = ""  # between nodes: the machine's own, or `emulatedN`: slowed down to N GB/s (see bench.links)
 
     @staticmethod
     def named(name: str, directory: Path = PROFILE_DIR) -> Profile:
@@ -113,6 +125,8 @@ class Profile:
             raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of nodes")
         if not self.load.requests or min(*self.load.requests, *self.load.requests.values(), 1) < 1:
             raise InputError(f"{source}: [load] requests must be at least 1 at each concurrency of at least 1")
+        if self.load.prompts not in ("sharegpt", "random-ids"):
+            raise InputError(f"{source}: [load] prompts is {self.load.prompts!r}, but must be sharegpt or random-ids")
         if self.blocks < 1 or self.load.output_tokens < 4:
             raise InputError(f"{source}: blocks must be at least 1 and output_tokens at least 4")
 

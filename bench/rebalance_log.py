@@ -11,8 +11,8 @@ from typing import Any
 # One line for each rebalance from rank 0 of the patched server.
 _RECORD = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})\s*$")
 # SGLang's own lines, one for each rank; they do not say whether any expert moved.
-_UPSTREAM_END = re.compile(r"^\[(?P<time>[\d-]+ [\d:]+)(?P<rank>[^\]]*)\] \[EPLBManager\] rebalance end")
-_TIME = re.compile(r"^\[(?P<time>[\d-]+ [\d:]+)")
+_UPSTREAM_END = re.compile(r"^\[(?P<time>[\d-]+ [\d:.]+)(?P<rank>[^\]]*)\] \[EPLBManager\] rebalance end")
+_TIME = re.compile(r"^\[(?P<time>[\d-]+ [\d:.]+)")
 
 APPLIED, UNCHANGED, FAILED, SKIPPED = "applied", "unchanged", "failed", "skipped"
 
@@ -33,6 +33,11 @@ class Rebalance:
     gpu_fanout_after: float | None = None
     node_fanout_before: float | None = None
     node_fanout_after: float | None = None
+    remote_gpu_copies_before: float | None = None
+    remote_gpu_copies_after: float | None = None
+    remote_node_copies_before: float | None = None
+    remote_node_copies_after: float | None = None
+    mode: str | None = None  # synchronous or asynchronous
     round: int | None = None  # counted by the server from its start
     tokens: int | None = None  # token-expert assignments of the window, of the layer that has most
     reason: str | None = None  # why nothing was applied

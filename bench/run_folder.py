@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.profile import LoadConfig, Profile, ServerConfig
-from bench.schedule import CellKey, plan_sessions
+from bench.schedule import CellKey, Sitting, plan_sittings
 from bench.store import Store
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
@@ -31,7 +31,10 @@ class RunPlan:
     prompts_sha256: str
 
     def cells(self) -> list[CellKey]:
-        return [cell for s in plan_sessions(self.arms, self.concurrency, self.blocks) for cell in s.cells]
+        return [cell for sitting in self.sittings() for cell in sitting.cells]
+
+    def sittings(self) -> list[Sitting]:
+        return plan_sittings(self.arms, self.concurrency, self.blocks, self.profile.arms_side_by_side)
 
     def fingerprint(self) -> str:
         """Equal for plans whose cells can be compared: everything but the number of blocks, arms and time limits."""
@@ -72,6 +75,24 @@ class RunFolder:
     @property
     def store(self) -> Store:
         return Store(self.path / "store.jsonl")
+
+    def left(self, plan: RunPlan) -> list[Sitting]:
+        """The sittings of a plan with what they still have to measure.
+
+        Side by side, arms that are compared were measured in one sitting: a block's rows of one concurrency are
+        measured again unless all of them count and share it.
+        """
+        latest = self.store.latest()
+        done = {key for key, record in latest.items() if not record.void}
+        if plan.profile.arms_side_by_side:
+            rows: dict[tuple[int, int], set[CellKey]] = {}
+            for cell in plan.cells():
+                rows.setdefault((cell.block, cell.concurrency), set()).add(cell)
+            for cells in rows.values():
+                if not cells <= done or len({latest[c].provenance.get("sitting") for c in cells}) > 1:
+                    done -= cells
+        left = (Sitting(s.name, tuple(c for c in s.cells if c not in done)) for s in plan.sittings())
+        return [sitting for sitting in left if sitting.cells]
 
     def plan(self) -> RunPlan:
         """The recorded plan; raises InputError when this is not the folder of a run."""
@@ -122,14 +143,20 @@ def _continues(folder: RunFolder, plan: RunPlan, hardware: str) -> str | None:
     try:
         if folder.plan().fingerprint() != plan.fingerprint():
             return "another profile, model or prompts"
-        if folder.environment().get("hardware") != hardware:
+        if _compared(folder.environment().get("hardware", ""), plan) != _compared(hardware, plan):
             return "other hardware"
     except InputError as error:
         return f"an unreadable plan ({error})"
     return None
 
 
+def _compared(hardware: str, plan: RunPlan) -> str:
+    """What must be the same for blocks to add up: with GPUs only these, since lent hosts differ in the rest."""
+    gpus = [part for part in hardware.split(", ") if " cores of " not in part]
+    return ", ".join(gpus) if gpus and plan.profile.server.engine == "cuda" else hardware
+
+
 def _unfinished(folder: RunFolder, plan: RunPlan) -> bool:
     same = folder.plan()
     wanted = (plan.arms, plan.concurrency, plan.blocks)
-    return (same.arms, same.concurrency, same.blocks) == wanted and bool(set(plan.cells()) - folder.store.complete())
+    return (same.arms, same.concurrency, same.blocks) == wanted and bool(folder.left(plan))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 
 from bench.arms import ARMS
 from bench.contention import ContentionMeter
 from bench.engine import CACHE, Engine, prepare_engine
-from bench.environment import now, provenance
-from bench.load import LoadResult, load_command, run_load, warm_up
-from bench.metrics import latency_metrics, placement_metrics
+from bench.environment import now
+from bench.links import link_environment
+from bench.load import LoadClient, LoadResult, own_environment
 from bench.probe import DUMP_FOLDER_VARIABLE, Placement, ProbeFailed, probe_placement
-from bench.rebalance_log import LogSummary
+from bench.record import Measured, record_cell
 from bench.run_folder import RunFolder, RunPlan
-from bench.schedule import CellKey, Session, block_seed, plan_sessions
-from bench.server import Server, ServerFailed, server_command
+from bench.schedule import CellKey, Sitting
+from bench.server import PORT_STEP, Server, ServerFailed, free_port, server_command
 from bench.sharegpt import Turn
+from bench.sitting import Budget, Preparation, measure_cell, warm_up_server
 from bench.store import CellRecord
-from bench.validity import void_reasons
-from bench.workload import Tokenizer, Workload, load_tokenizer, read_prompts, select_prompts, write_workload
+from bench.workload import Workload
 
 
 class Progress:
@@ -33,144 +37,127 @@ class Progress:
 
 
 @dataclass
+class Arms:
+    """The servers of a sitting: those that run, why others do not, and the placements of those without EPLB."""
+
+    servers: dict[str, Server] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    probed: dict[str, Placement | None] = field(default_factory=dict)
+
+
+@dataclass
 class Runner:
     folder: RunFolder
     plan: RunPlan
     turns: list[Turn]
     progress: Progress
+    seconds: float | None = None
 
-    def run(self) -> None:
-        """Measure every session that has cells left; a cell is in the store as soon as it is measured."""
-        profile = self.plan.profile
-        sessions = plan_sessions(self.plan.arms, self.plan.concurrency, self.plan.blocks)
-        left = [s for s in map(self._remaining, sessions) if s.concurrency]
+    def run(self) -> bool:
+        """Measure every sitting that has cells left; a cell is in the store as soon as it is measured.
+
+        False when ``seconds`` were over before everything was measured.
+        """
+        left = self.folder.left(self.plan)
         if not left:
-            return
-        self.progress.say("preparing the model and the prompts")
+            return True
+        budget = Budget(self.seconds)
+        self.progress.say("preparing the model and the requests")
+        profile = self.plan.profile
         engine = prepare_engine(profile.server)
-        engine.environment[DUMP_FOLDER_VARIABLE] = str(self._dumps)
-        tokenizer = load_tokenizer(engine.model)
-        for session in left:
-            self._session(session, engine, self._workloads(session.block, tokenizer))
+        engine.environment[DUMP_FOLDER_VARIABLE] = str(CACHE / "dumps" / self.folder.name)
+        engine.environment.update(link_environment(profile.link, profile.server, engine.environment))
+        prepared = Preparation(self.plan, self.turns, engine.model, CACHE / "prompts" / self.folder.name)
+        log = self.folder.path / "server" / "client.log"
+        with LoadClient(own_environment(engine.environment), log) as client:
+            client.start()
+            return all(self._sit(sitting, engine, prepared, client, budget) for sitting in left)
 
-    @property
-    def _dumps(self) -> Path:
-        return CACHE / "dumps" / self.folder.name
+    def _sit(self, sitting: Sitting, engine: Engine, prepared: Preparation, client: LoadClient, budget: Budget) -> bool:
+        """One start of servers. One that fails voids the cells that it could not serve; the run goes on."""
+        if not budget.in_time():
+            return False
+        stamp = f"{now()}-{os.getpid()}"
+        with ExitStack() as stack:
+            arms = self._start(sitting, engine, stack)
+            works = {block: prepared.workloads(block) for block in {cell.block for cell in sitting.cells}}
+            self._ready(sitting, arms, works[sitting.cells[0].block], prepared, client, budget)
+            for cell in sitting.cells:
+                if not budget.has_room_for(cell.concurrency):
+                    return False
+                work = works[cell.block][cell.concurrency]
+                measured = Measured(cell, work, stamp, arms.probed.get(cell.arm))
+                server = arms.servers.get(cell.arm)
+                if server is None or not server.alive:
+                    why = arms.failed.get(cell.arm, "server ended before this cell")
+                    self._record(measured, LoadResult({}, None, why), server, 0, None)
+                    continue
+                meter, start = ContentionMeter(), server.log_size()
+                show = partial(self._show, cell, work.requests)
+                with budget.measuring(cell.concurrency):
+                    result = measure_cell(cell, work, server, client, self.plan, engine.model, self.folder, show)
+                self._record(measured, result, server, start, meter.other_cores())
+        return True
 
-    def _remaining(self, session: Session) -> Session:
-        done = self.folder.store.complete()
-        return replace(session, concurrency=tuple(c.concurrency for c in session.cells if c not in done))
+    def _start(self, sitting: Sitting, engine: Engine, stack: ExitStack) -> Arms:
+        """Start the sitting's servers, all at once."""
+        config, arms = self.plan.profile.server, Arms()
+        together = len(sitting.arms) > 1
+        for place, name in enumerate(sitting.arms):
+            command = server_command(config, ARMS[name], engine.model, place)
+            if together:  # each looks for free ports by itself, and two would find the same
+                command += ["--nccl-port", str(free_port())]
+            log = self.folder.path / "server" / f"{name if together else sitting.name}.log"
+            port = config.port + PORT_STEP * place
+            arms.servers[name] = Server(command, engine, log, port, config.ready_timeout_s)
+        titles = ", ".join(ARMS[name].title for name in sitting.arms)
+        self.progress.say(f"{sitting.name}: starting {'servers' if together else 'the server'} ({titles})")
 
-    def _workloads(self, block: int, tokenizer: Tokenizer) -> dict[int, Workload]:
-        """Prompts of each concurrency, and of the warm-up (key 0); the same for all arms of a block."""
-        load = self.plan.profile.load
-        seed = block_seed(self.plan.profile.seed, block)
-        folder = CACHE / "prompts" / self.folder.name
-        found = {}
-        for concurrency in (0, *self.plan.concurrency):
-            count = load.requests_at(concurrency) if concurrency else load.warmup_requests
-            prompts = select_prompts(self.turns, tokenizer, load, count, seed=seed * 10_000 + concurrency)
-            found[concurrency] = write_workload(folder / f"b{block}-c{concurrency}.jsonl", prompts)
-        return found
+        def start(name: str) -> None:
+            try:
+                arms.servers[name].__enter__()
+            except (ServerFailed, OSError) as error:
+                arms.failed[name] = str(error)
 
-    def _session(self, session: Session, engine: Engine, work: dict[int, Workload]) -> None:
-        """One server start. A server that fails voids the cells that it could not serve; the run goes on."""
-        arm, config = ARMS[session.arm], self.plan.profile.server
-        command = server_command(config, arm, engine.model)
-        log = self.folder.path / "server" / f"{session.name}.log"
-        left = list(session.cells)
-        self.progress.say(f"{session.name}: starting the server ({arm.title})")
-        try:
-            with Server(command, engine, log, config.port, config.ready_timeout_s) as server:
-                self._warm_up(session, server, work[0])
-                probed = None if arm.uses_eplb else self._probe(server, work[0])
-                while left:
-                    if not server.alive:
-                        raise ServerFailed("server ended before this cell")
-                    self._cell(left[0], server, engine, work[left[0].concurrency], command, probed)
-                    left.pop(0)
-        except (ServerFailed, OSError) as error:
-            for cell in left:
-                nothing = LoadResult({}, {}, str(error))
-                self._record(cell, nothing, work[cell.concurrency], LogSummary((), 0), LogSummary((), 0), command)
+        for server in arms.servers.values():
+            stack.callback(server.stop)
+        began = time.monotonic()
+        with ThreadPoolExecutor(len(sitting.arms)) as pool:
+            list(pool.map(start, sitting.arms))
+        arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}
+        self.progress.say(f"{sitting.name}: {len(arms.servers)} ready after {time.monotonic() - began:.0f} s")
+        return arms
 
-    def _warm_up(self, session: Session, server: Server, work: Workload) -> None:
-        self.progress.say(f"{session.name}: warming up")
-        load = self.plan.profile.load
-        concurrency = max(1, min(max(self.plan.concurrency), load.warmup_requests))
-        warm_up(server, read_prompts(work.path), load, concurrency, ARMS[session.arm].expects_rebalances)
-
-    def _probe(self, server: Server, work: Workload) -> Placement | None:
-        """What the placement of a server without EPLB is worth; None where it cannot be measured."""
-        try:
-            config = self.plan.profile.server
-            return probe_placement(server, read_prompts(work.path), self.plan.profile.load, config, self._dumps)
-        except ProbeFailed as error:
-            self.progress.say(f"placement not measured: {error}")
-            return None
-
-    def _cell(
+    def _ready(
         self,
-        cell: CellKey,
-        server: Server,
-        engine: Engine,
-        work: Workload,
-        command: list[str],
-        probed: Placement | None,
+        sitting: Sitting,
+        arms: Arms,
+        works: dict[int, Workload],
+        prepared: Preparation,
+        client: LoadClient,
+        budget: Budget,
     ) -> None:
-        load = self.plan.profile.load
-        seed = block_seed(self.plan.profile.seed, cell.block)
-        client = load_command(load, work, engine.model, server.port, cell.concurrency, seed)
-        start, meter = server.log_size(), ContentionMeter()
-        result = run_load(
-            client,
-            engine,
-            self.folder.path / "cells" / cell.name,
-            server,
-            load.cell_timeout_s,
-            lambda done: self.progress.request(cell, done, work.requests),
-        )
-        others = meter.other_cores()
-        self._record(cell, result, work, server.summary(), server.summary(start), command, probed, others)
+        """Warm the servers up, in turn, and measure the placement of those that will never log it."""
+        for name, server in arms.servers.items():
+            self.progress.say(f"{sitting.name}: warming up {ARMS[name].title}")
+            try:
+                warm_up_server(server, ARMS[name], works, self.plan, prepared.model, client, budget, self.folder)
+                if not ARMS[name].uses_eplb:
+                    dumps = CACHE / "dumps" / self.folder.name
+                    keep = self.folder.path / "routing.npz"
+                    arms.probed[name] = probe_placement(server, works[0], self.plan.profile.server, dumps, keep)
+            except ProbeFailed as error:
+                self.progress.say(f"placement not measured: {error}")
+            except OSError as error:
+                arms.failed[name] = str(error)
+        arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}
+
+    def _show(self, cell: CellKey, requests: int, done: int) -> None:
+        self.progress.request(cell, done, requests)
 
     def _record(
-        self,
-        cell: CellKey,
-        result: LoadResult,
-        work: Workload,
-        life: LogSummary,
-        during: LogSummary,
-        command: list[str],
-        probed: Placement | None = None,
-        other_cores: float | None = None,
+        self, measured: Measured, result: LoadResult, server: Server | None, start: int, others: float | None
     ) -> None:
-        load = self.plan.profile.load
-        metrics = latency_metrics(result.bench, result.requests)
-        if other_cores is not None:
-            metrics["other_cores"] = other_cores
-        void = void_reasons(
-            ARMS[cell.arm],
-            requested=work.requests,
-            output_tokens=load.output_tokens,
-            concurrency=cell.concurrency,
-            open_loop=bool(load.request_rate),
-            metrics=metrics,
-            server_life=life,
-            cell=during,
-            error=result.error,
-        )
-        flags = command[command.index("--model-path") + 2 :]
-        record = CellRecord(
-            key=cell,
-            finished=now(),
-            requests=work.requests,
-            seed=block_seed(self.plan.profile.seed, cell.block),
-            workload_sha256=work.sha256,
-            metrics=metrics,
-            placement=placement_metrics(life, during, probed),
-            rebalances=during.rebalances,
-            void=void,
-            provenance={**provenance(), "server_flags": flags},
-        )
+        record = record_cell(measured, result, self.plan, self.folder, server, start, others)
         self.folder.store.append(record)
         self.progress.cell(record)

@@ -20,20 +20,16 @@ class CellKey:
 
 
 @dataclass(frozen=True)
-class Session:
-    """One server start: one arm of one block, with its concurrencies in the order in which they are measured."""
+class Sitting:
+    """What is measured between one start of servers and their end: cells, in the order in which they are measured."""
 
-    block: int
-    arm: str
-    concurrency: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return f"b{self.block}-{self.arm}"
+    name: str
+    cells: tuple[CellKey, ...]
 
     @property
-    def cells(self) -> tuple[CellKey, ...]:
-        return tuple(CellKey(self.block, self.arm, c) for c in self.concurrency)
+    def arms(self) -> tuple[str, ...]:
+        """Whose servers run, in order of first use."""
+        return tuple(dict.fromkeys(cell.arm for cell in self.cells))
 
 
 def williams_rows(n: int) -> list[list[int]]:
@@ -48,15 +44,29 @@ def williams_rows(n: int) -> list[list[int]]:
     return rows if n % 2 == 0 else rows + [row[::-1] for row in rows]
 
 
-def plan_sessions(arms: Sequence[str], concurrency: Sequence[int], blocks: int) -> list[Session]:
-    """All arms in every block, in Williams order; the order of concurrency is reversed on alternate blocks."""
+def plan_sittings(
+    arms: Sequence[str], concurrency: Sequence[int], blocks: int, side_by_side: bool = False
+) -> list[Sitting]:
+    """Every arm at every concurrency in every block; the order of concurrency is reversed on alternate blocks.
+
+    One server at a time: a sitting is an arm of a block, and the arms of a block follow each other in Williams order.
+    Side by side: there is one sitting, and the arms take turns at each concurrency, each time in the next Williams
+    order.
+    """
     rows = williams_rows(len(arms))
     rising = tuple(sorted(concurrency))
-    return [
-        Session(block, arms[i], rising if block % 2 == 0 else rising[::-1])
-        for block in range(blocks)
-        for i in rows[block % len(rows)]
-    ]
+    sittings, turns = [], []
+    for block in range(blocks):
+        levels = rising if block % 2 == 0 else rising[::-1]
+        if side_by_side:
+            for level in levels:
+                row = rows[(block + rising.index(level)) % len(rows)]
+                turns += [CellKey(block, arms[i], level) for i in row]
+        else:
+            for i in rows[block % len(rows)]:
+                cells = tuple(CellKey(block, arms[i], level) for level in levels)
+                sittings.append(Sitting(f"b{block}-{arms[i]}", cells))
+    return [Sitting("side-by-side", tuple(turns))] if side_by_side else sittings
 
 
 def block_seed(seed: int, block: int) -> int:

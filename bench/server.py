@@ -20,16 +20,20 @@ from bench.profile import ServerConfig
 from bench.rebalance_log import LogSummary, parse_log
 
 HOST = "127.0.0.1"
+PORT_STEP = 25  # a server with data-parallel attention takes a dozen ports that follow from its first
 
 
 class ServerFailed(RuntimeError):
     """The server ended or was not ready in time; the message is the one line that says why."""
 
 
-def server_command(config: ServerConfig, arm: Arm, model: str) -> list[str]:
-    """The command of one arm. Arms differ only in ``arm.flags`` and, if they use EPLB, ``config.eplb_flags``."""
+def server_command(config: ServerConfig, arm: Arm, model: str, place: int = 0) -> list[str]:
+    """The command of one arm. Arms differ only in ``arm.flags`` and, if they use EPLB, ``config.eplb_flags``.
+
+    Of servers side by side each has another ``place``, and with it ports of its own.
+    """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    command += ["--host", HOST, "--port", str(config.port), *config.flags, *arm.flags]
+    command += ["--host", HOST, "--port", str(config.port + PORT_STEP * place), *config.flags, *arm.flags]
     if arm.uses_eplb:
         command += [*config.eplb_flags, *(["--eplb-affinity-nodes", str(config.nodes)] if config.nodes > 1 else [])]
     return command
@@ -104,10 +108,22 @@ class Server:
             response.read()
 
     def log_size(self) -> int:
-        return self.log.stat().st_size
+        return self.log.stat().st_size if self.log.is_file() else 0
+
+    def log_text(self, start: int | None = None) -> str:
+        """The log since byte ``start``; None: since this server was started."""
+        if not self.log.is_file():
+            return ""
+        with self.log.open("rb") as file:
+            file.seek(self.log_start if start is None else start)
+            return file.read().decode("utf-8", "replace")
 
     def summary(self, start: int | None = None) -> LogSummary:
         """Rebalances since byte ``start`` of the log; None: since this server was started."""
-        with self.log.open("rb") as file:
-            file.seek(self.log_start if start is None else start)
-            return parse_log(file.read().decode("utf-8", "replace"))
+        return parse_log(self.log_text(start))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

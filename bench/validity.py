@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from bench.arms import Arm
 from bench.rebalance_log import FAILED, LogSummary
 
-# A closed loop whose mean number of requests in flight is below this part of the wanted concurrency never
-# reached it (the first and the last requests of a cell always run with fewer).
-REACHED_CONCURRENCY = 0.7
+# Below this part of the wanted concurrency, on average over the steady part, a closed loop did not reach it.
+REACHED_CONCURRENCY = 0.9
+MIN_WHOLE_REQUESTS = 4  # that ran wholly inside the steady part: fewer have no percentiles
+# A load generator that uses more of its one core cannot take tokens as fast as they come.
+BUSY_CLIENT_CORES = 0.9
+# Requests that the client has in flight but no scheduler runs or queues are stuck before or behind the schedulers.
+HELD_BY_SCHEDULERS = 0.8
+# Requests that wait while others decode: more than these found no room and hide in TTFT. New ones always wait a step.
+ADMISSION_QUEUE = 0.1
 
 
 def void_reasons(
     arm: Arm,
     *,
     requested: int,
-    output_tokens: int,
+    wanted_tokens: int,
     concurrency: int,
     open_loop: bool,
     metrics: Mapping[str, float],
@@ -31,14 +38,33 @@ def void_reasons(
     completed = int(metrics.get("completed", 0))
     if completed != requested:
         reasons.append(f"{completed} of {requested} requests completed")
+    elif (got := int(metrics.get("output_tokens", 0))) < 0.98 * wanted_tokens:
+        reasons.append(f"{got} of {wanted_tokens} output tokens arrived")
+    elif silent := int(metrics.get("silent_requests", 0)):
+        reasons.append(f"{silent} requests completed without a token that could be timed")
+    elif (whole := int(metrics.get("whole_requests", 0))) < MIN_WHOLE_REQUESTS:
+        reasons.append(f"{whole} requests ran wholly in the steady part; a row needs {MIN_WHOLE_REQUESTS}: send more")
     else:
-        wanted = requested * output_tokens
-        if (got := int(metrics.get("output_tokens", 0))) < 0.98 * wanted:
-            reasons.append(f"{got} of {wanted} output tokens arrived")
-        in_flight = metrics.get("mean_concurrency", 0.0)
-        if not open_loop and in_flight < REACHED_CONCURRENCY * concurrency:
-            reasons.append(f"concurrency {concurrency} not reached (mean in flight {in_flight:.1f})")
+        reasons += _load_reasons(concurrency, open_loop, metrics)
     return tuple(reasons + _rebalance_reasons(arm, server_life, cell))
+
+
+def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float]) -> list[str]:
+    reasons = []
+    in_flight = metrics["mean_concurrency"]
+    if not open_loop and in_flight < REACHED_CONCURRENCY * concurrency:
+        reasons.append(f"concurrency {concurrency} not reached (mean in flight {in_flight:.1f})")
+    if (cores := metrics.get("client_cores", 0.0)) > BUSY_CLIENT_CORES:
+        reasons.append(f"the load generator was the bottleneck ({cores:.2f} of its one core busy)")
+    elif (lag := metrics.get("client_lag_p99_ms", 0.0)) > metrics.get("p50_chunk_gap_ms", math.inf):
+        gap = metrics["p50_chunk_gap_ms"]
+        reasons.append(f"the load generator was late (event loop lag P99 {lag:.1f} ms, a chunk every {gap:.1f} ms)")
+    held = metrics.get("server_in_flight")
+    if held is not None and in_flight >= 2 and held < HELD_BY_SCHEDULERS * in_flight:
+        reasons.append(f"the schedulers held {held:.1f} of {in_flight:.1f} requests in flight: tokens wait elsewhere")
+    if (queue := metrics.get("server_queue", 0.0)) > max(1.0, ADMISSION_QUEUE * in_flight):
+        reasons.append(f"{queue:.0f} requests waited for room in the server, which hides in TTFT")
+    return reasons
 
 
 def _rebalance_reasons(arm: Arm, server_life: LogSummary, cell: LogSummary) -> list[str]:

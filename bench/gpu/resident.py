@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +22,7 @@ from typing import Any
 from bench.engine import Engine
 from bench.process import last_error, scrub_file, start_group, stop_group
 from bench.schedule import williams_rows
-from bench.server import HOST, Server, ServerFailed
-
-PORT_STEP = 10
+from bench.server import HOST, PORT_STEP, Server, ServerFailed, free_port
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class ResidentServers:
         for number, arm in enumerate(arms):
             at = port + PORT_STEP * number
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
-            command += ["--port", str(at), "--nccl-port", str(_free_port()), *flags, *arm.flags]
+            command += ["--port", str(at), "--nccl-port", str(free_port()), *flags, *arm.flags]
             engine = Engine(str(model), {**self._environment, **arm.environment})
             self.servers[arm.name] = Server(command, engine, folder / f"server-{arm.name}.log", at, ready_timeout_s)
 
@@ -191,9 +188,3 @@ def incomplete(rows: Sequence[Mapping[str, Any]], loads: Sequence[Load]) -> list
         for row in rows
         if row["block"] >= 0 and row["completed"] != requests[row["load"]]
     ]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
