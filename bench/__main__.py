@@ -19,6 +19,7 @@ from bench.engine import CACHE, ROOT, check_sglang
 from bench.environment import command_line, describe_environment, hardware, provenance
 from bench.links import with_link
 from bench.profile import PROFILE_DIR, Profile
+from bench.rehearsal import rehearsal
 from bench.report import build_report
 from bench.run_folder import RunFolder, RunPlan, open_run
 from bench.runner import Runner
@@ -56,6 +57,9 @@ def main() -> None:
 @click.option("--port", type=int, help="Port of the server on 127.0.0.1. Default: the profile's.")
 @click.option("--link", default="", help="nvlink (the machine's own), or emulatedN: N GB/s between nodes.")
 @click.option("--seconds", type=float, help="Start no row that would not be over by then; go on with the same command.")
+@click.option(
+    "--rehearse", is_flag=True, help="The profile's steps on the CPU with a tiny model, before it costs GPU time."
+)
 @click.option("--no-report", is_flag=True, help="Only measure; build tables and notebook later with `report`.")
 def run(
     profile_name: str,
@@ -69,10 +73,13 @@ def run(
     port: int | None,
     link: str,
     seconds: float | None,
+    rehearse: bool,
     no_report: bool,
 ) -> None:
     """Measure all arms at all concurrencies and write tables, plots and a notebook."""
-    profile = with_link(Profile.named(profile_name).with_model(model), link)
+    profile = Profile.named(profile_name)
+    profile = rehearsal(profile) if rehearse else profile.with_model(model)
+    profile = with_link(profile, link)
     if port is not None:
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))

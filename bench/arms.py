@@ -27,14 +27,18 @@ class Arm:
 # Lets the server measure the placement it serves with. With EPLB it records all the time (it adds to what EPLB itself
 # records, alike for both algorithms); without EPLB it records only while it is asked to, between measured rows.
 _RECORDER = "--enable-expert-affinity-recorder"
+_AFFINITY = ("--enable-eplb", "--eplb-algorithm", "affinity", _RECORDER)
 _VANILLA = ("--enable-eplb", "--eplb-algorithm", "deepseek", _RECORDER)
 
 _ARMS = (
     Arm("none", "no EPLB", (_RECORDER,)),
     Arm("vanilla", "vanilla EPLB", _VANILLA, True, True),
-    Arm("affinity", "affinity EPLB", ("--enable-eplb", "--eplb-algorithm", "affinity", _RECORDER), True, True),
+    Arm("affinity", "affinity EPLB", _AFFINITY, True, True),
     # The same server twice: what differs between `vanilla` and `vanilla-again` is noise (the A/A floor).
     Arm("vanilla-again", "vanilla EPLB (A/A)", _VANILLA, True, True),
+    Arm("async", "affinity EPLB, async", (*_AFFINITY, "--eplb-async"), True, True),
+    # Perfectly balanced routing without EPLB: what balance alone could gain. Its outputs are not the model's.
+    Arm("balanced", "balanced routing", (_RECORDER, "--ep-forced-routing", "balanced")),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 

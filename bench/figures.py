@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.compare import block_ratios, compare
+from bench.links import Link
 from bench.metrics import PLACEMENT
 from bench.run_folder import RunFolder, RunPlan
 from bench.stats import noise_floor_pct
@@ -21,7 +22,13 @@ _RATIOS = {
     "p95_itl_ms": "p95_itl_ratio_to_vanilla",
     "qps": "qps_ratio_to_vanilla",
 }
-_PLACEMENT_UNITS = {"balancedness": "mean/max load", "gpu_fanout": "GPUs per token", "node_fanout": "nodes per token"}
+_PLACEMENT_UNITS = {
+    "balancedness": "mean/max load",
+    "gpu_fanout": "GPUs per token",
+    "node_fanout": "nodes per token",
+    "remote_gpu_copies": "copies to other GPUs per token",
+    "remote_node_copies": "copies to other nodes per token",
+}
 
 
 def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure]:
@@ -29,7 +36,7 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
 
     ``ARM.balancedness``, ``ARM.gpu_fanout``, ``ARM.node_fanout``: the placement served, median over rows, interval
     from the least to the largest row. On GPUs also the ratios of the affinity arm to vanilla at the largest concurrency
-    (interval over blocks) and, with an A/A arm, ``noise_floor_pct``. A CPU run gives no speeds: they mean nothing.
+    (interval over blocks) and, with an A/A arm, `bench.noise_floor_pct`. A CPU run gives no speeds: they mean nothing.
     """
     latest = folder.store.latest()
     records = [latest[cell] for cell in plan.cells() if cell in latest and not latest[cell].void]
@@ -38,10 +45,17 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
     frame = tidy(records)
     last = max(records, key=lambda record: record.finished)
     common = _common(last.provenance, folder.environment(), last.finished)
-    rows = _placement(frame, plan)
+    named = [(f"{prefix}.{name}", values) for name, values in _placement(frame, plan)]
     if plan.profile.server.engine != "cpu":
-        rows += _speeds(frame)
-    return [Figure(name=f"{prefix}.{name}", **values, **common) for name, values in rows]
+        kind = Link.of(plan.profile).kind
+        named += [(f"{prefix}.{name}", values) for name, values in _speeds(frame, kind)]
+        named += [(f"bench.{name}", values) for name, values in _noise(frame, kind)]
+    return [Figure(name=name, **values, **common) for name, values in named]
+
+
+def default_prefix(plan: RunPlan) -> str:
+    """`bench.LINK`: `bench.nvlink`, `bench.emulated50`, `bench.cpu`."""
+    return f"bench.{Link.of(plan.profile).name}"
 
 
 _Row = tuple[str, dict[str, Any]]
@@ -65,11 +79,11 @@ def _placement(frame: pd.DataFrame, plan: RunPlan) -> list[_Row]:
     for arm in plan.arms:
         own = frame[frame["arm"] == arm]
         for name in PLACEMENT:
-            served = own[f"{name}_served"].dropna()
-            values = served if len(served) else own[f"{name}_initial"].dropna()
-            if not len(values):
+            columns = [own[c].dropna() for c in (f"{name}_served", f"{name}_initial") if c in own]
+            values = next((found for found in columns if len(found)), None)
+            if values is None:
                 continue
-            emulated = name == "node_fanout" and plan.profile.server.nodes > 1
+            emulated = "node" in name and plan.profile.server.nodes > 1
             rows.append(
                 (f"{arm}.{name}", _values(values, _PLACEMENT_UNITS[name], "emulated" if emulated else "measured"))
             )
@@ -81,7 +95,7 @@ def _values(values: pd.Series, unit: str, kind: str) -> dict[str, Any]:
     return {**{key: round(float(value), 6) for key, value in spread.items()}, "unit": unit, "kind": kind}
 
 
-def _speeds(frame: pd.DataFrame) -> list[_Row]:
+def _speeds(frame: pd.DataFrame, kind: str) -> list[_Row]:
     largest = frame[frame["concurrency"] == frame["concurrency"].max()]
     found = compare(largest, "vanilla", list(_RATIOS))
     rows: list[_Row] = []
@@ -89,11 +103,14 @@ def _speeds(frame: pd.DataFrame) -> list[_Row]:
         one_block = math.isnan(row["lower"])
         interval = {key: round(float(row["ratio" if one_block else key]), 6) for key in ("ratio", "lower", "upper")}
         values = {"value": interval["ratio"], "lower": interval["lower"], "upper": interval["upper"]}
-        rows.append((_RATIOS[row["metric"]], {**values, "unit": "ratio", "kind": "measured"}))
+        rows.append((_RATIOS[row["metric"]], {**values, "unit": "ratio", "kind": kind}))
+    return rows
+
+
+def _noise(frame: pd.DataFrame, kind: str) -> list[_Row]:
+    rows: list[_Row] = []
     noise = block_ratios(frame, "vanilla-again", "vanilla", list(_RATIOS))
     if noise:
         floor = round(noise_floor_pct(noise), 4)
-        rows.append(
-            ("noise_floor_pct", {"value": floor, "lower": floor, "upper": floor, "unit": "%", "kind": "measured"})
-        )
+        rows.append(("noise_floor_pct", {"value": floor, "lower": floor, "upper": floor, "unit": "%", "kind": kind}))
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 
 import pandas as pd
@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.arms import ARMS
-from bench.table import HEADLINE, PLACEMENT_TITLES
+from bench.sections import HEADLINE
+from bench.stats import mean_interval
+from bench.table import PLACEMENT_TITLES
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in print.
 _COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
-_STYLE = {arm: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, arm in enumerate(ARMS)}
+STYLE = {arm: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, arm in enumerate(ARMS)}
 _AXIS = {
     "p50_ttft_ms": "P50 time to first token [ms]",
     "p90_tpot_ms": "P90 time per output token [ms]",
@@ -35,21 +37,24 @@ def png(figure: Figure) -> bytes:
 
 
 def latency_plot(frame: pd.DataFrame, note: str = "") -> Figure:
-    """The four headline metrics against concurrency, one line an arm: median over blocks, bar from least to largest.
+    """The four headline metrics against concurrency, one line an arm: geometric mean over blocks, bar: 95 % interval.
 
-    Rows that do not count are left out.
+    One block has no interval. Rows that do not count are left out.
     """
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     valid = frame[frame["valid"]]
     for axes, metric in zip(figure.subplots(2, 2).flat, HEADLINE, strict=True):
         for arm in _arms(valid):
             rows = valid[valid["arm"] == arm]
-            spread = rows.groupby("concurrency")[metric].agg(["median", "min", "max"])
-            colour, marker = _STYLE[arm]
+            if metric not in rows or rows[metric].isna().all():
+                continue
+            found = {c: mean_interval(v) for c, v in rows.groupby("concurrency")[metric].apply(list).items()}
+            spread = pd.DataFrame.from_dict(found, orient="index", columns=["mean", "lower", "upper"])
+            colour, marker = STYLE[arm]
             axes.errorbar(
                 spread.index,
-                spread["median"],
-                yerr=[spread["median"] - spread["min"], spread["max"] - spread["median"]],
+                spread["mean"],
+                yerr=[(spread["mean"] - spread["lower"]).fillna(0), (spread["upper"] - spread["mean"]).fillna(0)],
                 label=ARMS[arm].title,
                 color=colour,
                 marker=marker,
@@ -60,17 +65,18 @@ def latency_plot(frame: pd.DataFrame, note: str = "") -> Figure:
         _concurrency_axis(axes, valid)
         axes.set_ylabel(_AXIS[metric])
         axes.set_ylim(0, 1.06 * axes.get_ylim()[1])  # a single level must not sit on the upper edge
-    _finish(figure, "Latency and throughput against concurrency", note)
+    finish(figure, "Latency and throughput against concurrency", note)
     return figure
 
 
-def placement_plot(frame: pd.DataFrame, node_title: str = PLACEMENT_TITLES["node_fanout"]) -> Figure:
+def placement_plot(frame: pd.DataFrame, titles: Mapping[str, str] = PLACEMENT_TITLES, note: str = "") -> Figure:
     """Balancedness and fan-outs by arm: the initial placement (pale) and the placement in use (full), over all rows."""
     valid = frame[frame["valid"]]
-    names = [name for name in PLACEMENT_TITLES if f"{name}_initial" in valid and valid[f"{name}_initial"].notna().any()]
-    figure = Figure(figsize=(4.2 * max(len(names), 1), 4.2), layout="constrained")
+    names = [name for name in titles if f"{name}_initial" in valid and valid[f"{name}_initial"].notna().any()]
+    figure = Figure(figsize=(3.6 * max(len(names), 1), 4.2), layout="constrained")
     if not names:
         figure.text(0.5, 0.5, "The server log has no placement figures.", ha="center", va="center")
+        write_note(figure, note)
         return figure
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):
         arms = [arm for arm in _arms(valid) if valid.loc[valid["arm"] == arm, f"{name}_initial"].notna().any()]
@@ -82,17 +88,18 @@ def placement_plot(frame: pd.DataFrame, node_title: str = PLACEMENT_TITLES["node
                 if values.empty:
                     continue
                 height = float(values.median())
-                axes.bar(i + shift, height, width=0.38, color=_STYLE[arm][0], alpha=alpha)
+                axes.bar(i + shift, height, width=0.38, color=STYLE[arm][0], alpha=alpha)
                 axes.annotate(f"{height:.3f}", (i + shift, height), ha="center", va="bottom", fontsize=9)
         axes.set_xticks(range(len(arms)), [ARMS[arm].title for arm in arms])
-        axes.set_title(node_title if name == "node_fanout" else PLACEMENT_TITLES[name])
+        axes.set_title(titles[name], fontsize=10)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
-        _plain(axes)
+        plain(axes)
     figure.suptitle("Placement before (pale) and after (full), on the traffic that was served", fontsize=12)
+    write_note(figure, note)
     return figure
 
 
-def rebalance_plot(rebalances: pd.DataFrame) -> Figure:
+def rebalance_plot(rebalances: pd.DataFrame, note: str = "") -> Figure:
     """Every rebalance in order: experts moved, and GPU fan-out and balancedness of the placement that it found.
 
     Input: columns arm, block, concurrency, moved_experts, result, balancedness_before, gpu_fanout_before, one row a
@@ -107,14 +114,14 @@ def rebalance_plot(rebalances: pd.DataFrame) -> Figure:
     for axes, (column, label) in zip(figure.subplots(len(rows), 1, sharex=True).flat, rows, strict=True):
         for arm in _arms(rebalances):
             own = rebalances[rebalances["arm"] == arm].reset_index(drop=True)
-            colour, marker = _STYLE[arm]
+            colour, marker = STYLE[arm]
             axes.plot(own.index + 1, own[column], color=colour, marker=marker, markersize=4, label=ARMS[arm].title)
         axes.set_ylabel(label)
-        _plain(axes)
+        plain(axes)
     if rebalances.empty:
         figure.text(0.5, 0.5, "No rebalance was measured.", ha="center", va="center")
     figure.axes[-1].set_xlabel("rebalance of the measured rows, in order of time")
-    _finish(figure, "Rebalances", "")
+    finish(figure, "Rebalances", note)
     return figure
 
 
@@ -127,7 +134,7 @@ def ratio_plot(ratios: pd.DataFrame, note: str = "") -> Figure:
         arms = _arms(chosen)
         for i, arm in enumerate(arms):
             own = chosen[chosen["arm"] == arm]
-            colour, marker = _STYLE[arm]
+            colour, marker = STYLE[arm]
             bars = [(own["ratio"] - own["lower"]).fillna(0), (own["upper"] - own["ratio"]).fillna(0)]
             spread = own["concurrency"] * 1.06 ** (i - (len(arms) - 1) / 2)  # beside, not over, each other
             axes.errorbar(spread, own["ratio"], yerr=bars, fmt=marker, color=colour, capsize=3, label=ARMS[arm].title)
@@ -135,7 +142,7 @@ def ratio_plot(ratios: pd.DataFrame, note: str = "") -> Figure:
         _concurrency_axis(axes, chosen)
         axes.set_title(HEADLINE.get(metric, metric).removesuffix(" ms"))
     baseline = ARMS[ratios["baseline"].iloc[0]].title if len(ratios) else "baseline"
-    _finish(figure, f"Ratio to {baseline} (below 1 is less)", note)
+    finish(figure, f"Ratio to {baseline} (below 1 is less)", note)
     return figure
 
 
@@ -152,22 +159,22 @@ def _concurrency_axis(axes: Axes, frame: pd.DataFrame) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlim(levels[0] / math.sqrt(2), levels[-1] * math.sqrt(2))
-    _plain(axes)
+    plain(axes)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     axes.grid(True, axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure: Figure, title: str, note: str) -> None:
+def finish(figure: Figure, title: str, note: str) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    _note(figure, note)
+    write_note(figure, note)
 
 
-def _note(figure: Figure, note: str) -> None:
+def write_note(figure: Figure, note: str) -> None:
     if note:
         figure.supxlabel("\n".join(wrap(note, 150)), fontsize=9, color="#a00000")

@@ -66,6 +66,7 @@ def record_cell(
         server_life=life,
         cell=during,
         error=result.error,
+        speeds=plan.profile.server.engine != "cpu",
     )
     if link.emulated and not result.error and ACTIVE not in life_log:
         void = (*void, f"the server's log does not show the emulated link ({link.title})")

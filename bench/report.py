@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from bench import plots
+from bench import plots, routing_plots
 from bench.compare import compare
 from bench.engine import ROOT
+from bench.links import Link
+from bench.placements import PlacementView, placement_views
+from bench.probe import load_window
 from bench.process import scrub
+from bench.routing_plots import RowTimeline, row_timelines
 from bench.run_folder import RunFolder, RunPlan
+from bench.sections import HEADLINE
 from bench.store import latest_records
-from bench.table import CPU_NOTE, HEADLINE, crowded_warning, node_title, read_table, write_tables
-from sglang_eplb_affinity.files import write_atomically
+from bench.table import (
+    CPU_NOTE,
+    crowded_warning,
+    emulated_note,
+    placement_titles,
+    read_table,
+    write_tables,
+)
+from sglang_eplb_affinity.expert_map import write_atomically
 
 NOTEBOOK = Path(__file__).parent / "notebooks" / "report.py"
 BASELINE = "vanilla"
@@ -32,7 +46,9 @@ class RunData:
     ratios: pd.DataFrame
     markdown: str
     note: str
-    node_title: str  # says so where nodes are emulated
+    placement_titles: dict[str, str]  # say so where nodes are emulated
+    views: list[PlacementView]  # empty if the run recorded no routing
+    timelines: list[RowTimeline]
 
 
 def load_run(path: str | os.PathLike[str]) -> RunData:
@@ -40,14 +56,18 @@ def load_run(path: str | os.PathLike[str]) -> RunData:
     folder = RunFolder(Path(path))
     plan = folder.plan()
     cells = read_table(folder.path)
-    cpu = plan.profile.server.engine == "cpu"
+    cpu, link = plan.profile.server.engine == "cpu", Link.of(plan.profile)
+    notes = [CPU_NOTE, crowded_warning(cells, plan)] if cpu else []
+    routing = folder.path / "routing.npz"
     return RunData(
         cells=cells,
         rebalances=rebalance_table(folder),
         ratios=compare(cells, BASELINE, list(HEADLINE)),
         markdown=(folder.path / "table.md").read_text(encoding="utf-8"),
-        note=" ".join(filter(None, (CPU_NOTE, crowded_warning(cells, plan)))) if cpu else "",
-        node_title=node_title(plan),
+        note=" ".join(filter(None, [*notes, emulated_note(link) if link.emulated else ""])),
+        placement_titles=placement_titles(plan),
+        views=placement_views(load_window(routing), plan.profile.server) if routing.is_file() else [],
+        timelines=row_timelines(folder, plan),
     )
 
 
@@ -70,17 +90,32 @@ def build_report(folder: RunFolder, plan: RunPlan) -> None:
 
 
 def write_plots(folder: RunFolder) -> None:
-    run = load_run(folder.path)
     target = folder.path / "plots"
     target.mkdir(exist_ok=True)
+    for name, figure in plot_figures(load_run(folder.path)).items():
+        write_atomically(target / f"{name}.png", plots.png(figure))
+
+
+def plot_figures(run: RunData) -> dict[str, Figure]:
+    """Every plot of a run, by the name of its file."""
     figures = {
         "latency": plots.latency_plot(run.cells, run.note),
         "ratio_to_vanilla": plots.ratio_plot(run.ratios, run.note),
-        "placement": plots.placement_plot(run.cells, run.node_title),
-        "rebalances": plots.rebalance_plot(run.rebalances),
+        "placement": plots.placement_plot(run.cells, run.placement_titles, run.note),
+        "rebalances": plots.rebalance_plot(run.rebalances, run.note),
+        "rebalances_over_itl": routing_plots.timeline_plot(run.timelines, run.note),
     }
-    for name, figure in figures.items():
-        write_atomically(target / f"{name}.png", plots.png(figure))
+    if run.views:
+        figures["coactivation"] = routing_plots.coactivation_plot(run.views, shown_layers(run.views), run.note)
+        figures["gpu_load"] = routing_plots.load_plot(run.views, run.note)
+        figures["fanout"] = routing_plots.fanout_plot(run.views, run.note)
+    return figures
+
+
+def shown_layers(views: Sequence[PlacementView]) -> list[int]:
+    """The first, a middle and the last layer."""
+    last = len(views[0].coactivation) - 1
+    return sorted({0, last // 2, last})
 
 
 def execute_notebook(folder: RunFolder) -> None:

@@ -73,7 +73,7 @@ class Budget:
     """The time that may be used; ``seconds`` None: any."""
 
     seconds: float | None
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=lambda: time.monotonic())
     _took: dict[int, float] = field(default_factory=dict)
 
     def in_time(self) -> bool:

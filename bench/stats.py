@@ -50,6 +50,22 @@ def ratio_by_block(arm: Mapping[int, float], baseline: Mapping[int, float], conf
     return Ratio(math.exp(center), math.exp(center - margin), math.exp(center + margin), p_value, n)
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Geometric mean of one figure over blocks and its interval (Student's t on the logarithms), NaN for one block.
+
+    Raises ValueError without a value or for one that is not positive.
+    """
+    found = np.array([v for v in values if not math.isnan(v)], dtype=float)
+    if not len(found) or not (found > 0).all():
+        raise ValueError("a geometric mean needs positive values")
+    logs = np.log(found)
+    center = float(logs.mean())
+    if len(logs) < 2:
+        return math.exp(center), math.nan, math.nan
+    margin = float(stats.t.ppf(0.5 + confidence / 2, len(logs) - 1)) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    return math.exp(center), math.exp(center - margin), math.exp(center + margin)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for having looked at all of them (Holm, 1979); NaN stays NaN and counts for nothing."""
     adjusted = [math.nan] * len(p_values)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from bench.engine import ROOT
-from bench.figures import figures_of_run
+from bench.figures import default_prefix, figures_of_run
 from bench.readme_tables import update_tables
 from bench.run_folder import RunFolder
 from bench.summary import dump_figures, load_figures, merge_figures
@@ -38,12 +38,13 @@ def add(files: tuple[str, ...], summary_file: str) -> None:
 
 @summary.command("from-run")
 @click.argument("folder")
-@click.option("--prefix", required=True, help="Of the entries' names, such as bench.cpu.")
+@click.option("--prefix", help="Of the entries' names. Default: bench.LINK, such as bench.nvlink or bench.cpu.")
 @click.option("--output", required=True, help="File to write the entries to, for `summary add`.")
-def from_run(folder: str, prefix: str, output: str) -> None:
+def from_run(folder: str, prefix: str | None, output: str) -> None:
     """Write the headline figures of a run (FOLDER: results/RUN) as summary entries."""
     run = RunFolder(Path(folder))
-    figures = figures_of_run(run, run.plan(), prefix)
+    plan = run.plan()
+    figures = figures_of_run(run, plan, prefix or default_prefix(plan))
     dump_figures(figures, Path(output))
     click.echo(f"{output}: {len(figures)} entries")
 

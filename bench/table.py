@@ -11,14 +11,21 @@ import pandas as pd
 
 from bench.arms import ARMS
 from bench.contention import CROWDED_CORES
-from bench.metrics import PLACEMENT
+from bench.links import Link
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
+from bench.sections import CONDITIONS, HEADLINE, TAILS, metric_table, noise_text, number, original_layout, ratio_table
+from bench.sections import row as row_line
 from bench.store import CellRecord
 from sglang_eplb_affinity.files import write_atomically
 
-HEADLINE = {"p50_ttft_ms": "P50-TTFT ms", "p90_tpot_ms": "P90-TPOT ms", "p95_itl_ms": "P95-ITL ms", "qps": "QPS"}
-PLACEMENT_TITLES = {"balancedness": "balancedness", "gpu_fanout": "GPU fan-out", "node_fanout": "node fan-out"}
+PLACEMENT_TITLES = {
+    "balancedness": "balancedness",
+    "gpu_fanout": "GPU fan-out",
+    "remote_gpu_copies": "copies to other GPUs",
+    "node_fanout": "node fan-out",
+    "remote_node_copies": "copies to other nodes",
+}
 CPU_NOTE = "Measured on a CPU with a small model: these speeds say nothing about a GPU."
 
 
@@ -49,6 +56,9 @@ def _row(record: CellRecord) -> dict[str, Any]:
         "commit": record.provenance.get("commit"),
         "hardware": record.provenance.get("hardware"),
         "sglang": record.provenance.get("versions", {}).get("sglang"),
+        "sitting": record.provenance.get("sitting"),
+        "link": record.provenance.get("link"),
+        "kind": record.provenance.get("kind", "measured"),
     }
 
 
@@ -79,18 +89,30 @@ def over_blocks(frame: pd.DataFrame) -> pd.DataFrame:
 
 def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], missing: Sequence[CellKey] = ()) -> str:
     """table.md: what was measured, latency and throughput, placement, and the rows that do not count."""
-    profile = plan.profile
+    profile, link = plan.profile, Link.of(plan.profile)
+    emulated = f" ({link.title})" if link.emulated else ""
     lines = [f"# {profile.title}", ""]
     lines += [f"- {line}" for line in _facts(plan, environment)]
     if profile.server.engine == "cpu":
         lines += ["", f"**{CPU_NOTE}**"]
+    if link.emulated:
+        lines += ["", f"**{emulated_note(link)}**"]
     if not frame.empty:
         summary = over_blocks(frame)
-        lines += ["", "## Latency and throughput", ""]
-        lines += [*_caveats(frame, plan), ""]
+        rows = list(_rows(frame, summary, plan))
+        lines += ["", f"## Latency and throughput{emulated}", "", *_caveats(frame, plan), "", _STEADY_TEXT, ""]
         lines += latency_table(frame, summary, plan)
-        lines += ["", "## Placement, as the server saw it", "", _PLACEMENT_TEXT, ""]
+        by_cell = {(level, arm): values for level, arm, values in rows if values is not None}
+        lines += ["", f"## In the layout of the original proposal: no EPLB/vanilla/affinity{emulated}", ""]
+        lines += original_layout(by_cell, plan.concurrency, profile.server.engine != "cpu")
+        if ratios := ratio_table(frame):
+            lines += ["", f"## Ratios{emulated}", "", _RATIO_TEXT, "", *ratios, "", noise_text(frame)]
+        if tails := metric_table(rows, TAILS):
+            lines += ["", f"## Tails, stalls and goodput{emulated}", "", _targets_text(plan), "", *tails]
+        lines += ["", f"## Placement, as the server saw it{emulated}", "", _PLACEMENT_TEXT, ""]
         lines += placement_table(frame, summary, plan)
+        if conditions := metric_table(rows, CONDITIONS):
+            lines += ["", f"## Conditions of the rows{emulated}", "", _CONDITIONS_TEXT, "", *conditions]
     lines += _void_list(frame, missing)
     return "\n".join(lines) + "\n"
 
@@ -120,6 +142,38 @@ def crowded_warning(frame: pd.DataFrame, plan: RunPlan) -> str:
     )
 
 
+def emulated_note(link: Link) -> str:
+    return (
+        "Emulated: after every dispatch and combine each GPU waits as long as its bytes to other nodes would take on a "
+        f"link of {link.gb_per_s} GB/s. The nodes are GPUs of one host. Every speed here is of this emulated link."
+    )
+
+
+_STEADY_TEXT = (
+    "All but the counts is of the steady part of each row: from when the wanted number of requests is in flight and "
+    "has first tokens, until no further request starts."
+)
+_RATIO_TEXT = (
+    "Geometric mean over blocks of the paired ratio, 95 % interval (Student's t on the logarithms); bold where it "
+    "differs from 1 after Holm's adjustment over the table (p < 0.05). Below 1 is better for "
+    "latencies, above 1 for QPS."
+)
+_CONDITIONS_TEXT = (
+    "What could make a row lie: requests in flight as the client and as the schedulers saw them, requests that waited "
+    "for room, and how busy and late the load generator was. Rows beyond the limits are void."
+)
+
+
+def _targets_text(plan: RunPlan) -> str:
+    load = plan.profile.load
+    slo = [f"{n} at most {v:g} ms" for n, v in (("TTFT", load.slo_ttft_ms), ("TPOT", load.slo_tpot_ms)) if v]
+    goodput = f"Goodput: requests with {' and '.join(slo)}. " if slo else ""
+    return (
+        f"{goodput}A stall: tokens more than {load.stall_ms:g} ms and 4 median ITLs late; "
+        "requests that stall together count once."
+    )
+
+
 _PLACEMENT_TEXT = (
     "`before -> after`: the placement that the server started with, on its first window, and the placement in use "
     "during the row, on the row's own traffic (not the traffic it was planned on). Balancedness is mean load over "
@@ -141,36 +195,41 @@ def _facts(plan: RunPlan, environment: dict[str, Any]) -> list[str]:
         f"Model {profile.server.model}, {profile.server.ranks} ranks; prompts: {plan.prompts}, {prompt} tokens in, "
         f"{load.output_tokens} out; {rate}, sglang.bench_serving",
         f"Command: `{environment.get('command')}`",
+        *([f"Link: **{link.title}**"] if (link := Link.of(profile)).emulated else []),
     ]
 
 
 def latency_table(frame: pd.DataFrame, summary: pd.DataFrame, plan: RunPlan) -> list[str]:
     """One line for each concurrency and arm; VOID where no block counts."""
     columns = HEADLINE | ({"other_cores": "cores used by others"} if plan.profile.server.engine == "cpu" else {})
-    lines = [_line(["concurrency", "arm", *columns.values()]), _line(["---:", "---"] + ["---:"] * len(columns))]
+    lines = [row_line(["concurrency", "arm", *columns.values()]), row_line(["---:", "---"] + ["---:"] * len(columns))]
     for concurrency, arm, row in _rows(frame, summary, plan):
-        values = ["VOID"] * len(columns) if row is None else [_number(row.get(name)) for name in columns]
-        lines.append(_line([str(concurrency), ARMS[arm].title, *values]))
+        values = ["VOID"] * len(columns) if row is None else [number(row.get(name)) for name in columns]
+        lines.append(row_line([str(concurrency), ARMS[arm].title, *values]))
     return lines
 
 
 def placement_table(frame: pd.DataFrame, summary: pd.DataFrame, plan: RunPlan) -> list[str]:
-    titles = PLACEMENT_TITLES | {"node_fanout": node_title(plan)}
+    titles = placement_titles(plan)
     header = ["concurrency", "arm", "rebalances", "that moved experts", *titles.values()]
-    lines = [_line(header), _line(["---:", "---", "---:", "---:"] + ["---:"] * len(PLACEMENT_TITLES))]
+    lines = [row_line(header), row_line(["---:", "---", "---:", "---:"] + ["---:"] * len(titles))]
     for concurrency, arm, row in _rows(frame, summary, plan):
         if row is None:
-            lines.append(_line([str(concurrency), ARMS[arm].title] + ["VOID"] * (len(header) - 2)))
+            lines.append(row_line([str(concurrency), ARMS[arm].title] + ["VOID"] * (len(header) - 2)))
             continue
-        counts = [_number(row.get(name), 0) for name in ("rebalances", "rebalances_moved")]
-        pairs = [_pair(row.get(f"{name}_initial"), row.get(f"{name}_served")) for name in PLACEMENT]
-        lines.append(_line([str(concurrency), ARMS[arm].title, *counts, *pairs]))
+        counts = [number(row.get(name), 0) for name in ("rebalances", "rebalances_moved")]
+        pairs = [_pair(row.get(f"{name}_initial"), row.get(f"{name}_served")) for name in titles]
+        lines.append(row_line([str(concurrency), ARMS[arm].title, *counts, *pairs]))
     return lines
 
 
-def node_title(plan: RunPlan) -> str:
+def placement_titles(plan: RunPlan) -> dict[str, str]:
+    """Titles by metric; nodes only where there are several, and then emulated, since the profile's host is one."""
     nodes = plan.profile.server.nodes
-    return f"node fan-out ({nodes} emulated nodes)" if nodes > 1 else "node fan-out"
+    if nodes < 2:
+        return {name: title for name, title in PLACEMENT_TITLES.items() if "node" not in name}
+    note = f" ({nodes} emulated nodes)"
+    return {name: title + note * ("node" in name) for name, title in PLACEMENT_TITLES.items()}
 
 
 def _rows(
@@ -194,14 +253,6 @@ def _void_list(frame: pd.DataFrame, missing: Sequence[CellKey]) -> list[str]:
     return ["", "## Rows that do not count", "", *lines] if lines else []
 
 
-def _number(value: Any, digits: int = 2) -> str:
-    return "" if value is None or pd.isna(value) else f"{value:.{digits}f}"
-
-
 def _pair(before: Any, after: Any) -> str:
-    first, second = _number(before, 3), _number(after, 3)
+    first, second = number(before, 3), number(after, 3)
     return " -> ".join(filter(None, (first, second)))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -10,6 +10,8 @@ from bench.rebalance_log import FAILED, LogSummary
 
 # Below this part of the wanted concurrency, on average over the steady part, a closed loop did not reach it.
 REACHED_CONCURRENCY = 0.9
+# Where speeds mean nothing anyway: a CPU server leaves the load generator no core of its own.
+REACHED_CONCURRENCY_ON_CPU = 0.7
 MIN_WHOLE_REQUESTS = 4  # that ran wholly inside the steady part: fewer have no percentiles
 # A load generator that uses more of its one core cannot take tokens as fast as they come.
 BUSY_CLIENT_CORES = 0.9
@@ -30,8 +32,10 @@ def void_reasons(
     server_life: LogSummary,
     cell: LogSummary,
     error: str | None = None,
+    speeds: bool = True,
 ) -> tuple[str, ...]:
-    """Everything that voids a cell; empty for a row that counts."""
+    """Everything that voids a cell; empty for a row that counts. ``speeds``: whether its times mean anything (on a CPU
+    they do not, and are not checked)."""
     if error:  # what is missing besides follows from it
         return (error,)
     reasons = []
@@ -45,15 +49,18 @@ def void_reasons(
     elif (whole := int(metrics.get("whole_requests", 0))) < MIN_WHOLE_REQUESTS:
         reasons.append(f"{whole} requests ran wholly in the steady part; a row needs {MIN_WHOLE_REQUESTS}: send more")
     else:
-        reasons += _load_reasons(concurrency, open_loop, metrics)
+        reasons += _load_reasons(concurrency, open_loop, metrics, speeds)
     return tuple(reasons + _rebalance_reasons(arm, server_life, cell))
 
 
-def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float]) -> list[str]:
+def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float], speeds: bool) -> list[str]:
     reasons = []
     in_flight = metrics["mean_concurrency"]
-    if not open_loop and in_flight < REACHED_CONCURRENCY * concurrency:
+    least = REACHED_CONCURRENCY if speeds else REACHED_CONCURRENCY_ON_CPU
+    if not open_loop and in_flight < least * concurrency:
         reasons.append(f"concurrency {concurrency} not reached (mean in flight {in_flight:.1f})")
+    if not speeds:
+        return reasons
     if (cores := metrics.get("client_cores", 0.0)) > BUSY_CLIENT_CORES:
         reasons.append(f"the load generator was the bottleneck ({cores:.2f} of its one core busy)")
     elif (lag := metrics.get("client_lag_p99_ms", 0.0)) > metrics.get("p50_chunk_gap_ms", math.inf):

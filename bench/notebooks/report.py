@@ -19,15 +19,15 @@
 # %%
 from IPython.display import Image, Markdown, display
 
-from bench import plots
-from bench.report import load_run
+from bench import plots, routing_plots
+from bench.report import load_run, shown_layers
 
 run = load_run(".")  # the notebook is executed in the folder of its run
 display(Markdown(run.markdown))
 
 # %% [markdown]
 # ## Latency and throughput
-# Median over blocks, bars from the least to the largest block. Rows that do not count are left out.
+# Geometric mean over blocks with its 95 % interval (none for a single block). Rows that do not count are left out.
 
 # %%
 display(Image(plots.png(plots.latency_plot(run.cells, run.note))))
@@ -47,16 +47,36 @@ display(run.ratios)
 # of the measured rows, which it was not planned on.
 
 # %%
-display(Image(plots.png(plots.placement_plot(run.cells, run.node_title))))
+display(Image(plots.png(plots.placement_plot(run.cells, run.placement_titles, run.note))))
 
 # %% [markdown]
 # ## Rebalances
 
 # %%
-display(Image(plots.png(plots.rebalance_plot(run.rebalances))))
+display(Image(plots.png(plots.rebalance_plot(run.rebalances, run.note))))
+
+# %% [markdown]
+# Rebalances over the inter-token latency of one row of each arm, at the largest concurrency.
+
+# %%
+display(Image(plots.png(routing_plots.timeline_plot(run.timelines, run.note))))
+
+# %% [markdown]
+# ## Co-activation, load and fan-out under each placement
+# Not measured but computed: from the routing that the run recorded on the server without EPLB, each placement is
+# planned on one half of the tokens and shown on the other half. Slots are in the order of GPUs; what lies inside the
+# blocks on the diagonal stays on a GPU.
+
+# %%
+if run.views:
+    display(Image(plots.png(routing_plots.coactivation_plot(run.views, shown_layers(run.views), run.note))))
+    display(Image(plots.png(routing_plots.load_plot(run.views, run.note))))
+    display(Image(plots.png(routing_plots.fanout_plot(run.views, run.note))))
+else:
+    display(Markdown("The run recorded no routing (it had no server without EPLB)."))
 
 # %% [markdown]
 # ## All rows
 
 # %%
-display(run.cells.drop(columns=["hardware", "commit", "sglang"]))
+display(run.cells.drop(columns=["hardware", "commit", "sglang", "sitting"]))

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.__main__ import main
-from bench.figures import figures_of_run
+from bench.figures import default_prefix, figures_of_run
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
 from bench.store import CellRecord
@@ -46,7 +46,19 @@ def test_ratios_are_those_of_the_largest_concurrency_with_an_interval(run_folder
     assert ratio.value == pytest.approx(0.909, abs=1e-3)
     assert 0.88 < ratio.lower < ratio.value < ratio.upper < 0.94
     assert figures["bench.nvlink.qps_ratio_to_vanilla"].value == pytest.approx(1 / 0.909, abs=1e-3)
-    assert "bench.nvlink.noise_floor_pct" not in figures
+    assert "bench.noise_floor_pct" not in figures
+
+
+def test_figures_of_an_emulated_link_say_so_and_are_named_after_it(run_folder: RunFolder, plan: RunPlan) -> None:
+    plan = gpu_plan(plan, "vanilla", "affinity")
+    plan = replace(plan, profile=replace(plan.profile, link="emulated25"))
+    for arm in plan.arms:
+        run_folder.store.append(measured(CellKey(0, arm, 1), 1.0))
+    assert default_prefix(plan) == "bench.emulated25"
+    figures = {f.name: f for f in figures_of_run(run_folder, plan, default_prefix(plan))}
+    assert figures["bench.emulated25.p50_ttft_ratio_to_vanilla"].kind == "emulated"
+    assert default_prefix(gpu_plan(plan, "vanilla")) == "bench.emulated25"
+    assert default_prefix(run_folder.plan()) == "bench.cpu"
 
 
 def test_an_a_a_arm_gives_the_noise_floor(run_folder: RunFolder, plan: RunPlan) -> None:
@@ -54,7 +66,7 @@ def test_an_a_a_arm_gives_the_noise_floor(run_folder: RunFolder, plan: RunPlan) 
     for block in range(3):
         run_folder.store.append(measured(CellKey(block, "vanilla", 1), 1.0))
         run_folder.store.append(measured(CellKey(block, "vanilla-again", 1), 1.02))
-    figures = {f.name: f for f in figures_of_run(run_folder, plan, "bench")}
+    figures = {f.name: f for f in figures_of_run(run_folder, plan, "bench.nvlink")}
     assert figures["bench.noise_floor_pct"].value == pytest.approx(2.0, abs=0.01)
 
 

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from bench import probe
-from bench.probe import ProbeFailed, placement_of, probe_placement
-from bench.profile import LoadConfig, ServerConfig
+from bench.probe import ProbeFailed, load_window, placement_of, probe_placement
+from bench.profile import ServerConfig
+from bench.workload import Workload
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.topology import Topology
 
 CONFIG = ServerConfig(model="m", ranks=4, nodes=2)
-LOAD = LoadConfig(requests={1: 4}, output_tokens=8)
 
 
 def window(*tokens: tuple[int, int]) -> RoutingWindow:
@@ -25,6 +25,8 @@ def test_figures_by_hand() -> None:
     found = placement_of(window((0, 1), (0, 2), (0, 7)), Topology(4, 2))
     assert found["gpu_fanout"] == pytest.approx((1 + 2 + 2) / 3)
     assert found["node_fanout"] == pytest.approx((1 + 1 + 2) / 3)
+    assert found["remote_gpu_copies"] == pytest.approx(0.75 * 5 / 3)
+    assert found["remote_node_copies"] == pytest.approx(0.5 * 4 / 3)
     assert found["balancedness"] == pytest.approx((6 / 4) / 4)  # GPU 0 has 4 of 6 assignments
 
 
@@ -60,16 +62,20 @@ class FakeServer:
 
 
 def run_probe(folder: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    (folder / "routing").mkdir()
     monkeypatch.setattr(probe, "send_all", lambda *_, **__: server.asked.append("requests"))
     monkeypatch.setattr(probe, "read_dump", lambda path: window((0, 1), (0, 2), (0, 7)))
-    return probe_placement(server, ["a", "b"], LOAD, CONFIG, folder)
+    return probe_placement(server, Workload(folder / "w", 2, 16, ""), CONFIG, folder, folder / "routing" / "w.npz")
 
 
 def test_recording_covers_the_requests_and_the_dump_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = FakeServer(tmp_path, dumps=1)
     assert run_probe(tmp_path, server, monkeypatch)["node_fanout"] == pytest.approx(4 / 3)
     assert [path.split("_")[0] for path in server.asked] == ["/start", "requests", "/stop", "/dump"]
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.pt"))
+    kept = load_window(tmp_path / "routing" / "w.npz")
+    assert kept.tokens is not None and sorted(kept.tokens[0].tolist()) == [[0, 1], [0, 2], [0, 7]]
+    assert kept.counts[0, 0] == 3
 
 
 @pytest.mark.parametrize(("dumps", "said"), [(None, "refused"), (0, "found 0"), (2, "found 2")])

@@ -1,10 +1,16 @@
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.arms import ARMS
+from bench.emulated_link.settings import LinkSettings
+from bench.engine import build_random_model
+from bench.links import Link, link_environment, with_link
 from bench.profile import PROFILE_DIR, Profile
-from bench.server import server_command
+from bench.rehearsal import rehearsal
+from bench.server import PORT_STEP, server_command
 from sglang_eplb_affinity.errors import InputError
 
 MINIMAL = '[server]\nmodel = "m"\nranks = 2\n[load]\noutput_tokens = 8\n[load.requests]\n4 = 40\n16 = 80\n'
@@ -40,6 +46,7 @@ def test_requests_between_the_profiles_points() -> None:
         (MINIMAL.replace("output_tokens = 8", "output_tokens = 1"), "output_tokens"),
         ('arms = ["quick"]\n' + MINIMAL, "quick"),
         ("blocks = 0\n" + MINIMAL, "blocks"),
+        (MINIMAL.replace("output_tokens = 8", 'output_tokens = 8\nprompts = "poems"'), "poems"),
         (MINIMAL.replace("ranks = 2", 'ranks = 2\nengine = "tpu"'), "tpu"),
     ],
 )
@@ -47,6 +54,50 @@ def test_a_wrong_profile_is_refused_with_its_name(text: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         parse(text)
     assert "p.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_rehearsal_keeps_arms_turns_and_routing_and_leaves_the_gpu() -> None:
+    profile = Profile.named("h200-x2")
+    small = rehearsal(profile)
+    assert (small.arms, small.arms_side_by_side, small.load.stagger) == (profile.arms, True, True)
+    assert (small.server.engine, small.server.ranks, small.link) == ("cpu", 2, "")
+    assert "replay:bench/data/tiny_moe_test.npz,layers=cycle" in small.server.flags
+    assert "deepep" not in small.server.flags and sum(small.load.requests.values()) < 100
+
+
+def test_an_emulated_link_makes_each_gpu_a_node_and_is_in_the_title() -> None:
+    profile = with_link(Profile.named("h200-x4"), "emulated25")
+    assert (profile.server.nodes, Link.of(profile)) == (4, Link("emulated25", 25))
+    assert "emulated link, 25 GB/s" in profile.title and Link.of(profile).kind == "emulated"
+    halves = replace(profile.server, nodes=2)
+    assert with_link(replace(Profile.named("h200-x4"), server=halves), "emulated25").server.nodes == 2
+    plain = with_link(Profile.named("h200-x4"), "nvlink")
+    assert plain == Profile.named("h200-x4") and Link.of(plain) == Link("nvlink")
+    assert Link.of(Profile.named("cpu")).name == "cpu"
+    environment = link_environment(profile.link, profile.server, {"PYTHONPATH": "site"})
+    assert LinkSettings.of(environment) == LinkSettings(25.0, 4)
+    assert environment["PYTHONPATH"].endswith("site") and link_environment("", profile.server, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "said"),
+    [
+        ("h200-x2", "infiniband", "'infiniband' is unknown; use nvlink, or emulatedN"),
+        ("h200-x2", "emulated0", "emulatedN"),
+        ("cpu", "emulated50", "does not serve with --moe-a2a-backend deepep"),
+    ],
+)
+def test_a_link_that_cannot_be_is_refused(name: str, link: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        with_link(Profile.named(name), link)
+
+
+def test_a_random_model_is_written_from_its_sizes() -> None:
+    config = json.loads((build_random_model("layers=2,hidden=64,heads=2,kv_heads=1") / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"], config["num_experts"]) == (2, 64, 64)
+    for wrong in ("depth=2", "layers", "layers=two"):
+        with pytest.raises(InputError, match=r"is not KEY=N,\.\.\. with KEY one of layers, hidden"):
+            build_random_model(wrong)
 
 
 def test_a_profile_without_a_model_wants_one() -> None:
@@ -63,6 +114,13 @@ def test_arms_differ_only_in_their_flags() -> None:
     assert vanilla == [*common, *ARMS["vanilla"].flags, "--x", "4"]
     assert "--x" not in none
     assert [(v, a) for v, a in zip(vanilla, affinity, strict=True) if v != a] == [("deepseek", "affinity")]
+
+
+def test_servers_side_by_side_have_ports_of_their_own() -> None:
+    config = parse(MINIMAL).server
+    first, second = (server_command(config, ARMS["none"], "m", place) for place in (0, 1))
+    changed = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+    assert changed == [(str(config.port), str(config.port + PORT_STEP))]
 
 
 def test_emulated_nodes_are_told_to_arms_with_eplb() -> None:

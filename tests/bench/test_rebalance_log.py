@@ -11,6 +11,12 @@ def test_reads_every_rebalance_of_a_patched_server(affinity_log: str) -> None:
     assert (summary.moved, summary.upstream_ends, summary.malformed) == (1, 2, 0)
 
 
+def test_times_to_the_millisecond_are_read(affinity_log: str) -> None:
+    fine = affinity_log.replace(" TP", ".250 TP")
+    assert parse_log(fine).rebalances[0].time == "2026-11-21 20:05:59.250"
+    assert parse_log(fine).upstream_ends == parse_log(affinity_log).upstream_ends
+
+
 def test_unpatched_server_counts_rebalances_once_not_per_rank(unpatched_log: str) -> None:
     summary = parse_log(unpatched_log)
     assert summary.rebalances == () and summary.upstream_ends == 1

@@ -49,6 +49,32 @@ def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path: Path, plan: RunPl
         open_run(tmp_path, "one", plan, machine)
 
 
+def test_with_gpus_only_these_must_be_the_same(tmp_path: Path, plan: RunPlan) -> None:
+    cuda = replace(plan, profile=replace(plan.profile, server=replace(plan.profile.server, engine="cuda")))
+    folder = begin(tmp_path, "one", cuda)
+    folder.write_json("environment.json", {"hardware": "2 x NVIDIA H200, 32 cores of A"})
+    assert open_run(tmp_path, "one", cuda, "2 x NVIDIA H200, 16 cores of B")[1]
+    with pytest.raises(InputError, match="other hardware"):
+        open_run(tmp_path, "one", cuda, "4 x NVIDIA H200, 32 cores of A")
+
+
+def side_by_side(plan: RunPlan) -> RunPlan:
+    return replace(plan, profile=replace(plan.profile, arms_side_by_side=True))
+
+
+def test_rows_side_by_side_are_compared_within_one_sitting(tmp_path: Path, plan: RunPlan) -> None:
+    plan = side_by_side(plan)
+    folder = begin(tmp_path, "one", plan)
+    row, sittings = plan.cells()[:3], ("first", "first", "second")
+    assert {cell.concurrency for cell in row} == {1}
+    for cell, sitting in zip(row, sittings, strict=True):
+        record = make_record(cell)
+        folder.store.append(replace(record, provenance=record.provenance | {"sitting": sitting}))
+    assert folder.left(plan)[0].cells == tuple(plan.cells())
+    folder.store.append(replace(record, provenance=record.provenance | {"sitting": "first"}))
+    assert folder.left(plan)[0].cells == tuple(plan.cells()[3:])
+
+
 def test_more_blocks_may_be_added_to_a_named_run(tmp_path: Path, plan: RunPlan) -> None:
     folder = begin(tmp_path, "one", plan)
     assert open_run(tmp_path, "one", replace(plan, blocks=3), MACHINE) == (folder, True)

@@ -10,60 +10,78 @@ from typing import Any
 import pytest
 
 from bench import runner as runner_module
+from bench import sitting as sitting_module
 from bench.engine import Engine
 from bench.load import LoadResult
 from bench.probe import ProbeFailed
-from bench.rebalance_log import LogSummary, Rebalance
 from bench.run_folder import RunFolder, RunPlan
 from bench.runner import Progress, Runner
 from bench.schedule import CellKey
 from bench.server import ServerFailed
 from bench.sharegpt import Turn
+from bench.workload import Workload, requests_of
+from tests.bench.loads import closed_loop
 
-MOVED = Rebalance("applied", moved_experts=3, gpu_fanout_before=1.9, gpu_fanout_after=1.5)
+MOVED = (
+    '[2026-11-21 20:05:09.5 TP0] [eplb-affinity] rebalance {"result": "applied", "moved_experts": 3, '
+    '"gpu_fanout_before": 1.9, "gpu_fanout_after": 1.5}\n'
+)
 Event = tuple[str, str]
 
 
 class Bench:
-    """Stands in for servers and load; notes what happened in order. ``trouble`` may raise for a cell or a session."""
+    """Stands in for servers and load; notes what happened in order. ``trouble`` may raise for a cell or a server."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.trouble: Callable[[str], None] = lambda name: None
-        self.arm = ""
 
     def server(self, command: list[str], engine: Engine, log: Path, port: int, timeout: float) -> FakeServer:
-        return FakeServer(self, log.stem)
-
-    def load(self, command: list[str], engine: Engine, folder: Path, *rest: Any) -> LoadResult:
-        self.trouble(folder.name)
-        self.events.append(("cell", folder.name))
-        level, sent = (int(command[command.index(flag) + 1]) for flag in ("--max-concurrency", "--num-prompts"))
-        bench = {"completed": sent, "total_output_tokens": sent * 32, "concurrency": level, "request_throughput": 1.0}
-        bench |= {"median_ttft_ms": 1.0, "p90_tpot_ms": 1.0, "p95_itl_ms": 1.0}
-        return LoadResult(bench, {"itls": [[0.5, 0.25]]})
+        return FakeServer(self, command, log.stem, port)
 
 
 class FakeServer:
-    port = 1
-    alive = True
-
-    def __init__(self, bench: Bench, session: str) -> None:
-        self.bench, self.session = bench, session
+    def __init__(self, bench: Bench, command: list[str], name: str, port: int) -> None:
+        self.bench, self.command, self.name, self.port = bench, command, name, port
+        self.alive = False
 
     def __enter__(self) -> FakeServer:
-        self.bench.trouble(self.session)
-        self.bench.events.append(("start", self.session))
+        self.bench.trouble(self.name)
+        self.bench.events.append(("start", self.name))
+        self.alive = True
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.bench.events.append(("stop", self.session))
+    def stop(self) -> None:
+        if self.alive:
+            self.bench.events.append(("stop", self.name))
+        self.alive = False
 
     def log_size(self) -> int:
         return 0
 
-    def summary(self, start: int | None = None) -> LogSummary:
-        return LogSummary(() if "none" in self.session else (MOVED, MOVED), 0)
+    def log_text(self, start: int | None = None) -> str:
+        return "" if "none" in self.name else MOVED
+
+
+class FakeClient:
+    """A load generator that is busy for as long as the requests say, in no time."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def __enter__(self) -> FakeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self) -> None: ...
+
+    def run(self, arguments: list[str], work: Workload, folder: Path, server: FakeServer, *rest: Any) -> LoadResult:
+        self.bench.trouble(folder.name)
+        self.bench.events.append(("cell", folder.name))
+        assert arguments[arguments.index("--port") + 1] == str(server.port)
+        level = int(arguments[arguments.index("--max-concurrency") + 1])
+        return LoadResult({}, closed_loop(level, [r.output_tokens for r in requests_of(work.path)]))
 
 
 class Characters:
@@ -79,10 +97,10 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     bench = Bench()
     monkeypatch.setattr(runner_module, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(runner_module, "Server", bench.server)
-    monkeypatch.setattr(runner_module, "run_load", bench.load)
+    monkeypatch.setattr(runner_module, "LoadClient", lambda *_: FakeClient(bench))
     monkeypatch.setattr(runner_module, "prepare_engine", lambda config: Engine("model", {}))
-    monkeypatch.setattr(runner_module, "load_tokenizer", lambda model: Characters())
-    monkeypatch.setattr(runner_module, "warm_up", lambda *_: 2)
+    monkeypatch.setattr(sitting_module, "load_tokenizer", lambda model: Characters())
+    monkeypatch.setattr(runner_module, "warm_up_server", lambda *_: 2)
     monkeypatch.setattr(runner_module, "probe_placement", lambda *_: {"gpu_fanout": 1.8})
     return bench
 
@@ -94,13 +112,17 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def measure(folder: RunFolder, plan: RunPlan) -> None:
+def measure(folder: RunFolder, plan: RunPlan, seconds: float | None = None) -> bool:
     turns = [Turn("x" * 20 + str(n), "answer") for n in range(500)]
-    Runner(folder, plan, turns, Progress()).run()
+    return Runner(folder, plan, turns, Progress(), seconds).run()
 
 
 def cells(bench: Bench) -> list[str]:
     return [name for event, name in bench.events if event == "cell"]
+
+
+def side_by_side(plan: RunPlan) -> RunPlan:
+    return replace(plan, profile=replace(plan.profile, arms_side_by_side=True))
 
 
 def test_every_cell_is_measured_with_one_server_start_an_arm(bench: Bench, folder: RunFolder, plan: RunPlan) -> None:
@@ -182,5 +204,70 @@ def test_a_server_without_eplb_is_probed_and_a_failed_probe_costs_only_the_figur
 def test_records_say_where_they_come_from(bench: Bench, folder: RunFolder, plan: RunPlan) -> None:
     measure(folder, plan)
     record = folder.store.latest()[CellKey(0, "affinity", 4)]
-    assert {"hardware", "versions", "commit", "server_flags"} <= set(record.provenance)
-    assert "affinity" in record.provenance["server_flags"] and record.metrics["max_itl_ms"] == 500.0
+    assert {"hardware", "versions", "commit", "server_flags", "sitting", "link"} <= set(record.provenance)
+    assert "affinity" in record.provenance["server_flags"] and record.metrics["max_itl_ms"] == pytest.approx(
+        20.0, rel=0.01
+    )
+    assert record.provenance["kind"] == "measured" and record.provenance["link"] == "cpu"
+    assert (folder.path / "cells" / "b0-affinity-c4" / "timeline.npz").is_file()
+
+
+def test_arms_side_by_side_start_once_and_take_turns(bench: Bench, folder: RunFolder, plan: RunPlan) -> None:
+    plan = side_by_side(replace(plan, blocks=2))
+    assert measure(folder, plan)
+    assert sorted(name for event, name in bench.events if event == "start") == ["affinity", "none", "vanilla"]
+    assert cells(bench) == [cell.name for cell in plan.cells()]
+    assert {event for event, _ in bench.events[-3:]} == {"stop"}
+    assert folder.store.complete() == set(plan.cells())
+    assert len({record.provenance["sitting"] for record in folder.store.records()}) == 1
+    flags = [record.provenance["server_flags"] for record in folder.store.records()[:3]]
+    assert len({f[f.index("--nccl-port") + 1] for f in flags}) == 3
+
+
+def test_an_arm_that_does_not_start_beside_the_others_voids_its_own_rows(
+    bench: Bench, folder: RunFolder, plan: RunPlan
+) -> None:
+    def fail(name: str) -> None:
+        if name == "vanilla":
+            raise ServerFailed("no memory")
+
+    bench.trouble = fail
+    measure(folder, side_by_side(plan))
+    latest = folder.store.latest()
+    assert {key.arm for key, record in latest.items() if record.void} == {"vanilla"}
+    assert latest[CellKey(0, "vanilla", 1)].void == ("no memory",)
+    bench.events, bench.trouble = [], lambda name: None
+    measure(folder, side_by_side(plan))
+    assert len(cells(bench)) == 6  # rows that are compared come from one sitting
+    assert folder.store.complete() == set(plan.cells())
+
+
+def test_a_run_stops_in_time_and_goes_on(
+    bench: Bench, folder: RunFolder, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(sitting_module.time, "monotonic", lambda: clock[0])
+
+    def tick(name: str) -> None:
+        clock[0] += 10.0 if name.startswith("b") and "-c" in name else 0.0
+
+    bench.trouble = tick
+    plan = side_by_side(replace(plan, blocks=2))
+    # Row 5 would be over after 50 s; the 4th is as long as the 1st of its concurrency.
+    assert not measure(folder, plan, seconds=45.0)
+    assert cells(bench) == [cell.name for cell in plan.cells()[: len(cells(bench))]] and len(cells(bench)) in (4, 5)
+    bench.events, clock[0] = [], 0.0
+    assert measure(folder, plan, seconds=1000.0)
+    assert cells(bench)[0] == plan.cells()[3].name  # the rows of a concurrency that was not finished, again
+    assert folder.store.complete() == set(plan.cells())
+    bench.events.clear()
+    assert measure(folder, plan, seconds=0.0) and not bench.events
+
+
+def test_a_row_without_the_emulated_link_in_its_log_is_void(bench: Bench, folder: RunFolder, plan: RunPlan) -> None:
+    server = replace(plan.profile.server, engine="cuda")
+    plan = replace(plan, profile=replace(plan.profile, link="emulated50", server=server), arms=("vanilla",))
+    measure(folder, plan)
+    (reason,) = folder.store.latest()[CellKey(0, "vanilla", 1)].void
+    assert reason == "the server's log does not show the emulated link (emulated link, 50 GB/s a GPU between nodes)"
+    assert folder.store.latest()[CellKey(0, "vanilla", 1)].provenance["kind"] == "emulated"

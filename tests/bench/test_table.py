@@ -1,13 +1,22 @@
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
-from bench.report import build_report, load_run
-from bench.run_folder import RunFolder
+from bench.engine import ROOT
+from bench.probe import save_window
+from bench.report import build_report, load_run, plot_figures
+from bench.routing_plots import inside
+from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
+from bench.server_log import unix_time
+from bench.steady import timeline
 from bench.table import CPU_NOTE, over_blocks, tidy, write_tables
+from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
 from tests.bench.conftest import make_record
+from tests.bench.loads import closed_loop
 
 
 def test_csv_and_parquet_hold_the_same_table(run_folder: RunFolder) -> None:
@@ -31,8 +40,8 @@ def test_figures_and_placement_are_shown(run_folder: RunFolder) -> None:
     write_tables(run_folder, run_folder.plan())
     lines = (run_folder.path / "table.md").read_text().splitlines()
     assert "| 1 | affinity EPLB | 90.00 | 18.00 | 27.00 | 2.22 | 0.05 |" in lines
-    assert "| 1 | affinity EPLB | 2 | 1 | 0.700 -> 0.940 | 1.900 -> 0.940 |  |" in lines
-    assert "| 1 | no EPLB | 0 | 0 |  |  |  |" in lines
+    assert "| 1 | affinity EPLB | 2 | 1 | 0.700 -> 0.940 | 1.900 -> 0.940 |  |  |  |" in lines
+    assert "| 1 | no EPLB | 0 | 0 |  |  |  |  |  |" in lines
 
 
 def test_a_cpu_run_says_that_its_speeds_mean_nothing_for_a_gpu(run_folder: RunFolder) -> None:
@@ -86,3 +95,70 @@ def test_a_run_without_any_cell_still_has_tables(run_folder: RunFolder) -> None:
 def test_rebalances_of_void_cells_are_left_out(run_folder: RunFolder) -> None:
     write_tables(run_folder, run_folder.plan())
     assert set(load_run(run_folder.path).rebalances["concurrency"]) == {1}
+
+
+def gpu_run(folder: RunFolder, link: str = "") -> RunPlan:
+    """Three blocks of vanilla and affinity (and vanilla again) at concurrency 64 and 2048, on a made-up GPU host."""
+    plan = folder.plan()
+    server = replace(plan.profile.server, engine="cuda", nodes=2 if link else 1)
+    profile = replace(plan.profile, server=server, link=link)
+    plan = replace(
+        plan, profile=profile, arms=("vanilla", "affinity", "vanilla-again"), blocks=3, concurrency=(64, 2048)
+    )
+    folder.store.path.unlink()
+    for cell in plan.cells():
+        gain = {"affinity": 0.9, "vanilla-again": 1.01}.get(cell.arm, 1.0)
+        record = make_record(cell, scale=gain * (1 + 0.01 * cell.block * (cell.arm == "affinity")), served=0.9)
+        more = {"p99_itl_ms": 55.5, "goodput_qps": 1.5, "client_cores": 0.41}
+        folder.store.append(replace(record, metrics=record.metrics | more))
+    folder.write_json("run.json", plan.to_json())
+    return plan
+
+
+def test_published_figures_are_beside_ours_and_marked(run_folder: RunFolder) -> None:
+    write_tables(run_folder, gpu_run(run_folder))
+    text = (run_folder.path / "table.md").read_text()
+    assert "| 2048 | ours | -/100.00/90.90 |" in text
+    assert "| 2048 | theirs | 1470.45/1463.95/1480.91 | 85.15/84.60/81.39 | 102.87/100.21/97.08 |" in text
+    assert "| 128 | theirs | 539.93/537.22/541.04 | 49.18/49.10/49.10 | - | 2.36/2.36/2.36 |" in text
+    assert "theirs: published with antgroup/sglang pull request 2, on other hardware and another model" in text
+
+
+def test_ratios_have_intervals_and_the_noise_floor_beside_them(run_folder: RunFolder) -> None:
+    write_tables(run_folder, gpu_run(run_folder))
+    text = (run_folder.path / "table.md").read_text()
+    assert "| 64 | affinity EPLB | vanilla EPLB | **0.909 [0.887, 0.932]** |" in text
+    assert "differed by up to 1.00 % (95th percentile over 24 single ratios)" in text
+    assert "| 64 | affinity EPLB | 55.50 | 1.50 |" in text and "| 64 | affinity EPLB | 0.41 |" in text
+
+
+def test_an_emulated_link_is_named_in_every_table_and_plot(run_folder: RunFolder) -> None:
+    write_tables(run_folder, gpu_run(run_folder, "emulated50"))
+    text = (run_folder.path / "table.md").read_text()
+    assert "**Emulated: after every dispatch and combine each GPU waits" in text
+    for title in ("## In the layout", "## Ratios", "## Tails", "## Latency", "## Placement", "## Conditions"):
+        (line,) = [line for line in text.splitlines() if line.startswith(title)]
+        assert "(emulated link, 50 GB/s a GPU between nodes)" in line
+    run = load_run(run_folder.path)
+    assert "50 GB/s" in run.note and set(run.cells["kind"]) == {"measured"}  # as the records say
+    for figure in plot_figures(run).values():
+        assert "emulated link" in " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+
+
+def test_routing_and_timelines_are_drawn(run_folder: RunFolder) -> None:
+    plan = gpu_run(run_folder)
+    trace = RoutingTrace.load(ROOT / "bench" / "data" / "tiny_moe_test.npz").select(np.arange(0, 48384, 100))
+    save_window(RoutingWindow.from_trace(trace), run_folder.path / "routing.npz")
+    cell = CellKey(0, "vanilla", 2048)
+    (run_folder.path / "cells" / cell.name).mkdir(parents=True)
+    with (run_folder.path / "cells" / cell.name / "timeline.npz").open("wb") as file:
+        np.savez(file, epoch=unix_time("2026-11-21 20:05:55"), **timeline(closed_loop(4, [32] * 20)))  # type: ignore[arg-type]
+    write_tables(run_folder, plan)
+    run = load_run(run_folder.path)
+    none, vanilla, affinity = run.views
+    assert affinity.mean_fanout < none.mean_fanout and affinity.fanout.sum() == none.fanout.sum() == 242 * 6
+    assert vanilla.gpu_load.max(1).mean() < none.gpu_load.max(1).mean()
+    assert inside(affinity.coactivation[0], 18) > inside(none.coactivation[0], 16)
+    (shown,) = run.timelines
+    assert [round(at, 3) for at, _ in shown.rebalances] == [4.0, 9.0] and shown.arm == "vanilla"
+    assert {"coactivation", "gpu_load", "fanout", "rebalances_over_itl"} <= set(plot_figures(run))

@@ -6,14 +6,16 @@ from bench.arms import ARMS
 from bench.rebalance_log import LogSummary, Rebalance, parse_log
 from bench.validity import void_reasons
 
-GOOD = {"completed": 8, "output_tokens": 256, "mean_concurrency": 3.8}
+GOOD = {"completed": 8, "output_tokens": 256, "mean_concurrency": 3.8, "whole_requests": 5}
+GOOD |= {"client_cores": 0.3, "client_lag_p99_ms": 4.0, "p50_chunk_gap_ms": 20.0}
+GOOD |= {"server_in_flight": 3.7, "server_queue": 0.0}
 NOTHING = LogSummary((), 0)
 MOVED = Rebalance("applied", moved_experts=3)
 UNCHANGED = Rebalance("unchanged")
 
 
 def reasons(arm: str, life: LogSummary, cell: LogSummary, error: str | None = None, **changed: Any) -> tuple[str, ...]:
-    loop = {"requested": 8, "output_tokens": 32, "concurrency": 4, "open_loop": changed.pop("open_loop", False)}
+    loop = {"requested": 8, "wanted_tokens": 256, "concurrency": 4, "open_loop": changed.pop("open_loop", False)}
     metrics = {**GOOD, **changed}
     return void_reasons(ARMS[arm], **loop, metrics=metrics, server_life=life, cell=cell, error=error)
 
@@ -67,6 +69,36 @@ def test_missing_output_tokens_void() -> None:
 def test_concurrency_must_be_reached_in_a_closed_loop_only() -> None:
     assert "concurrency 4 not reached" in reasons("none", NOTHING, NOTHING, mean_concurrency=1.0)[0]
     assert reasons("none", NOTHING, NOTHING, mean_concurrency=1.0, open_loop=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"silent_requests": 2}, "2 requests completed without a token that could be timed"),
+        ({"whole_requests": 3}, "3 requests ran wholly in the steady part; a row needs 4"),
+        ({"client_cores": 0.95}, "load generator was the bottleneck (0.95 of its one core busy)"),
+        ({"client_lag_p99_ms": 25.0}, "load generator was late (event loop lag P99 25.0 ms, a chunk every 20.0 ms)"),
+        ({"server_in_flight": 2.0}, "the schedulers held 2.0 of 3.8 requests in flight"),
+        ({"server_queue": 2.0}, "2 requests waited for room in the server"),
+    ],
+)
+def test_what_makes_times_the_clients_or_the_queues_voids(changed: dict[str, float], why: str) -> None:
+    (reason,) = reasons("none", NOTHING, NOTHING, **changed)
+    assert why in reason
+
+
+def test_a_cpu_server_is_not_held_to_times() -> None:
+    slow = {**GOOD, "mean_concurrency": 3.0, "client_lag_p99_ms": 250.0, "server_in_flight": 1.0}
+    loop: dict[str, Any] = {"requested": 8, "wanted_tokens": 256, "concurrency": 4, "open_loop": False}
+    logs: dict[str, Any] = {"metrics": slow, "server_life": NOTHING, "cell": NOTHING}
+    assert void_reasons(ARMS["none"], **loop, **logs, speeds=False) == ()
+    assert len(void_reasons(ARMS["none"], **loop, **logs)) == 3
+
+
+def test_a_log_without_batch_lines_does_not_void() -> None:
+    bare = {k: v for k, v in GOOD.items() if not k.startswith(("server", "client"))}
+    loop: dict[str, Any] = {"requested": 8, "wanted_tokens": 256, "concurrency": 4, "open_loop": False}
+    assert void_reasons(ARMS["none"], **loop, metrics=bare, server_life=NOTHING, cell=NOTHING) == ()
 
 
 def test_an_error_is_the_one_reason() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from bench.profile import LoadConfig
 from bench.sharegpt import Turn
-from bench.workload import read_prompts, select_prompts, write_workload
+from bench.workload import output_lengths, requests_of, select_prompts, write_random_ids, write_texts
 from sglang_eplb_affinity.errors import InputError
 
 
@@ -25,14 +25,14 @@ LOAD = LoadConfig(requests={1: 4}, output_tokens=8, input_tokens=(10, 50))
 
 def test_prompts_fit_and_depend_on_the_seed_only() -> None:
     chosen = select_prompts(TURNS, Words(), LOAD, 20, seed=3)
-    assert all(10 <= len(prompt) <= 50 for prompt in chosen) and len(set(chosen)) == 20
+    assert all(10 <= len(prompt) == size <= 50 for prompt, size in chosen) and len(set(chosen)) == 20
     assert chosen == select_prompts(TURNS, Words(), LOAD, 20, seed=3)
     assert chosen != select_prompts(TURNS, Words(), LOAD, 20, seed=4)
 
 
 def test_exact_length() -> None:
     chosen = select_prompts(TURNS, Words(), replace(LOAD, exact_input_tokens=64), 20, seed=3)
-    assert {len(prompt) for prompt in chosen} == {64}
+    assert {(len(prompt), size) for prompt, size in chosen} == {(64, 64)}
 
 
 def test_too_few_prompts_is_an_error_with_both_numbers() -> None:
@@ -40,9 +40,36 @@ def test_too_few_prompts_is_an_error_with_both_numbers() -> None:
         select_prompts(TURNS, Words(), LOAD, 42, seed=0)
 
 
-def test_file_is_read_back_and_its_digest_is_that_of_its_content(tmp_path: Path) -> None:
-    prompts = ['quotes "', "line\nbreak", "ünï\u2028code"]
-    first = write_workload(tmp_path / "a" / "w.jsonl", prompts)
-    assert read_prompts(first.path) == prompts and first.requests == 3
-    assert write_workload(tmp_path / "b.jsonl", prompts).sha256 == first.sha256
-    assert write_workload(tmp_path / "c.jsonl", prompts[:2]).sha256 != first.sha256
+def test_texts_are_read_back_and_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+    prompts = [('quotes "', 8), ("line\nbreak", 10), ("ünï\u2028code", 8)]
+    first = write_texts(tmp_path / "a" / "w.json", prompts, [4, 8, 8])
+    assert [(r.prompt, r.input_tokens, r.output_tokens) for r in requests_of(first.path)] == [
+        ('quotes "', 8, 4),
+        ("line\nbreak", 10, 8),
+        ("ünï\u2028code", 8, 8),
+    ]
+    assert (first.requests, first.output_tokens) == (3, 20)
+    assert write_texts(tmp_path / "b.json", prompts, [4, 8, 8]).sha256 == first.sha256
+    assert write_texts(tmp_path / "c.json", prompts, [4, 8, 9]).sha256 != first.sha256
+
+
+def test_random_ids_are_made_from_a_recipe(tmp_path: Path) -> None:
+    work = write_random_ids(tmp_path / "w.json", LOAD, 100, [8] * 30, seed=5)
+    requests = requests_of(work.path)
+    assert all(len(r.prompt) == r.input_tokens and 10 <= r.input_tokens <= 50 for r in requests)
+    ids = [i for r in requests for i in r.prompt]
+    assert min(ids) >= 0 and max(ids) <= 99 and len(set(ids)) > 80  # type: ignore[type-var, operator]
+    assert requests == requests_of(write_random_ids(tmp_path / "x.json", LOAD, 100, [8] * 30, seed=5).path)
+    assert requests != requests_of(write_random_ids(tmp_path / "y.json", LOAD, 100, [8] * 30, seed=6).path)
+    exact = write_random_ids(tmp_path / "z.json", replace(LOAD, exact_input_tokens=7), 100, [8], seed=5)
+    assert requests_of(exact.path)[0].input_tokens == 7
+
+
+def test_the_first_requests_of_a_closed_loop_end_one_after_another() -> None:
+    load = replace(LOAD, output_tokens=64, stagger=True)
+    lengths = output_lengths(load, 40, 16, seed=1)
+    assert sorted(lengths[:16]) == list(range(4, 65, 4)) and lengths[16:] == [64] * 24
+    assert lengths == output_lengths(load, 40, 16, seed=1) != output_lengths(load, 40, 16, seed=2)
+    assert min(output_lengths(load, 400, 300, seed=1)) == 2
+    assert set(output_lengths(replace(load, stagger=False), 40, 16, seed=1)) == {64}
+    assert set(output_lengths(replace(load, request_rate=5.0), 40, 16, seed=1)) == {64}

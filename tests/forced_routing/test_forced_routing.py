@@ -76,8 +76,11 @@ def test_parse_cycled_layers(value: str, expected: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "even", "balanced:", "balanced:wide", "Balanced", "replay", "replay:", "replay:a,domain=", "replay:,domain=x"]
-    + ["replay:a,domain=,layers=cycle", "replay:,layers=cycle", "replay:a,layers=", "replay:a,layers=repeat"],
+    [
+        *("", "even", "balanced:", "balanced:wide", "Balanced", "replay", "replay:", "replay:a,domain="),
+        *("replay:,domain=x", "replay:a,domain=,layers=cycle", "replay:,layers=cycle", "replay:a,layers="),
+        "replay:a,layers=repeat",
+    ],
 )
 def test_unknown_values_are_refused_in_one_line(value: str) -> None:
     with pytest.raises(InputError) as error:

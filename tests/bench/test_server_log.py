@@ -1,0 +1,30 @@
+"""Requests that run and wait, from lines as a patched SGLang 0.5.17 logs them."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.server_log import batch_lines, queue_metrics, unix_time
+
+LOG = """\
+[2026-11-21 22:30:24.100 DP0 TP0 EP0] Prefill batch, #new-seq: 3, #new-token: 90, #cached-token: 0, token usage: 0.05, \
+#running-req: 16, #queue-req: 9, #pending-token: 0, cpu graph: False, input throughput (token/s): 119.75
+[2026-11-21 22:30:24.500 DP0 TP0 EP0] Decode batch, #running-req: 16, #token: 1788, token usage: 0.05, \
+cpu graph: False, gen throughput (token/s): 119.75, #queue-req: 2
+[2026-11-21 22:30:24.600 DP1 TP1 EP1] Decode batch, #running-req: 12, #token: 1788, token usage: 0.05, \
+cuda graph: True, gen throughput (token/s): 119.75, #queue-req: 0
+[2026-11-21 22:30:25.000 DP0 TP0 EP0] Decode batch, #running-req: 14, #token: 1788, token usage: 0.05, \
+cpu graph: False, gen throughput (token/s): 119.75, #queue-req: 0
+[2026-11-21 22:31:24 DP0 TP0 EP0] Decode batch, #running-req: 1, #token: 1, token usage: 0.05, \
+cpu graph: False, gen throughput (token/s): 1.75, #queue-req: 50
+[2026-11-21 22:31:25 TP0] something else
+"""
+
+
+def test_running_and_waiting_requests_of_the_window_are_summed_over_schedulers() -> None:
+    lines = batch_lines(LOG)
+    assert [line.decode for line in lines] == [False, True, True, True, True]
+    start = unix_time("2026-11-21 22:30:24")
+    found = queue_metrics(lines, start, start + 2)
+    assert found == {"server_in_flight": pytest.approx((18 + 14) / 2 + 12), "server_queue": 1.0}
+    assert queue_metrics(lines, start + 2, start + 3) == {}

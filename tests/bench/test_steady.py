@@ -1,0 +1,94 @@
+"""What is taken from a row, and that ramp-up and ramp-down are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.request_log import RequestLog
+from bench.steady import Targets, Window, client_metrics, in_flight, steady_metrics, steady_window, timeline
+from tests.bench.loads import EPOCH, closed_loop, output
+
+
+def test_chunks_are_found_again_and_survive_the_file(tmp_path: Path) -> None:
+    outputs = [output(5.0, 0.5, [(0.4, 4), (0.8, 4), (0.1, 1)]), output(6.0, 0.25, []), output(6.5, 0.5, [(1.0, 2)])]
+    log = RequestLog.of_outputs(outputs, 5.0, EPOCH, [(5.5, 0.1, 0.0)])
+    assert log.gap_tokens.tolist() == [4, 4, 1, 2] and log.first_gap.tolist() == [0, 3, 3, 4]
+    assert log.chunk_times() == pytest.approx([0.9, 1.7, 1.8, 3.0])
+    assert log.output_tokens.tolist() == [10, 1, 3] and log.sample_time.tolist() == [0.5]
+    log.save(tmp_path / "r.npz")
+    again = RequestLog.load(tmp_path / "r.npz")
+    assert again.epoch == EPOCH and again.gap.tolist() == log.gap.tolist()
+    assert again.chunk_times() == pytest.approx(log.chunk_times())
+
+
+def test_the_window_holds_the_wanted_concurrency() -> None:
+    log = closed_loop(8, [8 * (i + 1) for i in range(8)] + [64] * 40)
+    window = steady_window(log, 8, open_loop=False)
+    assert window is not None
+    assert window.start == pytest.approx(0.1) and window.end == pytest.approx(log.start.max())
+    assert in_flight(log, window) == pytest.approx(8.0)
+    assert in_flight(log, Window(0.0, float(log.end.max()))) < 7.8  # the tail runs with fewer
+
+
+def test_rates_and_latencies_are_those_of_the_steady_part() -> None:
+    log = closed_loop(8, [8 * (i + 1) for i in range(8)] + [64] * 80)
+    window = steady_window(log, 8, open_loop=False)
+    assert window is not None
+    # The first wave's prefill takes long: it must not show.
+    slow = replace(log, ttft=np.where(log.start == 0, 0.05, log.ttft))
+    found = steady_metrics(slow, window, Targets(slo_ttft_ms=100.5, slo_tpot_ms=40))
+    assert found["p50_ttft_ms"] == found["p99_ttft_ms"] == pytest.approx(100.0)
+    assert found["p90_tpot_ms"] == pytest.approx(20.0, rel=1e-3) == found["p95_itl_ms"]
+    request_s = 0.1 + 63 * 0.02
+    assert found["qps"] == pytest.approx(8 / request_s, rel=0.05)
+    assert found["output_tokens_per_s"] == pytest.approx(8 * 64 / request_s, rel=0.05)
+    assert found["goodput_qps"] == pytest.approx(found["qps"])
+    assert found["stalls"] == found["stall_events"] == found["longest_stall_ms"] == 0
+    strict = steady_metrics(log, window, Targets(slo_ttft_ms=99))
+    assert strict["goodput_qps"] == 0 and "goodput_qps" not in steady_metrics(log, window, Targets())
+
+
+def test_a_stall_of_the_server_is_one_event_for_all_requests_in_chunked_streams_too() -> None:
+    # 4 tokens a chunk, 10 ms each; one chunk of each of 3 requests comes 150 ms late.
+    def stream(start: float, late: int) -> list[tuple[float, int]]:
+        return [(0.04 + 1e-6 * i + (0.15 if i == late else 0.0), 4) for i in range(30)]
+
+    outputs = [output(0.001 * i, 0.1, stream(0.001 * i, 9)) for i in range(3)]
+    outputs.append(output(0.0, 0.1, stream(0.0, -1)))
+    log = RequestLog.of_outputs(outputs, 0.0, EPOCH)
+    found = steady_metrics(log, Window(0.0, 10.0), Targets())
+    assert (found["stalls"], found["stall_events"]) == (3, 1)
+    assert found["longest_stall_ms"] == pytest.approx(150, rel=0.01)
+    assert found["max_itl_ms"] == pytest.approx(47.5, rel=0.01) and found["p95_itl_ms"] < 12
+    assert steady_metrics(log, Window(0.0, 10.0), Targets(stall_ms=200))["stalls"] == 0
+
+
+def test_an_open_loop_is_steady_from_the_first_completion_to_the_last_arrival() -> None:
+    outputs = [output(0.1 * i, 0.05, [(0.1, 1), (0.2, 1)]) for i in range(20)]
+    window = steady_window(RequestLog.of_outputs(outputs, 0.0, EPOCH), 64, open_loop=True)
+    assert window is not None and (window.start, window.end) == pytest.approx((0.35, 1.9))
+
+
+def test_a_row_that_never_gets_steady_has_no_window() -> None:
+    assert steady_window(closed_loop(8, [8] * 8), 8, open_loop=False) is None
+    failed = RequestLog.of_outputs([output(0.0, 0.0, [], ok=False)], 0.0, EPOCH)
+    assert steady_window(failed, 1, open_loop=False) is None
+
+
+def test_the_load_generator_is_watched() -> None:
+    found = client_metrics(closed_loop(2, [8] * 20, cpu=0.7, lag=0.004), Window(0.5, 2.0))
+    assert found["client_cores"] == pytest.approx(0.7) and found["client_lag_p99_ms"] == pytest.approx(4.0)
+    assert client_metrics(closed_loop(2, [8] * 20), Window(90.0, 91.0)) == {}
+
+
+def test_timeline_bins() -> None:
+    log = RequestLog.of_outputs([output(0.0, 0.05, [(0.1, 1), (0.1001, 1), (0.3, 2)])], 0.0, EPOCH)
+    bins = timeline(log, bin_s=0.1)
+    assert bins["tokens"].tolist() == [0, 1, 1, 0, 0, 2]
+    assert bins["max_itl_ms"][1] == pytest.approx(100) and bins["p50_itl_ms"][5] == pytest.approx(150)
+    assert np.isnan(bins["p50_itl_ms"][0])
+    assert bins["in_flight"].tolist() == [1.0] * len(bins["time"])
