@@ -13,7 +13,8 @@ from bench.server import Server
 from bench.workload import Workload
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import measure
-from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.topology import Topology
 
