@@ -39,39 +39,59 @@ def prompts(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.timeout(900)
-def test_affinity_arm_from_prompts_to_report(tmp_path: Path) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def bench_run(folder: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
     try:
         check_sglang()
     except InputError as error:
         pytest.skip(str(error))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "bench", "run", "--profile", str(small_profile(tmp_path)), "--arms", "affinity"]
-    command += [
-        "--sharegpt",
-        str(prompts(tmp_path)),
-        "--results-dir",
-        str(tmp_path),
-        "--run",
-        "one",
-        "--port",
-        str(port),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench", "run", "--results-dir", str(folder), "--run", name, *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(900)
+def test_affinity_arm_from_prompts_to_report(tmp_path: Path) -> None:
+    options = ["--profile", str(small_profile(tmp_path)), "--arms", "affinity", "--sharegpt", str(prompts(tmp_path))]
+    options += ["--port", str(free_port())]
+    done = bench_run(tmp_path, "one", *options)
     assert done.returncode == 0, done.stderr[-3000:]
 
     (row,) = pd.read_parquet(tmp_path / "one" / "cells.parquet").to_dict("records")
-    assert row["valid"] and row["completed"] == 10 and row["output_tokens"] == 320
+    # The first of the two slots begins with half a request.
+    assert row["valid"] and row["completed"] == 10 and row["output_tokens"] == 16 + 9 * 32
     assert row["rebalances"] >= 1 and row["rebalances_failed"] == 0
     assert row["p50_ttft_ms"] > 0 and row["p90_tpot_ms"] > 0 and row["max_itl_ms"] >= row["p95_itl_ms"]
+    assert 0 < row["steady_s"] < row["duration_s"] and 1.4 <= row["mean_concurrency"] <= 2.001
     # 4 ranks on 2 emulated nodes
     assert 0 < row["balancedness_initial"] <= 1 and 1 <= row["gpu_fanout_served"] <= 4
     assert 1 <= row["node_fanout_initial"] <= min(2, row["gpu_fanout_initial"])
+    assert row["remote_gpu_copies_served"] == pytest.approx(0.75 * row["gpu_fanout_served"], abs=1e-3)
     assert (tmp_path / "one" / "report.html").is_file()
     log = (tmp_path / "one" / "server" / "b0-affinity.log").read_text()
     assert str(ROOT) not in log
 
-    again = subprocess.run([*command, "--no-report"], cwd=ROOT, capture_output=True, text=True, check=False)
+    again = bench_run(tmp_path, "one", *options, "--no-report")
     assert again.returncode == 0 and "starting the server" not in again.stderr
+
+
+@pytest.mark.timeout(1200)
+def test_a_gpu_profile_rehearsed_with_arms_side_by_side(tmp_path: Path) -> None:
+    """The steps of `make bench PROFILE=h200-x2`: servers that start together, take turns, and replay routing."""
+    options = ["--profile", "h200-x2", "--rehearse", "--arms", "none,affinity", "--port", str(free_port())]
+    done = bench_run(tmp_path, "two", *options, "--no-report")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("starting servers") == 1 and "2 ready after" in done.stderr
+    records = [json.loads(line) for line in (tmp_path / "two" / "store.jsonl").read_text().splitlines()]
+    order = [(record["key"]["concurrency"], record["key"]["arm"]) for record in records]
+    assert [level for level, _ in order] == [2, 2, 4, 4] and order[0][1] == order[3][1] != order[1][1] == order[2][1]
+    assert not any(record["void"] for record in records)
+    assert len({record["provenance"]["sitting"] for record in records}) == 1
+    assert (tmp_path / "two" / "routing.npz").is_file()
+    assert all((tmp_path / "two" / "cells" / f"b0-{arm}-c{c}" / "timeline.npz").is_file() for c, arm in order)
+    replayed = "--ep-forced-routing replay:bench/data/tiny_moe_test.npz,layers=cycle"
+    assert all(replayed in " ".join(record["provenance"]["server_flags"]) for record in records)
