@@ -84,7 +84,7 @@ class Setting:
             flags += ["--eplb-algorithm", "deepseek" if name == "sync" else "affinity"]
         if name == "async":
             flags += ["--eplb-async", "--eplb-async-min-gain", "0"]
-        return ResidentArm(f"{mode}/{name}", tuple(flags))
+        return ResidentArm(f"{mode}-{name}", tuple(flags))
 
 
 def gpu_setting(gpus: int, modes: Sequence[str]) -> Setting:
@@ -119,7 +119,7 @@ def order_of(setting: Setting, blocks: int) -> list[tuple[int, StallLoad, str]]:
     for block in range(blocks):
         for load in setting.loads if block % 2 == 0 else setting.loads[::-1]:
             for mode in setting.modes:
-                found += [(block, load, f"{mode}/{names[i]}") for i in rows[block % len(rows)]]
+                found += [(block, load, f"{mode}-{names[i]}") for i in rows[block % len(rows)]]
     return found
 
 
@@ -191,10 +191,10 @@ METRICS = {
 
 
 def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``MODE/ARM LOAD``: each metric over that of no rebalancing, paired by block."""
+    """``MODE-ARM LOAD``: each metric over that of no rebalancing, paired by block."""
     found: dict[str, dict[str, Any]] = {}
     for arm, load in sorted({(cell["arm"], cell["load"]) for cell in cells}):
-        base = arm.split("/")[0] + "/none"
+        base = arm.rsplit("-", 1)[0] + "-none"
         for metric, of in METRICS.items():
             values, reference = (
                 {c["block"]: of(c) for c in cells if (c["arm"], c["load"]) == (name, load) and c["block"] >= 0}
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "loads": [asdict(load) for load in setting.loads],
         "failed_servers": failed,
         "ratios_to_no_rebalancing": ratios(cells),
-        "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("/none")},
+        "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("-none")},
         "cells": cells,
     }
     write_atomically(options.out / "result.json", json.dumps(result, indent=1, default=float).encode())

@@ -18,8 +18,8 @@ def test_every_arm_has_every_load_in_every_block_and_modes_stay_together() -> No
 
 def test_arms_differ_in_their_flags_only_by_what_is_compared() -> None:
     flags = {arm.name: set(arm.flags) for arm in CPU_SETTING.arms()}
-    assert not flags["cpu/none"]
-    assert flags["cpu/async"] - flags["cpu/sync"] == {"affinity", "--eplb-async", "--eplb-async-min-gain", "0"}
+    assert not flags["cpu-none"]
+    assert flags["cpu-async"] - flags["cpu-sync"] == {"affinity", "--eplb-async", "--eplb-async-min-gain", "0"}
 
 
 def test_measured_requests_end_under_full_load() -> None:
@@ -34,15 +34,15 @@ def cell(arm: str, block: int, p99: float, most: float, throughput: float) -> di
 
 
 def test_ratios_are_paired_by_block_and_leave_the_warm_up_out() -> None:
-    cells = [cell("m/none", -1, 99, 99, 1), cell("m/async", -1, 1, 1, 1)]
+    cells = [cell("m-none", -1, 99, 99, 1), cell("m-async", -1, 1, 1, 1)]
     for block, slow in enumerate((1.0, 2.0)):
-        cells += [cell("m/none", block, 10 * slow, 20 * slow, 100 / slow)]
-        cells += [cell("m/async", block, 11 * slow, 30 * slow, 99 / slow)]
-    found = ratios(cells)["m/async c4"]
+        cells += [cell("m-none", block, 10 * slow, 20 * slow, 100 / slow)]
+        cells += [cell("m-async", block, 11 * slow, 30 * slow, 99 / slow)]
+    found = ratios(cells)["m-async c4"]
     assert (
         found["p99_itl"]["ratio"] == 1.1 and found["max_itl"]["ratio"] == 1.5 and found["throughput"]["ratio"] == 0.99
     )
-    assert found["p99_itl"]["blocks"] == 2 and list(ratios(cells)) == ["m/async c4"]
+    assert found["p99_itl"]["blocks"] == 2 and list(ratios(cells)) == ["m-async c4"]
 
 
 def test_rounds_are_read_from_the_servers_log() -> None:
