@@ -33,8 +33,11 @@ from bench.gpu.serving_process import ServingProcess
 from bench.schedule import williams_rows
 from bench.stats import ratio_by_block
 from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.rebalance import verify
 
 INTERVAL = 100
+NAMES = ("none", "sync", "async")
+VERIFIED = "verified"
 _ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})")
 _UPSTREAM = re.compile(r"TP0.*\[EPLBManager\] rebalance end time=([\d.]+)s")
 
@@ -73,7 +76,12 @@ class Setting:
     interval: int
 
     def arms(self) -> list[ResidentArm]:
-        return [self._arm(mode, name) for mode in self.modes for name in ("none", "sync", "async")]
+        return [self._arm(mode, name) for mode in self.modes for name in NAMES]
+
+    def verified(self) -> ResidentArm:
+        """Loaded but not measured: after each round it proves that every slot holds what the map says."""
+        arm = self._arm(self.modes[-1], "async")
+        return ResidentArm(VERIFIED, arm.flags, {verify.ENVIRONMENT: "1"})
 
     def _arm(self, mode: str, name: str) -> ResidentArm:
         flags = [] if mode == "cpu" else ["--deepep-mode", mode]
@@ -100,7 +108,7 @@ def gpu_flags(gpus: int) -> list[str]:
     flags += ["--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm"]
     flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
     flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", "--load-format", "dummy"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "256", "--mem-fraction-static", "0.85"]
+    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "256", "--mem-fraction-static", "0.92"]
     flags += ["--max-total-tokens", "200000", "--max-running-requests", str(320 * gpus)]
     return [*flags, "--chunked-prefill-size", str(4096 * gpus), "--disable-radix-cache", "--ep-forced-routing", REPLAY]
 
@@ -113,13 +121,13 @@ def cpu_flags() -> list[str]:
 
 def order_of(setting: Setting, blocks: int) -> list[tuple[int, StallLoad, str]]:
     """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up."""
-    names = ["none", "sync", "async"]
-    rows = williams_rows(len(names))
+    rows = williams_rows(len(NAMES))
     found = [(-1, load, arm.name) for load in setting.loads for arm in setting.arms()]
+    found += [(-1, load, VERIFIED) for load in setting.loads]
     for block in range(blocks):
         for load in setting.loads if block % 2 == 0 else setting.loads[::-1]:
             for mode in setting.modes:
-                found += [(block, load, f"{mode}-{names[i]}") for i in rows[block % len(rows)]]
+                found += [(block, load, f"{mode}-{NAMES[i]}") for i in rows[block % len(rows)]]
     return found
 
 
@@ -131,7 +139,9 @@ def run(
     cells: list[dict[str, Any]] = []
     everything = {**os.environ, **environment}
     with (
-        ResidentServers(setting.arms(), model, flags, environment, folder / "servers", options.port) as servers,
+        ResidentServers(
+            [*setting.arms(), setting.verified()], model, flags, environment, folder / "servers", options.port
+        ) as servers,
         ServingProcess(folder / "measured.log", everything) as measured,
         ServingProcess(folder / "background.log", everything) as background,
     ):
@@ -230,6 +240,11 @@ def rounds(log: str) -> dict[str, Any]:
     return found
 
 
+def verification(log: str) -> dict[str, int]:
+    """Checks of all ranks that found every slot right, and those that did not."""
+    return {"right": log.count("verify: all"), "wrong": log.count("has wrong weights")}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
@@ -264,11 +279,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "failed_servers": failed,
         "ratios_to_no_rebalancing": ratios(cells),
         "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("-none")},
+        "verified": verification(logs.get(VERIFIED, "")),
         "cells": cells,
     }
     write_atomically(options.out / "result.json", json.dumps(result, indent=1, default=float).encode())
-    print(json.dumps({key: result[key] for key in ("ratios_to_no_rebalancing", "rounds")}, indent=1, default=float))
-    return 1 if failed or not cells else 0
+    print(
+        json.dumps(
+            {key: result[key] for key in ("ratios_to_no_rebalancing", "rounds", "verified")}, indent=1, default=float
+        )
+    )
+    return 1 if failed or not cells or result["verified"]["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 import json
 
-from bench.gpu.rebalance_stall import CPU_SETTING, StallLoad, gpu_setting, order_of, ratios, rounds
+from bench.gpu.rebalance_stall import CPU_SETTING, StallLoad, gpu_setting, order_of, ratios, rounds, verification
 
 
 def test_every_arm_has_every_load_in_every_block_and_modes_stay_together() -> None:
     setting = gpu_setting(2, ["normal", "auto"])
     order = order_of(setting, 3)
-    assert len(order) == (3 + 1) * 2 * 6
-    for block in range(-1, 3):
+    assert len(order) == (3 + 1) * 2 * 6 + 2  # and the verified arm, which only warms up
+    for block in range(3):
         cells = [(load.name, arm) for b, load, arm in order if b == block]
         assert sorted(cells) == sorted({(load.name, arm.name) for load in setting.loads for arm in setting.arms()})
     first = [next(arm for b, _, arm in order if b == block) for block in range(3)]
@@ -59,3 +59,9 @@ def test_rounds_are_read_from_the_servers_log() -> None:
     assert found["results"] == {"applied": 1, "unchanged": 1} and found["layers_committed"] == 2
     assert found["commit_ms_per_layer"]["max"] == 0.75 and found["moved_mb_per_round"]["p50"] == 2.0
     assert found["upstream_seconds_per_rebalance"]["max"] == 0.125 and found["upstream_rebalances"] == 1
+
+
+def test_what_was_verified_is_counted() -> None:
+    log = "[eplb-affinity] verify: all 4 layers hold what the map says\n" * 2
+    log += "[eplb-affinity] verify: rank 1 has wrong weights for (layer, expert) [(0, 3)]\n"
+    assert verification(log) == {"right": 2, "wrong": 1}
