@@ -138,10 +138,9 @@ def run(
     deadline = time.monotonic() + options.seconds
     cells: list[dict[str, Any]] = []
     everything = {**os.environ, **environment}
+    arms = setting.arms() if options.cpu else [*setting.arms(), setting.verified()]
     with (
-        ResidentServers(
-            [*setting.arms(), setting.verified()], model, flags, environment, folder / "servers", options.port
-        ) as servers,
+        ResidentServers(arms, model, flags, environment, folder / "servers", options.port) as servers,
         ServingProcess(folder / "measured.log", everything) as measured,
         ServingProcess(folder / "background.log", everything) as background,
     ):
