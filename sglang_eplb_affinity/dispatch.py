@@ -72,6 +72,8 @@ def choose_replicas(
     gpu = torch.where(valid, replicas, 0) // slots_per_gpu
     node = gpu // topology.gpus_per_node
     number = replica_hash(row, safe)
+    if isinstance(source_gpu, int):  # made on the device, so that a CUDA graph can capture it
+        source_gpu = torch.full((), source_gpu, device=device)
     source = None if source_gpu is None else torch.as_tensor(source_gpu, device=device).long().expand(tokens)[:, None]
 
     if rule == "dynamic":

@@ -1,59 +1,54 @@
 """Expert-affinity recorder: which logical experts tokens choose together, in buffers of fixed size on the device.
 
-For each MoE layer: expert counts, the co-activation matrix and a uniform sample of token top-k sets, of every real
-token of every forward pass. One matrix product per layer gives both counts (its diagonal) and co-activation.
-No call here waits for the device, so recording can be captured in a CUDA graph: what a replayed pass needs to know
-(which rows are real tokens, which of them are sampled) is copied into static buffers before the pass.
+For each MoE layer: counts per expert and phase, and a uniform sample of token top-k sets, of every real token of every
+recorded pass. No call here waits for the device, so recording can be captured in a CUDA graph: what a replayed pass
+needs to know (which rows are real tokens, which of them are sampled, whether it is recorded at all) is copied into one
+small static buffer before the pass. Co-activations follow from the sample when a window is taken; computing them pass
+by pass, as a matrix product of indicator rows, costs more than everything else here together.
+
+:meth:`AffinityRecorder.record` is the plain torch form and the reference of the kernel in map_and_record_kernel.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+
+from sglang_eplb_affinity.reservoir import TokenReservoir
+
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
 class RecorderConfig:
     """``sample_tokens``: sampled tokens kept per layer. ``max_pass_tokens``: tokens of a pass that can be sampled.
 
-    ``phases``: also count tokens per expert apart for each phase, 0 to phases - 1, that begin_pass names.
+    ``quiet_between_passes``: rows that are recorded outside a pass count nothing. Costs a small kernel per pass; needed
+    where a captured graph can be replayed outside a pass (draft models, recording that is switched on and off).
     """
 
     sample_tokens: int = 8192
     max_pass_tokens: int = 65536
     seed: int = 0
-    phases: int = 0
+    quiet_between_passes: bool = True
 
 
-class TokenReservoir:
-    """Uniform sample without replacement of a stream of tokens (Vitter's algorithm R), decided on the host.
+@dataclass(frozen=True)
+class RecordSchedule:
+    """Which passes of a window are recorded: every ``every``-th of the ``last`` ones before pass ``window``.
 
-    The host knows how many tokens a pass has, so the choice costs the device nothing, is the same for all layers,
-    and gives every token of the window the same chance however long the window is.
+    ``last`` None: of all. Passes are numbered from 0 since the window began.
     """
 
-    def __init__(self, capacity: int, seed: int) -> None:
-        self._capacity = capacity
-        self._seed = seed
-        self.reset()
+    every: int = 1
+    last: int | None = None
+    window: int = 0
 
-    def reset(self) -> None:
-        self._random = np.random.default_rng(self._seed)
-        self.seen = 0
-
-    def offer(self, num_tokens: int) -> np.ndarray:
-        """int64 [num_tokens]: the slot that each token of the pass takes, ``capacity`` for none."""
-        position = np.arange(self.seen, self.seen + num_tokens)
-        drawn = np.floor(self._random.random(num_tokens) * (position + 1)).astype(np.int64)
-        slots = np.where(position < self._capacity, position, np.minimum(drawn, self._capacity))
-        # Of two tokens of one pass that draw the same slot the later one stays, as if they had come one by one.
-        _, last = np.unique(slots[::-1], return_index=True)
-        keep = np.zeros(num_tokens, dtype=bool)
-        keep[num_tokens - 1 - last] = True
-        self.seen += num_tokens
-        return np.where(keep, slots, self._capacity)
+    def records(self, number: int) -> bool:
+        return number % self.every == 0 and (self.last is None or number >= self.window - self.last)
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,28 @@ class RowLayout:
 
     rows_of_group: tuple[int, ...]
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return sum(self.rows_of_group)
 
+    @cached_property
+    def is_even(self) -> bool:
+        return len(set(self.rows_of_group)) == 1
+
+
+@lru_cache(maxsize=1024)
+def one_group(num_rows: int) -> RowLayout:
+    """Rows of one group; kept, because it is asked for at every layer."""
+    return RowLayout((num_rows,))
+
 
 class AffinityRecorder:
-    """Statistics of one window on one rank. All tensors live on ``device`` and keep their address."""
+    """Statistics of one window on one rank. All tensors live on ``device`` and keep their address.
+
+    ``counts`` int64 [phases, layers, experts]; ``sample_rows`` int16 [layers, sample_tokens + 1, top_k], the last row a
+    dump for what is not sampled; ``state`` int32: phase, then for each group its tokens, its first token and its first
+    row, then from ``slot_offset`` on the sample slot of each token of the pass (``sample_tokens`` for none).
+    """
 
     def __init__(
         self,
@@ -84,62 +94,84 @@ class AffinityRecorder:
         device: torch.device | str = "cpu",
         config: RecorderConfig = RecorderConfig(),
     ) -> None:
-        self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
+        self.num_layers, self.num_experts, self.top_k, self.num_groups = num_layers, num_experts, top_k, num_groups
         self.config = config
         self._reservoir = TokenReservoir(config.sample_tokens, config.seed)
-        square = (num_layers, num_experts, num_experts)
-        # float32 sums of ones are exact up to 2**24; begin_pass moves them to the int64 totals before that.
-        self._recent = torch.zeros(square, dtype=torch.float32, device=device)
-        self._total = torch.zeros(square, dtype=torch.int64, device=device)
-        self._recent_tokens = 0
-        # One more row than the sample holds: what is not sampled goes there.
-        self._sample = torch.full((num_layers, config.sample_tokens + 1, top_k), -1, dtype=torch.int16, device=device)
-        self._group_tokens = torch.zeros(num_groups, dtype=torch.int64, device=device)
-        self._group_start = torch.zeros(num_groups, dtype=torch.int64, device=device)
-        # The last entry is for rows that are not real tokens and for tokens beyond max_pass_tokens.
-        self._slot_of_token = torch.full(
-            (config.max_pass_tokens + 1,), config.sample_tokens, dtype=torch.int64, device=device
+        self.counts = torch.zeros(len(PHASES), num_layers, num_experts, dtype=torch.int64, device=device)
+        self.sample_rows = torch.full(
+            (num_layers, config.sample_tokens + 1, top_k), -1, dtype=torch.int16, device=device
         )
-        self._phase_counts = torch.zeros(config.phases * num_layers * num_experts, dtype=torch.int64, device=device)
-        self._phase_start = torch.zeros((), dtype=torch.int64, device=device)
-        self._rows: tuple[RowLayout, torch.Tensor, torch.Tensor] | None = None
-        self._last_layer = num_layers
+        self.slot_offset = (1 + 3 * num_groups + 3) // 4 * 4
+        # One entry more than tokens, for rows that are no real token and for tokens beyond max_pass_tokens.
+        size = self.slot_offset + config.max_pass_tokens + 1
+        self.state = torch.full((size,), config.sample_tokens, dtype=torch.int32, device=device)
+        self.state[: self.slot_offset] = 0
+        self._pinned = self.state.is_cuda
+        self._header: tuple[int, ...] = (0,) * (1 + num_groups)
+        self._slots_free = config.max_pass_tokens  # so many slots on the device are known to say "none"
+        self._uneven: RowLayout | None = None
+        self._sample_phase = np.zeros(config.sample_tokens, dtype=np.int8)
+        self._taken_counts = torch.zeros_like(self.counts)
+        self._kept_counts = torch.zeros_like(self.counts)
 
     @property
     def seen_tokens(self) -> int:
-        """Real tokens of the window so far on this rank (known on the host)."""
+        """Real tokens recorded in the window so far on this rank (known on the host)."""
         return self._reservoir.seen
 
     def reset(self) -> None:
         """Start an empty window."""
+        self._kept_counts += self.counts - self._taken_counts
+        self._taken_counts.zero_()
         self._reservoir.reset()
-        self._recent.zero_()
-        self._total.zero_()
-        self._recent_tokens = 0
-        self._sample.fill_(-1)
-        self.end_pass()
+        self.counts.zero_()
+        self.sample_rows.fill_(-1)
+        self._say((0,) * (1 + self.num_groups), self._reservoir.offer(0))
 
-    def begin_pass(self, group_tokens: list[int], phase: int = 0) -> None:
-        """Say how many real tokens each group of the coming pass has (see :class:`RowLayout`), and its phase."""
-        total = sum(group_tokens)
-        if self.config.phases:
-            self._phase_start.fill_(phase * self.num_layers * self.num_experts)
-        if self._recent_tokens + total >= 1 << 24:
-            self._flush()
-        self._recent_tokens += total
-        sampled = min(total, self.config.max_pass_tokens)
-        slots = self._reservoir.offer(total)[:sampled]
-        start = np.cumsum([0, *group_tokens[:-1]])
-        self._copy(self._group_tokens, np.asarray(group_tokens))
-        self._copy(self._group_start, start)
-        self._copy(self._slot_of_token[:sampled], slots)
-        self._rows = None
-        self._last_layer = self.num_layers
+    def begin_pass(self, group_tokens: list[int], phase: int = 0, record: bool = True) -> None:
+        """Say how many real tokens each group of the coming pass has (see :class:`RowLayout`), and its phase.
+
+        With ``record`` False the pass runs unrecorded: same kernels, nothing counted.
+        """
+        tokens = group_tokens if record else [0] * self.num_groups
+        taken = self._reservoir.offer(sum(tokens))
+        self._sample_phase[taken[1]] = phase
+        self._say((phase, *tokens), taken)
 
     def end_pass(self) -> None:
-        """Forget the pass: rows recorded from now on (warm-up, graph capture) count nothing."""
-        self._group_tokens.zero_()
-        self._rows = None
+        """After this, rows recorded outside a pass (warm-up, graph capture) count nothing."""
+        if self.config.quiet_between_passes and any(self._header[1:]):
+            self._header = (0,) * (1 + self.num_groups)
+            self.state[1 : 1 + self.num_groups].zero_()
+
+    def _say(self, header: tuple[int, ...], taken: tuple[np.ndarray, np.ndarray]) -> None:
+        """Copy to the device what changed, in one copy that does not wait."""
+        tokens, slots = taken
+        total = min(sum(header[1:]), self.config.max_pass_tokens)
+        if header == self._header and not len(tokens) and total <= self._slots_free:
+            return
+        news = torch.empty(self.slot_offset + total, dtype=torch.int32, pin_memory=self._pinned)
+        values = news.numpy()
+        groups = self.num_groups
+        values[: 1 + groups] = header
+        values[1 + groups : 1 + 2 * groups] = np.cumsum((0, *header[1:-1]))
+        values[1 + 2 * groups : self.slot_offset] = 0
+        values[self.slot_offset :] = self.config.sample_tokens
+        if len(tokens):
+            inside = tokens < total
+            values[self.slot_offset + tokens[inside]] = slots[inside]
+        # PyTorch keeps pinned memory until the copy is done.
+        self.state[: len(news)].copy_(news, non_blocking=True)
+        self._header, self._uneven = header, None
+        self._slots_free = 0 if len(tokens) else max(self._slots_free, total)
+
+    def say_uneven_rows(self, rows: RowLayout) -> None:
+        """For groups of different length: where each begins. Copies to the device, so it cannot be captured."""
+        if rows != self._uneven:
+            first = np.cumsum((0, *rows.rows_of_group[:-1]), dtype=np.int32)
+            groups = self.num_groups
+            self.state[1 + 2 * groups : 1 + 3 * groups].copy_(torch.from_numpy(first))
+            self._uneven = rows
 
     def record(
         self, layer: int, topk_ids: torch.Tensor, rows: RowLayout, num_valid_rows: torch.Tensor | None = None
@@ -147,63 +179,49 @@ class AffinityRecorder:
         """Add one layer's choices.
 
         ``topk_ids`` [rows, >= top_k] LOGICAL ids of any integer type; columns beyond ``top_k`` (fused shared experts)
-        are left out. ``num_valid_rows`` is a device scalar for layouts whose count only the device knows.
+        are left out, as are ids of -1. ``num_valid_rows`` is a device scalar where only the device knows the number.
         """
         if topk_ids.shape[0] == 0:
             return
-        ids = topk_ids[:, : self.top_k]
-        valid, slots = self._resolve_rows(layer, rows, num_valid_rows)
-        hot = torch.zeros(ids.shape[0], self.num_experts, dtype=torch.float32, device=ids.device)
-        hot.scatter_(1, ids.long(), valid.to(torch.float32).unsqueeze(1).expand(ids.shape))
-        self._recent[layer].addmm_(hot.t(), hot)
-        self._sample[layer].index_copy_(0, slots, ids.to(torch.int16))
-        if self.config.phases:
-            index = self._phase_start + layer * self.num_experts + ids.long()
-            self._phase_counts.index_add_(0, index.flatten(), valid.long().unsqueeze(1).expand(ids.shape).flatten())
+        ids = topk_ids[:, : self.top_k].long()
+        valid, slots = self._resolve_rows(rows, num_valid_rows)
+        counted = valid[:, None] & (ids >= 0)
+        phase_and_layer = self.state[0].long() * self.num_layers + layer
+        index = phase_and_layer * self.num_experts + ids.clamp(min=0)
+        self.counts.view(-1).index_add_(0, index.flatten(), counted.long().flatten())
+        self.sample_rows[layer].index_copy_(0, slots, ids.to(torch.int16))
+
+    def _resolve_rows(self, rows: RowLayout, num_valid_rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows are recorded (bool [rows]), and the sample slot of each (int64 [rows])."""
+        device, groups = self.state.device, self.num_groups
+        row = torch.arange(rows.num_rows, device=device)
+        if rows.is_even:  # no host-to-device copy, so that it can be captured
+            length = max(rows.rows_of_group[0], 1)
+            group, position = row // length, row % length
+        else:
+            self.say_uneven_rows(rows)
+            first = self.state[1 + 2 * groups : 1 + 3 * groups]
+            group = (row[:, None] >= first[None, 1:]).sum(1)
+            position = row - first[group]
+        valid = position < self.state[1 : 1 + groups][group]
+        if num_valid_rows is not None:
+            valid &= row < num_valid_rows
+        token = self.state[1 + groups : 1 + 2 * groups][group] + position
+        last = self.config.max_pass_tokens
+        slot_of_token = self.state[self.slot_offset :]
+        return valid, slot_of_token[torch.where(valid, token, last).clamp_(max=last)].long()
 
     def take_phase_counts(self) -> torch.Tensor:
-        """int64 [phases, layers, experts] of this rank since the last call."""
-        counts = self._phase_counts.clone().view(self.config.phases, self.num_layers, self.num_experts)
-        self._phase_counts.zero_()
+        """int64 [phases, layers, experts] of this rank since the last call, over the ends of windows."""
+        counts = self._kept_counts + self.counts - self._taken_counts
+        self._taken_counts.copy_(self.counts)
+        self._kept_counts.zero_()
         return counts
-
-    def _resolve_rows(
-        self, layer: int, rows: RowLayout, num_valid_rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows are real tokens, and the sample slot of each; computed at the first layer of a pass."""
-        if self._rows is not None and self._rows[0] == rows and layer > self._last_layer:
-            self._last_layer = layer
-            return self._rows[1], self._rows[2]
-        device = self._group_tokens.device
-        lengths = rows.rows_of_group
-        if len(set(lengths)) == 1:  # no host-to-device copy, so that it can be captured
-            row = torch.arange(rows.num_rows, device=device)
-            group, position = row // max(lengths[0], 1), row % max(lengths[0], 1)
-        else:
-            group = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
-            position = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        valid = position < self._group_tokens[group]
-        if num_valid_rows is not None:
-            valid &= torch.arange(rows.num_rows, device=device) < num_valid_rows
-        token = self._group_start[group] + position
-        last = self.config.max_pass_tokens
-        slots = self._slot_of_token[torch.where(valid, token, last).clamp_(max=last)]
-        self._rows, self._last_layer = (rows, valid, slots), layer
-        return valid, slots
-
-    def _flush(self) -> None:
-        self._total += self._recent.to(torch.int64)
-        self._recent.zero_()
-        self._recent_tokens = 0
-
-    def _copy(self, target: torch.Tensor, values: np.ndarray) -> None:
-        target.copy_(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)), non_blocking=True)
-
-    def totals(self) -> torch.Tensor:
-        """int64 [layers, experts, experts] of this rank: counts on the diagonal, co-activations beside it."""
-        self._flush()
-        return self._total
 
     def sample(self) -> torch.Tensor:
         """int16 [layers, sample_tokens, top_k] of this rank; unused rows are -1."""
-        return self._sample[:, :-1]
+        return self.sample_rows[:, :-1]
+
+    def sample_phase(self) -> np.ndarray:
+        """int8 [sample_tokens]: the phase (index into PHASES) in which each sampled token came."""
+        return self._sample_phase

@@ -120,11 +120,15 @@ class RoutingWindow:
     ``counts`` int64 [layers, experts]: token-expert assignments, of every token.
     ``coactivation`` int64 [layers, experts, experts] or None: tokens that chose both experts; the diagonal is 0.
     ``tokens`` int16 [layers, sampled_tokens, k] or None: top-k sets of a uniform sample; rows of -1 are unused.
+    ``phase_counts`` int64 [2, layers, experts] or None: the counts of prefill and of decode.
+    ``token_phase`` int8 [sampled_tokens] or None: 0 for sampled tokens of prefill, 1 of decode, -1 for unused rows.
     """
 
     counts: np.ndarray
     coactivation: np.ndarray | None = None
     tokens: np.ndarray | None = None
+    phase_counts: np.ndarray | None = None
+    token_phase: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         layers, experts = self.counts.shape
@@ -138,6 +142,19 @@ class RoutingWindow:
                 raise InputError(f"routing window: tokens has shape {self.tokens.shape}, but must be [{layers}, T, k]")
             if self.tokens.size and (self.tokens.max() >= experts or self.tokens.min() < -1):
                 raise InputError(f"routing window: token sample has ids outside 0 to {experts - 1}")
+        if self.phase_counts is not None and self.phase_counts.shape != (2, layers, experts):
+            raise InputError(
+                f"routing window: phase_counts has shape {self.phase_counts.shape}, but must be {(2, layers, experts)}"
+            )
+        if self.token_phase is not None and (self.tokens is None or self.token_phase.shape != self.tokens.shape[1:2]):
+            raise InputError("routing window: token_phase must have one entry for each sampled token")
+
+    @property
+    def prefill_share(self) -> float | None:
+        """The share of prefill in all tokens; None if phases were not recorded apart."""
+        if self.phase_counts is None or not self.counts.any():
+            return None
+        return float(self.phase_counts[0].sum() / self.phase_counts.sum())
 
     @property
     def num_layers(self) -> int:
@@ -174,3 +191,15 @@ def coactivation_of(tokens: np.ndarray, num_experts: int) -> np.ndarray:
         np.fill_diagonal(total, 0)
         out[layer] = total
     return out
+
+
+def estimated_coactivation(counts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """int64 [layers, experts, experts] for all tokens of a window, from its sample: exact if every token was sampled.
+
+    ``counts`` int64 [layers, experts] of all tokens, ``tokens`` int16 [layers, sampled_tokens, k]. Pairs of the sample
+    are scaled by all assignments over sampled ones, and rounded.
+    """
+    pairs = coactivation_of(tokens, counts.shape[1])
+    sampled = (tokens >= 0).sum((1, 2))
+    scale = counts.sum(1) / np.maximum(sampled, 1)
+    return np.rint(pairs * scale[:, None, None]).astype(np.int64)

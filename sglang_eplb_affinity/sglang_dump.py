@@ -40,7 +40,7 @@ def read_dumps(paths: Sequence[str | os.PathLike[str]], sample_size: int = 8192,
         total = _add(total, window)
     if total.tokens is None:
         return total
-    return RoutingWindow(total.counts, total.coactivation, _thin(total.tokens, sample_size, seed))
+    return RoutingWindow(total.counts, total.coactivation, _thin(total.tokens, sample_size, seed), total.phase_counts)
 
 
 def _read_dump(path: str) -> RoutingWindow:
@@ -92,8 +92,9 @@ def _from_affinity(path: str, data: dict[str, Any]) -> RoutingWindow:
     counts = _array(path, data, "counts")
     pairs = None if data.get("coactivation") is None else _array(path, data, "coactivation")
     tokens = None if data.get("tokens") is None else _array(path, data, "tokens").astype(np.int16)
+    of_phase = None if data.get("phase_counts") is None else _array(path, data, "phase_counts").astype(np.int64)
     try:
-        return RoutingWindow(counts.astype(np.int64), pairs, tokens)
+        return RoutingWindow(counts.astype(np.int64), pairs, tokens, of_phase)
     except (InputError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -129,7 +130,10 @@ def _add(a: RoutingWindow, b: RoutingWindow) -> RoutingWindow:
         k = max(a.tokens.shape[2], b.tokens.shape[2])
         padded = [np.pad(t, ((0, 0), (0, 0), (0, k - t.shape[2])), constant_values=-1) for t in (a.tokens, b.tokens)]
         tokens = np.concatenate(padded, axis=1)
-    return RoutingWindow(a.counts + b.counts, pairs, tokens)
+    of_phase = None
+    if a.phase_counts is not None and b.phase_counts is not None:
+        of_phase = a.phase_counts + b.phase_counts
+    return RoutingWindow(a.counts + b.counts, pairs, tokens, of_phase)
 
 
 def _thin(tokens: np.ndarray, limit: int, seed: int) -> np.ndarray:

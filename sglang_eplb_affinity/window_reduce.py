@@ -21,34 +21,33 @@ class Reduction:
 
 
 def reduce_window(recorder: AffinityRecorder, reduction: Reduction) -> RoutingWindow:
-    """One window from all ranks' recorders; a collective call, with equal results everywhere.
+    """One window from all ranks' recorders, without co-activations; a collective call, with equal results everywhere.
 
-    Counts and co-activations are summed. The sample takes from each rank a share in proportion to the tokens it saw,
-    so it stays uniform over all tokens; the shares are placed side by side and summed in one all-reduce.
+    Counts are summed. The sample takes from each rank a share in proportion to the tokens it saw, so it stays uniform
+    over all tokens; the shares are placed side by side and summed in one all-reduce.
     """
-    totals = recorder.totals() if reduction.contributes else torch.zeros_like(recorder.totals())
+    counts = recorder.counts.clone() if reduction.contributes else torch.zeros_like(recorder.counts)
     world = dist.get_world_size(reduction.group) if dist.is_initialized() else 1
     rank = dist.get_rank(reduction.group) if dist.is_initialized() else 0
-    seen = torch.zeros(world, dtype=torch.int64, device=totals.device)
+    seen = torch.zeros(world, dtype=torch.int64, device=counts.device)
     if reduction.contributes:
         seen[rank] = recorder.seen_tokens
     if world > 1:
-        totals = totals.clone()
-        dist.all_reduce(totals, group=reduction.group)
+        dist.all_reduce(counts, group=reduction.group)
         dist.all_reduce(seen, group=reduction.group)
     shares = sample_shares(seen.cpu().numpy(), recorder.config.sample_tokens)
-    tokens = _own_share(recorder, shares, rank, reduction)
+    tokens, phase = _own_share(recorder, shares, rank, reduction)
     if world > 1:
-        # NCCL sums no int16. Ids are shifted by one so that 0 means "not mine".
-        shifted = (tokens.to(torch.int32) + 1).contiguous()
-        dist.all_reduce(shifted, group=reduction.group)
-        tokens = (shifted - 1).to(torch.int16)
-    matrix = totals.cpu().numpy()
-    counts = np.ascontiguousarray(np.diagonal(matrix, axis1=1, axis2=2))
-    coactivation = matrix.copy()
-    experts = counts.shape[1]
-    coactivation[:, np.arange(experts), np.arange(experts)] = 0
-    return RoutingWindow(counts, coactivation, tokens.cpu().numpy())
+        # NCCL sums no int16. Ids are shifted by one so that 0 means "not mine"; the phases travel as one more column.
+        ids = (tokens.to(torch.int32) + 1).flatten()
+        packed = torch.cat([ids, phase.to(torch.int32) + 1])
+        dist.all_reduce(packed, group=reduction.group)
+        packed = (packed - 1).to(torch.int16)
+        tokens, phase = packed[: ids.numel()].view(tokens.shape), packed[ids.numel() :].to(torch.int8)
+    of_phase = counts.cpu().numpy()
+    return RoutingWindow(
+        of_phase.sum(0), None, tokens.cpu().numpy(), phase_counts=of_phase, token_phase=phase.cpu().numpy()
+    )
 
 
 def sample_shares(seen: np.ndarray, capacity: int) -> np.ndarray:
@@ -64,14 +63,19 @@ def sample_shares(seen: np.ndarray, capacity: int) -> np.ndarray:
     return shares
 
 
-def _own_share(recorder: AffinityRecorder, shares: np.ndarray, rank: int, reduction: Reduction) -> torch.Tensor:
+def _own_share(
+    recorder: AffinityRecorder, shares: np.ndarray, rank: int, reduction: Reduction
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int16 [layers, sample, k], int8 [sample]): this rank's tokens and their phases where they go, -1 elsewhere."""
     sample = recorder.sample()
     tokens = torch.full_like(sample, -1)
+    phase = torch.full((sample.shape[1],), -1, dtype=torch.int8, device=sample.device)
     if not reduction.contributes or not shares[rank]:
-        return tokens
+        return tokens, phase
     start, count = int(shares[:rank].sum()), int(shares[rank])
     filled = min(recorder.seen_tokens, recorder.config.sample_tokens)
     # The slots of a sample that is not full yet are in order of time, so a share of them must be drawn.
     rows = np.sort(np.random.default_rng(recorder.config.seed).permutation(filled)[:count])
     tokens[:, start : start + len(rows)] = sample[:, torch.from_numpy(rows).to(sample.device)]
-    return tokens
+    phase[start : start + len(rows)] = torch.from_numpy(recorder.sample_phase()[rows]).to(sample.device)
+    return tokens, phase

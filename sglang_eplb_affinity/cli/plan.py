@@ -38,7 +38,9 @@ SAMPLE_TOKENS = 16384
 )
 @click.option("--groups", type=int, help="Expert groups for deepseek_hierarchical.  [default: one per node]")
 @click.option("--objective", type=click.Choice(["normal", "low_latency", "mixed"]), default="normal", show_default=True)
-@click.option("--prefill-share", type=float, default=0.5, show_default=True, help="Weight of normal mode in mixed.")
+@click.option(
+    "--prefill-share", type=float, default=None, help="Weight of normal mode in mixed (default: of the dump, else 0.5)."
+)
 @click.option(
     "--dispatch", type=click.Choice(DISPATCH_RULES), default="cover", show_default=True,
     help="Replica choice of the server; the map is planned and its load judged with it.",
@@ -56,7 +58,8 @@ SAMPLE_TOKENS = 16384
 @click.option("--report", type=FILE, help="Also write the per-layer report (JSON).")
 def plan_command(
     trace: Path | None, dumps: tuple[Path, ...], gpus: int, nodes: int, redundant: int, algorithm: str,
-    groups: int | None, objective: Objective, prefill_share: float, dispatch: DispatchRule, max_load_increase: float,
+    groups: int | None, objective: Objective, prefill_share: float | None, dispatch: DispatchRule,
+    max_load_increase: float,
     current_map: Path | None, max_moves: int | None, effort: Effort, seed: int, threads: int | None, out: Path,
     report: Path | None,
 ) -> None:  # fmt: skip

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.routing import RoutingWindow
 
 Objective = Literal["normal", "low_latency", "mixed"]
 Effort = Literal["fast", "thorough"]
@@ -19,6 +20,7 @@ class PlannerConfig:
 
     ``objective``: what dispatch pays for. ``normal`` (DeepEP normal mode, prefill): one copy per token and destination.
     ``low_latency`` (decode): one copy per token and expert. ``mixed`` weighs them by ``prefill_share``.
+    ``prefill_share``: of all tokens. None: as the window recorded it (a half where it did not).
     ``max_load_increase``: largest allowed rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).
     ``load_noise_allowance``: the cap rises by so many standard errors of a GPU's load, estimated from the window's
     blocks of time: EPLB's balance is fitted to the window and holds no closer on later tokens. 0: strict on the window.
@@ -33,7 +35,7 @@ class PlannerConfig:
     """
 
     objective: Objective = "normal"
-    prefill_share: float = 0.5
+    prefill_share: float | None = None
     max_load_increase: float = 0.01
     load_noise_allowance: float = 1.0
     effort: Effort = "fast"
@@ -54,7 +56,7 @@ class PlannerConfig:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"planner: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        if not 0.0 <= self.prefill_share <= 1.0:
+        if self.prefill_share is not None and not 0.0 <= self.prefill_share <= 1.0:
             raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")
         if not self.max_load_increase >= 0.0:
             raise InputError(f"planner: max_load_increase={self.max_load_increase} must be 0 or more")
@@ -77,7 +79,12 @@ class PlannerConfig:
     @property
     def normal_share(self) -> float:
         """The share of traffic that pays per destination (the rest pays per expert)."""
-        return {"normal": 1.0, "low_latency": 0.0, "mixed": self.prefill_share}[self.objective]
+        share = 0.5 if self.prefill_share is None else self.prefill_share
+        return {"normal": 1.0, "low_latency": 0.0, "mixed": share}[self.objective]
+
+    def for_window(self, window: RoutingWindow) -> PlannerConfig:
+        """With the window's share of prefill, if none was given."""
+        return self if self.prefill_share is not None else replace(self, prefill_share=window.prefill_share)
 
     def resolved_threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -62,6 +62,7 @@ def plan(
     """
     began = time.perf_counter()
     _check(window, topology, num_slots, config, current)
+    config = config.for_window(window)
     eplb = eplb_placement(window.counts, topology, num_slots)
     budget = budget_for(window.num_experts, num_slots, config)
 

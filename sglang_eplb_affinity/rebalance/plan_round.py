@@ -73,6 +73,7 @@ def plan_round(request: PlanRequest) -> PlanReply:
     """Plan, leave out the layers that gain too little, and work out the moves and tables of the others."""
     began = time.perf_counter()
     window, current, settings = request.window, request.current, request.settings
+    settings = replace(settings, planner=settings.planner.for_window(window))
     tokens = int(window.counts.sum(1).max(initial=0))
     if not tokens:
         return PlanReply("skipped", "no tokens recorded")

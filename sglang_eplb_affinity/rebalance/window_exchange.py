@@ -24,7 +24,7 @@ class WindowShare(Protocol):
     """What this rank recorded, on its way from the device to the host."""
 
     def wait(self) -> tuple[int, np.ndarray, torch.Tensor]:
-        """Blocks. (tokens seen; int64 [layers, experts]; int16 [layers, sampled tokens, k] in random order)."""
+        """Blocks. (tokens seen; int64 [phases, layers, experts]; int16 [layers, sampled tokens, k] in random order)."""
 
 
 class WindowSource(Protocol):
@@ -103,7 +103,7 @@ class WindowExchange:
         for rank in np.flatnonzero(seen):
             if rank == 0:
                 continue
-            other = torch.empty(shape.num_layers, shape.num_experts, dtype=torch.int64)
+            other = torch.empty(counts.shape, dtype=torch.int64)
             tokens = torch.empty(shape.num_layers, int(shares[rank]), shape.top_k, dtype=torch.int16)
             source = dist.get_global_rank(self._group, int(rank)) if self._group is not None else int(rank)
             dist.recv(other, source, group=self._group)
@@ -112,7 +112,7 @@ class WindowExchange:
             total += other.numpy()
             samples.append(tokens)
         assert self._planner is not None
-        window = RoutingWindow(total, None, torch.cat(samples, 1).numpy())
+        window = RoutingWindow(total.sum(0), None, torch.cat(samples, 1).numpy(), phase_counts=total)
         try:
             return self._planner.plan(PlanRequest(window, current, self._settings, first))
         except PlannerFailed as error:

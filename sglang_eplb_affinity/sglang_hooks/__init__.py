@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from sglang_eplb_affinity.forced_routing import ForcedRouting
     from sglang_eplb_affinity.sglang_hooks.rebalance import RebalanceRound
     from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
+    from sglang_eplb_affinity.sglang_hooks.topk_step import TopkStep
 
 ALGORITHM = "affinity"
+
+topk_step: TopkStep | None = None
+"""Set by :func:`init_topk_step`: replica choice and recording at every layer; None if both are SGLang's."""
 
 forced_routing: ForcedRouting | None = None
 """Set by :func:`init_forced_routing`; the hook in topk.py reads it for every layer, so None must cost nothing."""
@@ -65,12 +69,32 @@ def server_info(server_args: Any) -> dict[str, Any]:
     return info
 
 
-def make_recorder(server_args: Any, expert_location_metadata: Any) -> ServerRecorder | None:
-    """The affinity recorder of this rank, None if it is off."""
+def init_topk_step(server_args: Any, metadata: Any, recorder: ServerRecorder | None = None) -> None:
+    """In each rank's process, once the placement is known and again once the recorder is."""
+    global topk_step
+    from sglang_eplb_affinity.sglang_hooks.topk_flags import chooses_replicas
+
+    if recorder is None and not chooses_replicas(server_args):
+        return
+    from sglang_eplb_affinity.sglang_hooks.topk_step import TopkStep
+
+    topk_step = TopkStep(server_args, metadata, recorder)
+
+
+def replaces_counts(server_args: Any) -> bool:
+    """Whether SGLang need not count, because our recorder does."""
+    from sglang_eplb_affinity.sglang_hooks import topk_flags
+
+    return topk_flags.replaces_counts(server_args)
+
+
+def make_recorder(server_args: Any, expert_location_metadata: Any, owner: Any) -> ServerRecorder | None:
+    """The affinity recorder of this rank, None if it is off; ``owner`` is SGLang's recorder."""
     from sglang_eplb_affinity.sglang_hooks import recording
 
-    recorder = recording.make(server_args, expert_location_metadata)
+    recorder = recording.make(server_args, expert_location_metadata, owner)
     if recorder is not None:
+        init_topk_step(server_args, expert_location_metadata, recorder)
         from sglang_eplb_affinity.sglang_hooks import rebalance
 
         rebalance.warm_up_planner(server_args)

@@ -12,12 +12,16 @@ from sglang_eplb_affinity.sglang_hooks import ALGORITHM, async_arguments
 from sglang_eplb_affinity.sglang_hooks.initial_map import FLAG as INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.topk_flags import (
+    check_cover,
+    check_schedule,
+    check_top_k,
+    is_ours,
+    records_affinity,
+)
 from sglang_eplb_affinity.topology import Topology
 
 logger = logging.getLogger(__name__)
-
-# Their top-k output has no ids (SGLang's BYPASSED and TRITON_KERNEL formats, layers/moe/topk.py).
-_FUSED_TOP_K_BACKENDS = ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel", "experimental_sgl_trtllm")
 
 
 def known_algorithms() -> list[str]:
@@ -43,6 +47,7 @@ def resolve(server_args: Any) -> None:
         )
     if server_args.eplb_affinity_max_moves is not None and server_args.eplb_affinity_max_moves < 1:
         raise InputError(f"--eplb-affinity-max-moves {server_args.eplb_affinity_max_moves}: must be at least 1")
+    check_schedule(server_args)
     if server_args.expert_load_log_passes < 0:
         raise InputError(f"--expert-load-log-passes {server_args.expert_load_log_passes}: must be 0 (off) or more")
     if server_args.expert_load_log_passes or server_args.eplb_record_map is not None:
@@ -52,17 +57,12 @@ def resolve(server_args: Any) -> None:
         server_args.expert_distribution_recorder_mode = "stat"
 
 
-def records_affinity(server_args: Any) -> bool:
-    return server_args.enable_expert_affinity_recorder or (
-        server_args.enable_eplb and server_args.eplb_algorithm == ALGORITHM
-    )
-
-
 def check(server_args: Any) -> None:
     view = server_args._resolved()
-    ours = server_args.enable_eplb and server_args.eplb_algorithm == ALGORITHM
+    ours = is_ours(server_args)
     forced = server_args.ep_forced_routing
     loads = server_args.init_expert_location != "trivial"
+    check_cover(server_args)
     if not ours and not records_affinity(server_args) and not forced and not loads:
         return
     if server_args.eplb_record_map is not None:
@@ -79,11 +79,7 @@ def check(server_args: Any) -> None:
     )
     if shape is None:
         raise InputError(f"{flag}: {server_args.model_path} has no routed experts; leave the flag out")
-    if view.moe_runner_backend in _FUSED_TOP_K_BACKENDS:
-        raise InputError(
-            f"--moe-runner-backend {view.moe_runner_backend}: chooses experts inside its kernel, so {flag} finds "
-            "no ids; use another backend, such as triton or deep_gemm"
-        )
+    check_top_k(flag, server_args)
     mode = server_args.expert_distribution_recorder_mode
     if (ours or records_affinity(server_args) or forced) and mode not in (None, "stat"):
         raise InputError(f"--expert-distribution-recorder-mode {mode}: {flag} needs mode stat; leave the flag out")

@@ -10,12 +10,10 @@ import numpy as np
 import torch.distributed as dist
 
 from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.recorder import AffinityRecorder
+from sglang_eplb_affinity.recorder import PHASES, AffinityRecorder
 from sglang_eplb_affinity.window_reduce import Reduction
 
 logger = logging.getLogger(__name__)
-
-PHASES = ("prefill", "decode")
 
 
 class LoadLog:

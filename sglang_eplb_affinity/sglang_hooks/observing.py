@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def start(server_args: Any, dp_rank: int | None) -> None:
     """Every rank calls it; only rank 0 of a group, the one that reports rounds, has observers."""
     from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
-    from sglang_eplb_affinity.sglang_hooks.arguments import records_affinity
+    from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
 
     if dist.is_initialized() and dist.get_rank():
         return

@@ -20,6 +20,7 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, plan, warm_up
+from sglang_eplb_affinity.planner.config import Objective
 from sglang_eplb_affinity.rebalance.round_record import (
     MapFigures,
     Result,
@@ -46,10 +47,15 @@ def dispatch_rule(server_args: Any) -> DispatchRule:
 
 
 def planner_config(server_args: Any, *, first: bool = True) -> PlannerConfig:
-    """The planner's settings that follow from the server's flags; ``first``: no planned map is in force yet."""
-    low_latency = server_args.moe_a2a_backend == "deepep" and server_args.deepep_mode == "low_latency"
+    """The planner's settings that follow from the server's flags; ``first``: no planned map is in force yet.
+
+    DeepEP's auto mode sends prefill tokens once per destination and decode tokens once per expert, so there the
+    objective weighs the two by the window's share of prefill.
+    """
+    mode = server_args.deepep_mode if server_args.moe_a2a_backend == "deepep" else "normal"
+    objectives: dict[str, Objective] = {"auto": "mixed", "low_latency": "low_latency"}
     return PlannerConfig(
-        objective="low_latency" if low_latency else "normal",
+        objective=objectives.get(mode, "normal"),
         max_load_increase=server_args.eplb_affinity_max_load_increase,
         effort="fast",
         dispatch=dispatch_rule(server_args),

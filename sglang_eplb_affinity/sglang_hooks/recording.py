@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
-from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RecordSchedule, RowLayout, one_group
+from sglang_eplb_affinity.routing import RoutingWindow, estimated_coactivation
 from sglang_eplb_affinity.sglang_hooks import observing
-from sglang_eplb_affinity.sglang_hooks.arguments import records_affinity
-from sglang_eplb_affinity.sglang_hooks.load_log import PHASES, LoadLog
+from sglang_eplb_affinity.sglang_hooks.load_log import LoadLog
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
 from sglang_eplb_affinity.window_reduce import Reduction, reduce_window
 
 logger = logging.getLogger(__name__)
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 DUMP_VERSION = 1
 
 
-def make(server_args: Any, expert_location_metadata: Any) -> ServerRecorder | None:
+def make(server_args: Any, expert_location_metadata: Any, owner: Any) -> ServerRecorder | None:
     if not records_affinity(server_args):
         return None
     shape = MoeShape.of(server_args.get_model_config().hf_text_config)
     if shape is None:
         raise InputError(f"--eplb-algorithm affinity: {server_args.model_path} has no routed experts")
-    return ServerRecorder(server_args, expert_location_metadata, shape.top_k)
+    return ServerRecorder(server_args, expert_location_metadata, shape.top_k, owner)
 
 
 class ServerRecorder:
@@ -36,9 +36,10 @@ class ServerRecorder:
 
     Without an all-to-all backend every rank of an expert-parallel group runs all tokens of the batch, so one rank of
     the group records; with one, each rank routes tokens of its own and all record. Padding is never recorded.
+    ``owner`` is SGLang's recorder, which knows whether recording is on.
     """
 
-    def __init__(self, server_args: Any, expert_location_metadata: Any, top_k: int) -> None:
+    def __init__(self, server_args: Any, expert_location_metadata: Any, top_k: int, owner: Any) -> None:
         from sglang.srt.runtime_context import get_parallel
 
         parallel = get_parallel()
@@ -52,7 +53,14 @@ class ServerRecorder:
         self.serves_eplb = bool(server_args.enable_eplb)
         self.records_from_start = bool(server_args.expert_load_log_passes)
         chunk = server_args.chunked_prefill_size or 0
-        self._recorder = AffinityRecorder(
+        self._owner = owner
+        self._schedule = RecordSchedule(
+            server_args.expert_affinity_record_every,
+            server_args.expert_affinity_record_last_passes,
+            server_args.eplb_rebalance_num_iterations,
+        )
+        self._passes = 0
+        self.recorder = AffinityRecorder(
             num_layers=expert_location_metadata.num_layers,
             num_experts=expert_location_metadata.num_logical_experts,
             top_k=top_k,
@@ -62,42 +70,48 @@ class ServerRecorder:
                 sample_tokens=server_args.expert_affinity_sample_tokens,
                 max_pass_tokens=max(chunk, 8192) * self._num_groups,
                 seed=server_args.random_seed or 0,
-                phases=len(PHASES) if server_args.expert_load_log_passes else 0,
+                # With EPLB on recording never stops, and all layers of the target model run inside a pass.
+                quiet_between_passes=not self.serves_eplb or server_args.speculative_algorithm is not None,
             ),
         )
-        self._load_log = LoadLog(server_args.expert_load_log_passes, self._recorder, self._reduction)
+        self._load_log = LoadLog(server_args.expert_load_log_passes, self.recorder, self._reduction)
         self._warned: set[str] = set()
 
     @property
     def own_recorder(self) -> AffinityRecorder | None:
         """The recorder of this rank's tokens; None if another rank records them."""
-        return self._recorder if self._reduction.contributes else None
+        return self.recorder if self._reduction.contributes else None
 
     def on_forward_pass_start(self, forward_batch: Any) -> None:
         if self._reduction.contributes:
             phase = 0 if forward_batch.forward_mode.is_extend() else 1
-            self._recorder.begin_pass(self._tokens_of_groups(forward_batch), phase)
+            record = self._schedule.records(self._passes)
+            self.recorder.begin_pass(self._tokens_of_groups(forward_batch), phase, record)
+        self._passes += 1
 
     def on_forward_pass_end(self) -> None:
         if self._reduction.contributes:
-            self._recorder.end_pass()
+            self.recorder.end_pass()
         self._load_log.on_forward_pass_end()
 
-    def on_logical_topk(
-        self, layer: int | None, topk_ids: torch.Tensor, num_token_non_padded: torch.Tensor | None
-    ) -> None:
-        if not self._reduction.contributes or layer is None or not layer < self._recorder.num_layers:
-            return
-        rows = self._row_layout(topk_ids.shape[0])
-        if rows is not None:
-            self._recorder.record(layer, topk_ids, rows, num_token_non_padded if self._all_to_all else None)
+    def rows_to_record(self, layer: int, num_rows: int) -> RowLayout | None:
+        """How the rows of a layer's input map to the pass's tokens; None if they are not recorded here.
+
+        Whether the pass counts is known on the device, so rows are recorded in every pass and capture.
+        """
+        if not self._reduction.contributes or not layer < self.recorder.num_layers:
+            return None
+        if not self._owner.records_affinity_now():
+            return None
+        return self._row_layout(num_rows)
 
     def reset(self) -> None:
-        self._recorder.reset()
+        self._passes = 0
+        self.recorder.reset()
 
     def window(self) -> RecordedWindow:
         """The window summed over ranks (a collective call); the same on every rank."""
-        window = reduce_window(self._recorder, self._reduction)
+        window = reduce_window(self.recorder, self._reduction)
         observing.window_recorded(window)
         return RecordedWindow(window)
 
@@ -115,7 +129,7 @@ class ServerRecorder:
 
     def _row_layout(self, num_rows: int) -> RowLayout | None:
         if self._num_groups == 1:
-            return RowLayout((num_rows,))
+            return one_group(num_rows)
         from sglang.srt.layers.dp_attention import get_dp_global_num_tokens, is_dp_max_padding
 
         if is_dp_max_padding() and num_rows % self._num_groups == 0:
@@ -138,6 +152,10 @@ class RecordedWindow:
 
     window: RoutingWindow
 
+    def logical_count(self, device: Any) -> torch.Tensor:
+        """int64 [1, layers, experts]: SGLang's key of the same name, with one step for the whole window."""
+        return torch.from_numpy(self.window.counts).to(device)[None]
+
     def for_output(self, mode: str) -> RoutingWindow | dict[str, Any]:
         """For SGLang's output mode: plain tensors for a ``file``, the window itself for an ``object``."""
         return window_to_dump(self.window) if mode == "file" else self.window
@@ -145,13 +163,17 @@ class RecordedWindow:
 
 def window_to_dump(window: RoutingWindow) -> dict[str, Any]:
     """The ``affinity`` entry of a recorder dump: plain tensors, readable with ``torch.load(weights_only=True)``."""
-    assert window.coactivation is not None and window.tokens is not None
-    return {
+    assert window.tokens is not None
+    entry: dict[str, Any] = {
         "version": DUMP_VERSION,
         "counts": torch.from_numpy(window.counts),
-        "coactivation": torch.from_numpy(window.coactivation),
+        "coactivation": torch.from_numpy(estimated_coactivation(window.counts, window.tokens)),
         "tokens": torch.from_numpy(window.tokens),
     }
+    if window.phase_counts is not None and window.token_phase is not None:
+        entry["phase_counts"] = torch.from_numpy(window.phase_counts)
+        entry["token_phase"] = torch.from_numpy(window.token_phase)
+    return entry
 
 
 def window_of_dump(data: dict[str, Any]) -> RoutingWindow:
@@ -160,4 +182,6 @@ def window_of_dump(data: dict[str, Any]) -> RoutingWindow:
         raise InputError(
             f"dump: affinity entry of version {data.get('version')}, but this package reads {DUMP_VERSION}"
         )
-    return RoutingWindow(data["counts"].cpu().numpy(), data["coactivation"].cpu().numpy(), data["tokens"].cpu().numpy())
+    names = ("coactivation", "tokens", "phase_counts", "token_phase")
+    rest = (None if data.get(name) is None else data[name].cpu().numpy() for name in names)
+    return RoutingWindow(data["counts"].cpu().numpy(), *rest)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
-from sglang_eplb_affinity.recorder import AffinityRecorder
+from sglang_eplb_affinity.recorder import PHASES, AffinityRecorder
 
 
 class RecorderWindow:
@@ -25,7 +25,7 @@ class RecorderWindow:
         if recorder is None:
             return
         cuda = device.type == "cuda"
-        counts = (shape.num_layers, shape.num_experts)
+        counts = (len(PHASES), shape.num_layers, shape.num_experts)
         sample = (shape.num_layers, shape.sample_tokens, shape.top_k)
         self._device_counts = torch.empty(counts, dtype=torch.int64, device=device)
         self._device_sample = torch.empty(sample, dtype=torch.int16, device=device)
@@ -56,7 +56,7 @@ class RecorderWindow:
         # Any first rows of a random order are a uniform sample, whatever share of it is asked for.
         order = np.concatenate([self._random.permutation(filled), np.arange(filled, self._shape.sample_tokens)])
         self._order.copy_(torch.from_numpy(order))
-        self._device_counts.copy_(recorder.totals().diagonal(dim1=1, dim2=2))
+        self._device_counts.copy_(recorder.counts)
         rows = self._order.to(self._device, non_blocking=True)
         torch.index_select(recorder.sample(), 1, rows, out=self._device_sample)
         recorder.reset()
@@ -83,7 +83,8 @@ class Share:
     def wait(self) -> tuple[int, np.ndarray, torch.Tensor]:
         if self._counts is None or self._sample is None:
             empty = torch.empty(self._shape.num_layers, 0, self._shape.top_k, dtype=torch.int16)
-            return 0, np.zeros((self._shape.num_layers, self._shape.num_experts), np.int64), empty
+            counts = (len(PHASES), self._shape.num_layers, self._shape.num_experts)
+            return 0, np.zeros(counts, np.int64), empty
         if self._copied is not None:
             self._copied.synchronize()
         return self._seen, self._counts.numpy(), self._sample

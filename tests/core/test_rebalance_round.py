@@ -132,3 +132,28 @@ def test_load_record_shares_an_experts_tokens_among_its_replicas() -> None:
     line = load_record(np.array([[6, 1, 1], [0, 0, 0]]), expert_map, 2)
     assert line["layers"] == 1 and line["gpu_tokens"] == [4.0, 4.0] and line["expert_tokens"] == [6, 1, 1]
     assert line["gpu_max_over_mean"] == 1.0 and line["expert_max_over_mean"] == 2.25
+
+
+@pytest.mark.parametrize(
+    ("all_to_all", "mode", "objective", "normal_share"),
+    [
+        ("deepep", "auto", "mixed", 0.25),
+        ("deepep", "normal", "normal", 1.0),
+        ("deepep", "low_latency", "low_latency", 0.0),
+        ("none", "auto", "normal", 1.0),
+    ],
+)
+def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, normal_share) -> None:
+    arguments = SimpleNamespace(
+        moe_a2a_backend=all_to_all,
+        deepep_mode=mode,
+        eplb_affinity_max_load_increase=0.0,
+        ep_dispatch_algorithm="cover",
+        eplb_affinity_incremental=False,
+        eplb_affinity_max_moves=None,
+    )
+    from sglang_eplb_affinity.sglang_hooks.rebalance import planner_config
+
+    counts = np.array([[[1, 1]], [[3, 3]]])
+    config = planner_config(arguments).for_window(RoutingWindow(counts.sum(0), phase_counts=counts))
+    assert (config.objective, config.normal_share, config.dispatch) == (objective, normal_share, "cover")

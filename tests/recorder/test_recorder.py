@@ -1,13 +1,13 @@
 """The affinity recorder counts every real token once, whatever the layout of its rows."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout, TokenReservoir
-from sglang_eplb_affinity.routing import coactivation_of
+from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RecordSchedule, RowLayout
+from sglang_eplb_affinity.reservoir import TokenReservoir
+from sglang_eplb_affinity.routing import coactivation_of, estimated_coactivation
 from sglang_eplb_affinity.window_reduce import Reduction, reduce_window, sample_shares
 
 ALONE = Reduction(contributes=True)
@@ -58,7 +58,8 @@ def test_counts_coactivation_and_sample_cover_exactly_the_real_tokens(
     window = reduce_window(recorder, ALONE)
     expected = np.stack([np.concatenate(parts) for parts in real])
     assert (window.counts == [np.bincount(ids.ravel(), minlength=experts) for ids in expected]).all()
-    assert (window.coactivation == coactivation_of(expected, experts)).all()
+    pairs = estimated_coactivation(window.counts, window.tokens)
+    assert (pairs == coactivation_of(expected, experts)).all()
     sampled = [sorted(map(tuple, layer[layer[:, 0] >= 0].tolist())) for layer in window.tokens]
     assert sampled == [sorted(map(tuple, layer.tolist())) for layer in expected]
 
@@ -86,32 +87,89 @@ def test_reset_starts_an_empty_window() -> None:
     assert not window.counts.any() and (window.tokens == -1).all() and recorder.seen_tokens == 0
 
 
-def test_counts_stay_exact_beyond_float32_integers() -> None:
-    recorder = AffinityRecorder(
-        num_layers=1, num_experts=2, top_k=1, config=RecorderConfig(sample_tokens=4, max_pass_tokens=8)
-    )
-    recorder._recent[0, 1, 1] = float((1 << 24) - 1)
-    recorder._recent_tokens = (1 << 24) - 1
-    for _ in range(3):
-        recorder.begin_pass([1])
-        recorder.record(0, torch.tensor([[1]]), RowLayout((1,)))
-    assert reduce_window(recorder, ALONE).counts.tolist() == [[0, (1 << 24) + 2]]
+def test_phases_are_counted_and_sampled_apart() -> None:
+    recorder = AffinityRecorder(num_layers=1, num_experts=4, top_k=1, config=RecorderConfig(sample_tokens=8))
+    for phase, experts in ((0, [0, 1, 1]), (1, [2]), (0, [3])):
+        recorder.begin_pass([len(experts)], phase)
+        recorder.record(0, torch.tensor(experts)[:, None], RowLayout((len(experts),)))
+    window = reduce_window(recorder, ALONE)
+    assert window.phase_counts.tolist() == [[[1, 2, 0, 1]], [[0, 0, 1, 0]]]
+    assert window.token_phase.tolist() == [0, 0, 0, 1, 0, -1, -1, -1]
+    assert window.prefill_share == 0.8
+
+
+def test_phase_counts_are_taken_over_the_ends_of_windows() -> None:
+    recorder = AffinityRecorder(num_layers=1, num_experts=2, top_k=1)
+
+    def passes(count: int) -> None:
+        for _ in range(count):
+            recorder.begin_pass([1], phase=1)
+            recorder.record(0, torch.tensor([[1]]), RowLayout((1,)))
+
+    passes(2)
+    assert recorder.take_phase_counts()[1].tolist() == [[0, 2]]
+    passes(3)
+    recorder.reset()
+    passes(1)
+    assert recorder.take_phase_counts()[1].tolist() == [[0, 4]]
+    assert recorder.take_phase_counts().sum() == 0
+    assert recorder.counts[1].tolist() == [[0, 1]]
+
+
+def test_passes_that_are_not_recorded_leave_nothing() -> None:
+    recorder = AffinityRecorder(num_layers=1, num_experts=4, top_k=1, config=RecorderConfig(sample_tokens=8))
+    for number in range(4):
+        recorder.begin_pass([2], record=number % 2 == 0)
+        recorder.record(0, torch.tensor([[number], [number]]), RowLayout((2,)))
+    window = reduce_window(recorder, ALONE)
+    assert window.counts.tolist() == [[2, 0, 2, 0]]
+    assert window.tokens[0, :5, 0].tolist() == [0, 0, 2, 2, -1] and recorder.seen_tokens == 4
+
+
+def test_schedule_takes_every_nth_of_the_last_passes() -> None:
+    assert [number for number in range(7) if RecordSchedule().records(number)] == list(range(7))
+    assert [number for number in range(12) if RecordSchedule(3, 5, 10).records(number)] == [6, 9]
+
+
+def test_coactivation_of_all_tokens_is_estimated_from_the_sample() -> None:
+    random = np.random.default_rng(0)
+    recorder = AffinityRecorder(num_layers=1, num_experts=8, top_k=3, config=RecorderConfig(sample_tokens=400))
+    ids = random_ids(random, 4000, 8, 3)
+    recorder.begin_pass([4000])
+    recorder.record(0, ids, RowLayout((4000,)))
+    window = reduce_window(recorder, ALONE)
+    pairs, exact = estimated_coactivation(window.counts, window.tokens)[0], coactivation_of(ids.numpy()[None], 8)[0]
+    # A pair's count in the sample is binomial with mean 43; scaled tenfold its deviation is about 62.
+    assert abs(pairs.sum() - exact.sum()) < 8 * 7 and (abs(pairs - exact) < 5 * 62).all()
 
 
 def test_reservoir_is_uniform_over_the_stream() -> None:
     stream, capacity, trials = 400, 40, 300
-    hits = np.zeros(stream)
+    hits, tokens_of_slot = np.zeros(stream), np.zeros(capacity)
     for seed in range(trials):
-        reservoir, content = TokenReservoir(capacity, seed), np.full(capacity + 1, -1)
+        reservoir, content = TokenReservoir(capacity, seed), np.full(capacity, -1)
         for start in range(0, stream, 25):
-            slots = reservoir.offer(25)
-            used = slots[slots < capacity]
-            assert len(set(used.tolist())) == len(used)
-            content[slots] = np.arange(start, start + 25)
-        hits[content[:capacity]] += 1
+            tokens, slots = reservoir.offer(25)
+            assert len(set(slots.tolist())) == len(slots)
+            content[slots] = start + tokens
+        hits[content] += 1
+        tokens_of_slot += content >= stream / 2
     # Binomial(300, 0.1): mean 30, deviation 5.2; quarters of the stream have deviation 52 around 3000.
     quarters = hits.reshape(4, -1).sum(1)
     assert (abs(quarters - trials * capacity / 4) < 4 * 52).all()
+    # Every slot is as likely to hold a late token: Binomial(300, 0.5), deviation 8.7.
+    assert (abs(tokens_of_slot - trials / 2) < 5 * 8.7).all()
+
+
+def test_reservoir_does_not_depend_on_how_the_stream_is_cut() -> None:
+    contents = []
+    for step in (1, 7, 5000):
+        reservoir, content = TokenReservoir(64, 3), np.full(64, -1)
+        for start in range(0, 5000, step):
+            tokens, slots = reservoir.offer(min(step, 5000 - start))
+            content[slots] = start + tokens
+        contents.append(content.tolist())
+    assert contents[0] == contents[1] == contents[2]
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=20), st.integers(1, 10_000))
@@ -133,7 +191,7 @@ def _worker(rank: int, world: int, file: str, queue) -> None:
     for layer in range(2):
         recorder.record(layer, random_ids(random, tokens, 6, 2), RowLayout((tokens,)))
     window = reduce_window(recorder, Reduction(contributes=rank < 2))
-    queue.put((rank, window.counts.tolist(), window.coactivation.tolist(), window.tokens.tolist()))
+    queue.put((rank, window.counts.tolist(), window.phase_counts.tolist(), window.tokens.tolist()))
     torch.distributed.destroy_process_group()
 
 
@@ -155,30 +213,3 @@ def test_all_ranks_get_the_same_sum(tmp_path) -> None:
         for rank in range(2)
     ]
     assert {tuple(row) for row in tokens[0].tolist()} <= own[0] | own[1]
-
-
-@pytest.mark.gpu
-def test_recording_in_a_cuda_graph_equals_eager() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU on this machine")
-    eager = AffinityRecorder(num_layers=2, num_experts=64, top_k=8, device="cuda")
-    graphed = AffinityRecorder(num_layers=2, num_experts=64, top_k=8, device="cuda")
-    random = np.random.default_rng(0)
-    static_ids = random_ids(random, 16, 64, 8).cuda()
-    graphed.record(0, static_ids, RowLayout((16,)))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(2):
-            graphed.record(layer, static_ids, RowLayout((16,)))
-    for tokens in (16, 3, 0, 9):
-        static_ids.copy_(random_ids(random, 16, 64, 8))
-        for recorder in (eager, graphed):
-            recorder.begin_pass([tokens])
-        for layer in range(2):
-            eager.record(layer, static_ids, RowLayout((16,)))
-        graph.replay()
-        for recorder in (eager, graphed):
-            recorder.end_pass()
-    graph.replay()  # outside a pass: counts nothing
-    assert torch.equal(eager.totals(), graphed.totals()) and torch.equal(eager.sample(), graphed.sample())

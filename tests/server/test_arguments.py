@@ -74,6 +74,15 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "async algorithm": [*EP2, "--enable-eplb", "--eplb-algorithm", "elasticity_aware", "--eplb-async"],
         "async chunks": [*ASYNC, "--eplb-rebalance-layers-per-chunk", "2"],
         "async threshold": [*ASYNC, "--eplb-min-rebalancing-utilization-threshold", "0.9"],
+        "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
+        "a2a": [*AFFINITY, "--moe-a2a-backend", "ascend_fuseep"],
+        "cover a2a": [*EP2, "--ep-dispatch-algorithm", "cover", "--moe-a2a-backend", "ascend_fuseep"],
+        "runner": [*AFFINITY, "--moe-runner-backend", "triton_kernel"],
+        "every": [*AFFINITY, "--expert-affinity-record-every", "0"],
+        "every too large": [*AFFINITY, "--expert-affinity-record-every", "2000"],
+        "last": [*AFFINITY, "--expert-affinity-record-last-passes", "1001"],
+        "last async": [*ASYNC, "--expert-affinity-record-last-passes", "5"],
+        "last without eplb": [*EP2, "--expert-affinity-record-last-passes", "5"],
     }
     names = ["missing.json", "range.json", "layers.json", "slots.json", "broken.json", "other.pt", "absent.json"]
     for name in [*names, "recorded.json", "ascend4.json"]:
@@ -107,6 +116,16 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         },
     }
     assert results["good map"]["code"] == results["ascend map"]["code"] == 0
+    assert results["cover"] == {
+        "code": 0,
+        "errors": [],
+        "resolved": {
+            "enable_eplb": False,
+            "eplb_algorithm": "auto",
+            "expert_distribution_recorder_mode": None,
+            "ep_dispatch_algorithm": "cover",
+        },
+    }
 
 
 @pytest.mark.parametrize("case", ["async", "async deepseek"])
@@ -124,6 +143,21 @@ def test_async_rebalancing_is_accepted(results: dict[str, dict], case: str) -> N
         ("sample", "--expert-affinity-sample-tokens 0: must be at least 1"),
         ("increase", "--eplb-affinity-max-load-increase -0.5: must be 0 or more"),
         ("mode", "--expert-distribution-recorder-mode per_token: --eplb-algorithm affinity needs mode stat"),
+        ("a2a", "--moe-a2a-backend ascend_fuseep: its top-k hands out no logical expert ids, so --eplb-algorithm aff"),
+        ("a2a", "works with --moe-a2a-backend none, deepep, mooncake, nixl, mori, flashinfer, megamoe, pplx"),
+        ("cover a2a", "so --ep-dispatch-algorithm cover finds none; works with"),
+        ("runner", "--moe-runner-backend triton_kernel: chooses experts inside its kernel"),
+        ("every", "--expert-affinity-record-every 0: must be at least 1"),
+        (
+            "every too large",
+            "--expert-affinity-record-every 2000: records nothing of the 1000 passes before a rebalance",
+        ),
+        ("last", "--expert-affinity-record-last-passes 1001: must be 1 to 1000 (--eplb-rebalance-num-iterations)"),
+        ("last without eplb", "--expert-affinity-record-last-passes 5: counts back from a rebalance, but EPLB is off"),
+        (
+            "last async",
+            "--expert-affinity-record-last-passes 5: does not go with --eplb-async; use --eplb-async-window",
+        ),
         ("dense", "has no routed experts"),
         ("async window", "--eplb-async-window-passes 2000: must be 1 to 1000 (--eplb-rebalance-num-iterations)"),
         ("async gain", "--eplb-async-min-gain 1.5: must be a fraction, 0 to below 1"),

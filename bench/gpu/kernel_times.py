@@ -1,0 +1,230 @@
+"""`python -m bench.gpu.kernel_times --out FILE.json`: mapping and recording one layer's top-k ids, ours and SGLang's.
+
+SGLang's path is what its server runs with EPLB on: the compiled `_biased_grouped_topk_postprocess` (replica choice by
+`randint` or by a table, padding mask) and the counting of `_SelectExpertsSinglePassGatherer` (scatter_add). Ours is one
+kernel for both, which also keeps the token sample. An empty kernel shows what any launch costs. Each is timed inside a
+CUDA graph of many layers (GPU time) and launched one by one (what eager prefill pays). `matrix_product` is what the
+co-activation of a pass would cost as a product of indicator rows; ours takes it from the sample instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.environment import now, provenance
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Placement
+from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
+from sglang_eplb_affinity.topology import Topology
+
+TOKENS = (1, 16, 128, 1024, 8192)
+EXPERTS = (64, 128, 256)
+TOP_K = (4, 8)
+LAYERS = 48
+REPEATS = 25
+GPUS, NODES, REDUNDANT = 32, 4, 32
+
+Work = Callable[[int], object]
+
+
+class Cell:
+    """Inputs of one size: ids of every layer, restored before each measurement because ours overwrites them."""
+
+    def __init__(self, tokens: int, experts: int, top_k: int) -> None:
+        random = np.random.default_rng(tokens * 1000 + experts + top_k)
+        self.tokens, self.experts, self.top_k = tokens, experts, top_k
+        # Skewed like routers are: a few experts take much of the traffic.
+        logits = np.log(random.gamma(0.7, size=experts)) + random.gumbel(size=(LAYERS, tokens, experts))
+        ids = np.argpartition(-logits, top_k, axis=2)[:, :, :top_k]
+        self.original = torch.from_numpy(ids.astype(np.int32)).cuda()
+        self.ids = self.original.clone()
+        self.valid = torch.tensor(tokens, dtype=torch.int32, device="cuda")
+        slots = np.concatenate([np.arange(experts), random.choice(experts, REDUNDANT, replace=False)])
+        self.map = ExpertMap(np.tile(random.permutation(slots), (LAYERS, 1)), experts)
+        wide = np.full((LAYERS, experts, self.map.num_slots), -1, np.int64)
+        found = self.map.logical_to_all_physical()
+        wide[:, :, : found.shape[2]] = found
+        self.replicas = torch.from_numpy(wide).cuda()
+        self.counts = torch.from_numpy(self.map.replica_counts().astype(np.int64)).cuda()
+        self.static = self.replicas[:, :, 0].contiguous()
+
+    def restore(self) -> None:
+        self.ids.copy_(self.original)
+
+    def ours(self, rule: Any) -> Work:
+        config = RecorderConfig(max_pass_tokens=65536)
+        recorder = AffinityRecorder(
+            num_layers=LAYERS, num_experts=self.experts, top_k=self.top_k, device="cuda", config=config
+        )
+        # A window in progress: the sample is full, and this pass replaces a few of its tokens.
+        for _ in range(8):
+            recorder.begin_pass([8192])
+        recorder.begin_pass([self.tokens], phase=1)
+        placement = Placement(Topology(GPUS, NODES), self.map.num_slots, REDUNDANT + 1, 3)
+        step = MapAndRecord(self.top_k, recorder, placement)
+        tables = [
+            LayerTables(rule, self.static[layer])
+            if rule == "static"
+            else LayerTables(rule, self.replicas[layer], self.counts[layer])
+            for layer in range(LAYERS)
+        ]
+        rows = RowLayout((self.tokens,))
+        return lambda layer: step(layer, self.ids[layer], rows, tables[layer], self.valid)
+
+    def upstream(self, rule: str) -> Work:
+        from sglang.srt.eplb.expert_distribution import _SelectExpertsSinglePassGatherer
+        from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
+        from sglang.srt.layers.moe.topk import _biased_grouped_topk_postprocess
+
+        metadata: Any = SimpleNamespace(
+            num_layers=LAYERS, num_physical_experts=self.map.num_slots, num_local_physical_experts=1
+        )
+        gatherer = _SelectExpertsSinglePassGatherer(metadata, 0)
+        infos = [
+            ExpertLocationDispatchInfo(rule, self.static[i], self.replicas[i], self.counts[i], self.map.num_slots)
+            for i in range(LAYERS)
+        ]
+
+        def work(layer: int) -> None:
+            physical = _biased_grouped_topk_postprocess(self.ids[layer], infos[layer], self.valid)
+            gatherer.on_select_experts(layer, physical)
+
+        return work
+
+    def matrix_product(self) -> Work:
+        total = torch.zeros(self.experts, self.experts, device="cuda")
+
+        def work(layer: int) -> None:
+            hot = torch.zeros(self.tokens, self.experts, device="cuda")
+            hot.scatter_(1, self.ids[layer].long(), 1.0)
+            total.addmm_(hot.t(), hot)
+
+        return work
+
+
+def empty_kernel() -> Work:
+    import triton
+
+    @triton.jit
+    def nothing():  # type: ignore[no-untyped-def]
+        pass
+
+    return lambda _: nothing[(1,)](num_warps=4)
+
+
+def measure(work: Work, restore: Callable[[], None]) -> dict[str, dict[str, float]]:
+    """us of one layer: median, 10th and 90th percentile over repeats, in a graph and launched one by one."""
+    restore()
+    for layer in range(LAYERS):
+        work(layer)
+    torch.cuda.synchronize()
+    restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(LAYERS):
+            work(layer)
+
+    def launch() -> None:
+        for layer in range(LAYERS):
+            work(layer)
+
+    return {"graph": _summary(_timed(graph.replay, restore)), "eager": _summary(_timed(launch, restore))}
+
+
+def _timed(launch: Callable[[], Any], restore: Callable[[], None]) -> np.ndarray:
+    out = []
+    for _ in range(3 + REPEATS):
+        restore()
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        launch()
+        end.record()
+        torch.cuda.synchronize()
+        out.append(begin.elapsed_time(end) * 1e3 / LAYERS)
+    return np.array(out[3:])
+
+
+def _summary(times: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(times, [10, 50, 90])
+    return {"median": round(median, 3), "p10": round(low, 3), "p90": round(high, 3)}
+
+
+def measure_cell(tokens: int, experts: int, top_k: int) -> dict[str, Any]:
+    cell = Cell(tokens, experts, top_k)
+    arms = {f"ours_{rule}": cell.ours(rule) for rule in ("dynamic", "static", "cover")}
+    arms |= {f"upstream_{rule}": cell.upstream(rule) for rule in ("dynamic", "static")}
+    arms |= {"matrix_product": cell.matrix_product(), "empty": empty_kernel()}
+    with torch.inference_mode():
+        return {
+            "tokens": tokens,
+            "experts": experts,
+            "top_k": top_k,
+            "us": {name: measure(work, cell.restore) for name, work in arms.items()},
+        }
+
+
+def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Largest ratios of medians: to SGLang (`cover` to its `dynamic`), and to an empty launch up to 128 tokens."""
+
+    def largest(ours: str, other: str, mode: str, most_tokens: int) -> float:
+        return max(
+            round(cell["us"][ours][mode]["median"] / cell["us"][other][mode]["median"], 3)
+            for cell in cells
+            if cell["tokens"] <= most_tokens
+        )
+
+    pairs = (
+        ("ours_dynamic", "upstream_dynamic"),
+        ("ours_static", "upstream_static"),
+        ("ours_cover", "upstream_dynamic"),
+    )
+    modes = ("graph", "eager")
+    return {
+        "to_upstream": {f"{a} / {b}": {mode: largest(a, b, mode, 1 << 30) for mode in modes} for a, b in pairs},
+        "to_empty_up_to_128_tokens": {a: {mode: largest(a, "empty", mode, 128) for mode in modes} for a, _ in pairs},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.kernel_times", description=__doc__)
+    parser.add_argument("--out", required=True, type=Path, help="result file (JSON)")
+    options = parser.parse_args(arguments)
+    try:
+        if not torch.cuda.is_available():
+            raise InputError("bench.gpu.kernel_times: needs a CUDA GPU, but PyTorch sees none")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    cells = []
+    for experts in EXPERTS:
+        for top_k in TOP_K:
+            for tokens in TOKENS:
+                cells.append(measure_cell(tokens, experts, top_k))
+                medians = {name: times["graph"]["median"] for name, times in cells[-1]["us"].items()}
+                print(f"{tokens} tokens, {experts} experts, top-{top_k}, graph us: {medians}", flush=True)
+                result = {
+                    "date": now(),
+                    "provenance": provenance(),
+                    "placement": {"gpus": GPUS, "nodes": NODES, "redundant": REDUNDANT},
+                    "layers": LAYERS,
+                    "ratios": ratios(cells),
+                    "cells": cells,
+                }
+                write_atomically(options.out, json.dumps(result, indent=1).encode())
+    print(json.dumps(result["ratios"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

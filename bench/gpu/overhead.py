@@ -1,0 +1,238 @@
+"""What EPLB costs while it never rearranges, and what DeepEP's auto mode gains, on this host's GPUs.
+
+    python -m bench.gpu.overhead --out FOLDER
+
+The protocol is vLLM's (pull request 24573): random prompts of 1000 tokens, 100 tokens out, no prefix cache, no
+redundant experts, no rearrangement; no EPLB, SGLang's EPLB, and ours, as servers side by side that take turns. A group
+is one set of servers: a model (`large`: DeepSeek-V3's layers in FP8 blocks, as many as fit; `small`: a Qwen3Moe) in one
+DeepEP mode. The group `modes` has our EPLB in auto, normal and low-latency mode instead, with latencies. Weights are
+random, so experts are chosen by `--ep-forced-routing balanced` in every arm: random routers would send all tokens to a
+few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.environment import now, provenance
+from bench.gpu import deepseek_shaped, random_moe
+from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
+from bench.stats import ratio_by_block
+from sglang_eplb_affinity.files import write_atomically
+
+NEVER = ("--eplb-rebalance-num-iterations", "100000000", "--expert-distribution-recorder-buffer-size", "1000")
+ARMS = (
+    ResidentArm("none"),
+    ResidentArm("upstream", ("--enable-eplb", "--eplb-algorithm", "deepseek", *NEVER)),
+    ResidentArm("ours", ("--eplb-algorithm", "affinity", *NEVER)),
+)
+SMALL = random_moe.MoeSizes(hidden=2048, layers=12)
+# Tokens that a rank may dispatch at once in low-latency mode; DeepEP's buffer grows with it.
+LOW_LATENCY_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Group:
+    """``moe_layers`` of the large model; 0 for the small one."""
+
+    name: str
+    mode: str
+    moe_layers: int
+    load: Load
+
+    @property
+    def arms(self) -> tuple[ResidentArm, ...]:
+        if self.mode != "all":
+            return tuple(replace(arm, flags=(*arm.flags, *mode_flags(self.mode))) for arm in ARMS)
+        ours = ARMS[-1]
+        return tuple(ResidentArm(mode, (*ours.flags, *mode_flags(mode))) for mode in ("normal", "low_latency", "auto"))
+
+
+LARGE = Load("large", 1000, 256, 1000, 100, streams=False)
+GROUPS = (
+    Group("large.normal", "normal", 4, LARGE),
+    Group("large.low_latency", "low_latency", 4, LARGE),
+    Group("small.normal", "normal", 0, replace(LARGE, name="small")),
+    Group("small.low_latency", "low_latency", 0, replace(LARGE, name="small")),
+    Group("modes", "all", 3, Load("latency", 256, 64, 1000, 100)),
+)
+
+
+def mode_flags(mode: str) -> tuple[str, ...]:
+    """Low-latency mode alone also prefills through its buffer, so its chunks are small."""
+    chunk = 2 * LOW_LATENCY_TOKENS if mode == "low_latency" else 16384
+    return ("--deepep-mode", mode, "--chunked-prefill-size", str(chunk))
+
+
+def server_flags(gpus: int) -> list[str]:
+    flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
+    flags += ["--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm", "--load-format", "dummy"]
+    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion"]
+    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "128", "--mem-fraction-static", "0.85"]
+    flags += ["--max-total-tokens", "200000", "--max-running-requests", str(128 * gpus), "--stream-interval", "1"]
+    return [*flags, "--disable-radix-cache", "--ep-forced-routing", "balanced"]
+
+
+def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes: Any
+    if group.moe_layers:
+        sizes = deepseek_shaped.DeepseekSizes(moe_layers=options.moe_layers or group.moe_layers)
+        deepseek_shaped.write_config(folder / "model", sizes)
+    else:
+        sizes = SMALL
+        random_moe.write_config(folder / "model", sizes)
+    load = replace(group.load, requests=options.requests or group.load.requests)
+    flags = server_flags(options.gpus)
+    environment = {
+        "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS),
+        "NVSHMEM_QP_DEPTH": "8192",
+    }
+    began = time.monotonic()
+    with ResidentServers(
+        group.arms, folder / "model", flags, environment, folder / "servers", options.port, options.start_seconds
+    ) as servers:
+        print(f"{group.name}: ready {servers.seconds_to_ready} failed {servers.failed or 'none'}", flush=True)
+        left = options.seconds - (time.monotonic() - began)
+        rows = servers.run([load], options.blocks, max(left, 30))
+        rebalances = {name: len(server.summary().rebalances) for name, server in servers.servers.items()}
+    return {
+        "group": group.name,
+        "date": now(),
+        "deepep_mode": group.mode,
+        "model": asdict(sizes),
+        "load": asdict(load),
+        "flags": flags,
+        "arms": {arm.name: list(arm.flags) for arm in group.arms},
+        "seconds_to_ready": servers.seconds_to_ready,
+        "failed_servers": servers.failed,
+        "rebalances": rebalances,
+        "void": [*incomplete(rows, [load]), *(f"{name} rebalanced" for name, count in rebalances.items() if count)],
+        "values": {
+            arm.name: {metric: by_block(rows, arm.name, load.name, metric) for metric in METRICS} for arm in group.arms
+        },
+    }
+
+
+METRICS = ("total_throughput", "median_ttft_ms", "p95_ttft_ms", "median_tpot_ms", "mean_ttft_ms", "mean_tpot_ms")
+
+
+def compare(values: Mapping[str, Mapping[str, Mapping[int, float]]], arm: str, base: str, metric: str) -> Any:
+    """Geometric mean over blocks of arm / base with its 95 % interval; None where no block has both."""
+    a, b = (values.get(name, {}).get(metric, {}) for name in (arm, base))
+    if not set(a) & set(b):
+        return None
+    ratio = ratio_by_block(a, b)
+    return {name: round(getattr(ratio, name), 5) for name in ("ratio", "lower", "upper", "blocks")}
+
+
+def losses(values: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, Any]:
+    """Percent of throughput that each EPLB costs against none: value, lower and upper."""
+    found = {}
+    for arm in ("upstream", "ours"):
+        ratio = compare(values, arm, "none", "total_throughput")
+        if ratio is not None:
+            found[arm] = {
+                "value": round(100 * (1 - ratio["ratio"]), 3),
+                "lower": round(100 * (1 - ratio["upper"]), 3),
+                "upper": round(100 * (1 - ratio["lower"]), 3),
+                "blocks": ratio["blocks"],
+            }
+    return found
+
+
+def finish(result: dict[str, Any]) -> dict[str, Any]:
+    """The comparisons of one group, from its values."""
+    values = {
+        arm: {
+            metric: {int(block): value for block, value in of_metric.items()} for metric, of_metric in metrics.items()
+        }
+        for arm, metrics in result["values"].items()
+    }
+    if result["group"] == "modes":
+        result["ratios"] = {
+            f"auto.{metric} / {base}": compare(values, "auto", base, metric)
+            for base in ("normal", "low_latency")
+            for metric in ("mean_ttft_ms", "median_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
+        }
+    else:
+        result["throughput_loss_pct"] = losses(values)
+    return result
+
+
+def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Summary entries of groups with an interval and nothing void."""
+    found: list[dict[str, Any]] = []
+
+    def add(result: Mapping[str, Any], name: str, unit: str, value: float, lower: float, upper: float) -> None:
+        entry = {"name": name, "value": value, "lower": lower, "upper": upper, "unit": unit, "kind": "measured"}
+        entry |= {"hardware": source["hardware"], "versions": source["versions"], "commit": source["commit"]}
+        found.append({**entry, "date": result["date"], "command": "python -m bench.gpu.overhead --out FOLDER"})
+
+    for result in results:
+        if result["void"]:
+            continue
+        size, _, mode = result["group"].partition(".")
+        for arm, loss in result.get("throughput_loss_pct", {}).items():
+            if loss["blocks"] > 1:
+                name = f"overhead.{mode}." + ("" if size == "large" else f"{size}.") + "throughput_loss_pct"
+                name += ".upstream" if arm == "upstream" else ""
+                add(result, name, "% of tokens/s without EPLB", loss["value"], loss["lower"], loss["upper"])
+        for base, metric, name in (
+            ("low_latency", "mean_ttft_ms", "auto.ttft_ratio_to_low_latency"),
+            ("normal", "mean_tpot_ms", "auto.tpot_ratio_to_normal"),
+        ):
+            ratio = result.get("ratios", {}).get(f"auto.{metric} / {base}")
+            if ratio and ratio["blocks"] > 1:
+                add(result, name, f"ratio to {base} mode", ratio["ratio"], ratio["lower"], ratio["upper"])
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.overhead", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--groups", default=",".join(group.name for group in GROUPS))
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--requests", type=int, default=0, help="prompts of a load (default: as in vLLM's protocol)")
+    parser.add_argument("--moe-layers", type=int, default=0, help="of the large model (default: what fits 2 x 141 GB)")
+    parser.add_argument("--seconds", type=float, default=3600, help="of one group; no load goes on after them")
+    parser.add_argument("--start-seconds", type=float, default=400, help="until servers must be ready")
+    parser.add_argument("--port", type=int, default=31700)
+    options = parser.parse_args(arguments)
+    known = {group.name: group for group in GROUPS}
+    wanted = options.groups.split(",")
+    for name in wanted:
+        if name not in known:
+            print(f"error: --groups {name}: unknown; known are {', '.join(known)}", file=sys.stderr)
+            return 2
+    failed = False
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        try:
+            result = finish(run_group(known[name], options.out / name, options))
+        except Exception as error:
+            print(f"{name}: failed: {error}", flush=True)
+            failed = True
+            continue
+        failed = failed or bool(result["failed_servers"] or result["void"])
+        write_atomically(options.out / f"overhead-{name}.json", json.dumps(result, indent=1).encode())
+        shown = {key: result.get(key) for key in ("void", "throughput_loss_pct", "ratios")}
+        print(f"{name}: {json.dumps(shown, indent=1)}", flush=True)
+    source = provenance()
+    results = [json.loads(path.read_text()) for path in sorted(options.out.glob("overhead-*.json"))]
+    summary = {"provenance": source, "groups": results, "entries": entries(results, source)}
+    write_atomically(options.out / "overhead.json", json.dumps(summary, indent=1).encode())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

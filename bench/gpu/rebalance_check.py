@@ -1,0 +1,177 @@
+"""Rebalances on GPUs change where experts are and nothing else: logits, over dozens of rebalances.
+
+    python -m bench.gpu.rebalance_check --out FILE.json
+
+A server with random weights, DeepEP's auto mode, redundant experts, `--ep-dispatch-algorithm cover`, decode CUDA graphs
+and layer-chunked rebalances. The same prompts are asked again and again. Two askings under one placement, one prompt at
+a time and all at once, show the noise: other batch sizes run other GEMM tiles. Askings under different placements may
+not differ by more. A lost or misplaced expert would, since the prompts use all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.environment import now, provenance
+from bench.gpu.random_moe import MoeSizes, build
+from bench.gpu.resident import ResidentArm, ResidentServers
+from bench.server import Server
+from sglang_eplb_affinity.files import write_atomically
+
+SIZES = MoeSizes(layers=4)
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 160, 8
+ITERATIONS = 60
+
+
+def server_flags(gpus: int) -> list[str]:
+    flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
+    flags += ["--moe-a2a-backend", "deepep", "--deepep-mode", "auto", "--moe-runner-backend", "deep_gemm"]
+    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion"]
+    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "32", "--mem-fraction-static", "0.5"]
+    flags += ["--max-total-tokens", "100000", "--chunked-prefill-size", "8192", "--disable-radix-cache"]
+    flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
+    return [*flags, "--eplb-rebalance-num-iterations", str(ITERATIONS), "--eplb-rebalance-layers-per-chunk", "2"]
+
+
+class Asker:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        random = np.random.default_rng(0)
+        self._prompts = random.integers(10, SIZES.vocabulary, (PROMPTS, PROMPT_TOKENS)).tolist()
+
+    @property
+    def rounds(self) -> int:
+        """Rebalances so far that moved experts."""
+        return self._server.summary().moved
+
+    def _ask(self, ids: list[int], new_tokens: int, logprobs: bool) -> Any:
+        body: dict[str, Any] = {"input_ids": ids, "return_logprob": logprobs, "logprob_start_len": 0}
+        body["sampling_params"] = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{self._server.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.loads(response.read())["meta_info"]
+
+    def logprobs(self, at_once: bool) -> tuple[np.ndarray, list[list[tuple[float, int]]]]:
+        """(float64 [prompts, tokens - 1] of the prompts' tokens, (logprob, id) of each new token)."""
+        with ThreadPoolExecutor(PROMPTS if at_once else 1) as pool:
+            found = list(pool.map(lambda ids: self._ask(ids, NEW_TOKENS, True), self._prompts))
+        prefill = [[entry[0] for entry in meta["input_token_logprobs"][1:]] for meta in found]
+        decode = [[(entry[0], entry[1]) for entry in meta["output_token_logprobs"]] for meta in found]
+        return np.array(prefill, dtype=float), decode
+
+    def traffic(self, seed: int) -> None:
+        """Prompts of one part of the vocabulary, so that placements differ from round to round."""
+        random = np.random.default_rng(seed)
+        low = 10 + seed * 397 % (SIZES.vocabulary - 600)
+        prompts = random.integers(low, low + 500, (24, 64)).tolist()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(lambda ids: self._ask(ids, ITERATIONS, False), prompts))
+
+
+def differences(a: Any, b: Any) -> dict[str, list[float]]:
+    """Absolute differences of log probabilities; of decoded tokens up to the first that differs."""
+    decode = []
+    for left, right in zip(a[1], b[1], strict=True):
+        for (p, i), (q, j) in zip(left, right, strict=True):
+            if i != j:
+                break
+            decode.append(abs(p - q))
+    return {"prefill": np.abs(a[0] - b[0]).ravel().tolist(), "decode": decode}
+
+
+def summarize(parts: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
+    out = {}
+    for name in ("prefill", "decode"):
+        values = np.array([value for part in parts for value in part[name]])
+        out[name] = {
+            "values": len(values),
+            "mean": float(values.mean()),
+            "p99": float(np.percentile(values, 99)),
+            "max": float(values.max()),
+        }
+    return out
+
+
+def check(server: Server, rebalances: int, seconds: float) -> dict[str, Any]:
+    asker = Asker(server)
+    noise, moved, skipped, first = [], [], 0, None
+    seed, deadline = 0, time.monotonic() + seconds
+    asker.logprobs(False), asker.logprobs(True)  # compiles what it needs
+    while time.monotonic() < deadline:
+        before = asker.rounds
+        alone, together = asker.logprobs(False), asker.logprobs(True)
+        if asker.rounds != before:
+            skipped += 1  # a rebalance fell between the two: they are of different placements
+        else:
+            noise.append(differences(alone, together))
+        if first is None:
+            first = (alone, together)
+        else:
+            moved += [differences(first[0], alone), differences(first[1], together)]
+        if before >= rebalances:
+            break
+        for _ in range(5):
+            seed += 1
+            asker.traffic(seed)
+    if not noise or not moved:
+        raise RuntimeError(f"nothing to compare after {asker.rounds} rebalances; the log says why")
+    log = server.summary()
+    return {
+        "rebalances_that_moved_experts": log.moved,
+        "rebalances": len(log.rebalances),
+        "results": sorted({rebalance.result for rebalance in log.rebalances}),
+        "askings": len(noise) + skipped,
+        "noise_same_placement": summarize(noise),
+        "difference_after_rebalances": summarize(moved),
+    }
+
+
+def within_noise(result: dict[str, Any]) -> bool:
+    """Means and 99th percentiles at most half as much again as the noise's."""
+    noise, moved = result["noise_same_placement"], result["difference_after_rebalances"]
+    return all(
+        moved[phase][key] <= 1.5 * noise[phase][key] for phase in ("prefill", "decode") for key in ("mean", "p99")
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.rebalance_check", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--rebalances", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=600, help="of asking, at most")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/rebalance-check"), help="model and logs")
+    parser.add_argument("--port", type=int, default=31900)
+    options = parser.parse_args(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    build(options.work / "model", SIZES, "cuda")
+    flags = server_flags(options.gpus)
+    environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
+    arm = ResidentArm("ours")
+    with ResidentServers(
+        [arm], options.work / "model", flags, environment, options.work / "servers", options.port
+    ) as servers:
+        result = check(servers.servers["ours"], options.rebalances, options.seconds)
+    result = {"date": now(), "provenance": provenance(), "flags": flags, "within_noise": within_noise(result), **result}
+    write_atomically(options.out, json.dumps(result, indent=1).encode())
+    print(json.dumps({key: value for key, value in result.items() if key not in ("provenance", "flags")}, indent=1))
+    return 0 if result["within_noise"] and result["rebalances_that_moved_experts"] >= options.rebalances else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""One step per MoE layer: top-k ids become physical, padding is masked, and the choices are recorded.
+
+On CUDA one Triton launch does it all (map_and_record_kernel.py); elsewhere, and inside torch.compile, the torch
+references do. Both work on static buffers without waiting for the device, so a CUDA graph can capture either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_eplb_affinity.dispatch import DispatchRule, choose_replicas
+from sglang_eplb_affinity.recorder import AffinityRecorder, RowLayout
+from sglang_eplb_affinity.topology import Topology
+
+try:
+    import triton
+
+    from sglang_eplb_affinity import map_and_record_kernel as kernel
+except ImportError:  # CPU environments have no Triton
+    triton = kernel = None  # type: ignore[assignment]
+
+# (row, column) items of one program, one for each of its threads.
+_ITEMS = 128
+# Triton whose compiled kernels are launched directly; others go through its slower general launcher.
+_DIRECT_LAUNCH = ("3.6.",)
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """One layer's replicas, in tensors that are updated in place at a rebalance (SGLang keeps them so).
+
+    ``static``: ``slots`` int64 [experts] is the slot of each expert for this rank, ``counts`` is None. Else ``slots``
+    int64 [experts, >= max replicas], each row's first ``counts`` (int64 [experts]) entries in rising order.
+    """
+
+    rule: DispatchRule
+    slots: torch.Tensor
+    counts: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the rules need to know: ``source_gpu`` None where all ranks run all tokens and must choose alike."""
+
+    topology: Topology
+    num_slots: int
+    max_replicas: int
+    source_gpu: int | None = None
+
+
+class MapAndRecord:
+    """Callable for each layer of each pass; ``recorder`` None: map only, ``placement`` None: record only."""
+
+    def __init__(self, top_k: int, recorder: AffinityRecorder | None, placement: Placement | None) -> None:
+        self.top_k, self.recorder, self.placement = top_k, recorder, placement
+        self._kernels: dict[Any, Any] = {}
+        self._pointers: dict[int, tuple[LayerTables | None, tuple[Any, ...], tuple[Any, ...]]] = {}
+
+    def __call__(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        rows: RowLayout,
+        tables: LayerTables | None = None,
+        num_valid_rows: torch.Tensor | None = None,
+    ) -> None:
+        """``topk_ids`` int32 or int64 [rows, >= top_k], logical ids, is overwritten with physical ids if ``tables``.
+
+        Rows from ``num_valid_rows`` (a device scalar) on are padding: not recorded, and -1 afterwards. Columns from
+        ``top_k`` on are left alone.
+        """
+        if not topk_ids.shape[0]:
+            return
+        if self._uses_kernel(topk_ids):
+            self._launch(layer, topk_ids, rows, tables, num_valid_rows)
+        else:
+            self.reference(layer, topk_ids, rows, tables, num_valid_rows)
+
+    def reference(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        rows: RowLayout,
+        tables: LayerTables | None = None,
+        num_valid_rows: torch.Tensor | None = None,
+    ) -> None:
+        """The same in plain torch."""
+        if self.recorder is not None:
+            self.recorder.record(layer, topk_ids, rows, num_valid_rows)
+        if tables is None:
+            return
+        ids = topk_ids[:, : self.top_k]
+        physical = map_ids(ids, tables, self.placement)
+        if num_valid_rows is not None:
+            valid = torch.arange(len(ids), device=ids.device) < num_valid_rows
+            physical = torch.where(valid[:, None], physical, -1)
+        ids.copy_(physical)
+
+    @staticmethod
+    def _uses_kernel(topk_ids: torch.Tensor) -> bool:
+        if kernel is None or topk_ids.stride(1) != 1 or torch.compiler.is_compiling():
+            return False
+        return topk_ids.is_cuda or bool(triton.knobs.runtime.interpret)
+
+    def _launch(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        rows: RowLayout,
+        tables: LayerTables | None,
+        num_valid_rows: torch.Tensor | None,
+    ) -> None:
+        num_rows = topk_ids.shape[0]
+        even = rows.is_even
+        known = self._pointers.get(layer)
+        if known is None or known[0] is not tables:
+            known = self._pointers[layer] = (tables, *self._fixed(layer, tables))
+        if not even and self.recorder is not None:
+            self.recorder.say_uneven_rows(rows)
+        key = (
+            topk_ids.dtype, None if num_valid_rows is None else num_valid_rows.dtype,
+            None if tables is None else tables.rule, even,
+        )  # fmt: skip
+        numbers = (num_rows, topk_ids.stride(0), rows.rows_of_group[0])
+        cached = self._kernels.get(key)
+        if cached is not None:
+            compiled, constants, width, device = cached
+            compiled.run(
+                -(-num_rows * width // _ITEMS), 1, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function,
+                compiled.packed_metadata, None, None, None,
+                topk_ids.data_ptr(), None if num_valid_rows is None else num_valid_rows.data_ptr(),
+                *known[2], *numbers, *constants,
+            )  # fmt: skip
+            return
+        constants = self._constants(tables, num_valid_rows is not None, even)
+        width = constants[1]
+        grid = (triton.cdiv(num_rows * width, _ITEMS),)
+        tensors = (topk_ids, topk_ids if num_valid_rows is None else num_valid_rows, *known[1])
+        compiled = kernel.map_and_record[grid](*tensors, *numbers, *constants, num_warps=4)
+        if compiled is not None and triton.__version__.startswith(_DIRECT_LAUNCH):
+            self._kernels[key] = (compiled, constants, width, topk_ids.device.index)
+
+    def _fixed(self, layer: int, tables: LayerTables | None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        """(state, counts, sample, table, table counts) of a layer, as tensors and as addresses."""
+        recorder = self.recorder
+        table = tables.slots if tables is not None else None
+        counts = tables.counts if tables is not None else None
+        if recorder is None:
+            assert table is not None
+            tensors = (table, table, table, table, table if counts is None else counts)
+        else:
+            state = recorder.state
+            tensors = (
+                state, recorder.counts[0, layer], recorder.sample_rows[layer], state if table is None else table,
+                state if counts is None else counts,
+            )  # fmt: skip
+        return tensors, tuple(tensor.data_ptr() for tensor in tensors)
+
+    def _constants(self, tables: LayerTables | None, has_valid: bool, even: bool) -> tuple[Any, ...]:
+        """The kernel's constexpr arguments in order."""
+        recorder, placement = self.recorder, self.placement
+        codes = {"static": kernel.TABLE, "dynamic": kernel.DYNAMIC, "cover": kernel.COVER}
+        rule = kernel.NO_RULE if tables is None else codes[tables.rule]
+        record = (False, has_valid, 1, even, 0, 0, 0, 0)
+        if recorder is not None:
+            config = recorder.config
+            record = (
+                True, has_valid, recorder.num_groups, even, recorder.slot_offset, config.max_pass_tokens,
+                config.sample_tokens, recorder.num_layers * recorder.num_experts,
+            )  # fmt: skip
+        place = (0, 1, 1, -1)
+        if tables is not None and placement is not None:
+            source = -1 if placement.source_gpu is None else placement.source_gpu
+            topology = placement.topology
+            place = (
+                tables.slots.stride(0), topology.slots_per_gpu(placement.num_slots), topology.gpus_per_node, source
+            )  # fmt: skip
+        # `cover` works on tiles of whole rows, the other rules on flat blocks.
+        width = triton.next_power_of_2(self.top_k) if rule == kernel.COVER else self.top_k
+        block = _ITEMS // width if rule == kernel.COVER else _ITEMS
+        return (self.top_k, width, block, rule, *record, *place)
+
+
+def map_ids(topk_ids: torch.Tensor, tables: LayerTables, placement: Placement | None) -> torch.Tensor:
+    """Physical ids of logical ``topk_ids`` [rows, k], -1 where they are -1."""
+    if tables.rule == "static":
+        used = topk_ids >= 0
+        return torch.where(used, tables.slots[topk_ids.clamp(min=0).long()].to(topk_ids.dtype), -1)
+    assert placement is not None
+    slots = tables.slots[:, : placement.max_replicas]
+    return choose_replicas(topk_ids, slots, placement.topology, placement.num_slots, tables.rule, placement.source_gpu)

@@ -1,0 +1,64 @@
+"""A uniform sample of the tokens of a window, decided on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_CHUNK = 1024
+
+
+class TokenReservoir:
+    """Uniform sample without replacement of a stream of tokens (algorithm L of Li, 1994: reservoir with skips).
+
+    The host knows how many tokens a pass has, so the choice costs the device nothing, is the same for all layers, and
+    gives every token of the window the same chance however long the window is. Once the sample is full the next tokens
+    to be taken are drawn ahead, so that a pass that contributes none costs one comparison.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self._capacity = capacity
+        self._seed = seed
+        self._owner = np.zeros(capacity, dtype=np.int64)
+        self.reset()
+
+    def reset(self) -> None:
+        self._random = np.random.default_rng(self._seed)
+        self._log_w = 0.0
+        self._last = self._capacity - 1  # position of the last token drawn so far
+        self._positions = np.zeros(0, dtype=np.int64)
+        self._slots = np.zeros(0, dtype=np.int64)
+        self._next = self._capacity
+        self._draw()
+        self.seen = 0
+
+    def offer(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(int64 [taken]: tokens of the pass that enter the sample, int64 [taken]: the slot that each takes)."""
+        begin, end = self.seen, self.seen + num_tokens
+        self.seen = end
+        if end <= self._next and begin >= self._capacity:
+            return self._positions[:0], self._slots[:0]
+        first = np.arange(begin, max(begin, min(end, self._capacity)))
+        tokens, slots = [first - begin], [first]
+        while self._next < end:
+            count = int(np.searchsorted(self._positions, end))
+            tokens.append(self._positions[:count] - begin)
+            slots.append(self._slots[:count])
+            self._positions, self._slots = self._positions[count:], self._slots[count:]
+            if not len(self._positions):
+                self._draw()
+            self._next = int(self._positions[0])
+        token, slot = np.concatenate(tokens), np.concatenate(slots)
+        # Of two tokens of one pass that draw the same slot the later one stays, as if they had come one by one.
+        order = np.arange(len(slot))
+        self._owner[slot] = order
+        last = self._owner[slot] == order
+        return token[last], slot[last]
+
+    def _draw(self) -> None:
+        """Positions and slots of the next tokens to be taken, in rising order."""
+        w = self._log_w + np.cumsum(np.log(1 - self._random.random(_CHUNK))) / self._capacity
+        skip = np.floor(np.log(1 - self._random.random(_CHUNK)) / np.log1p(-np.exp(w)))
+        # Beyond 2**40 tokens nothing is taken any more; a window ends long before.
+        self._positions = self._last + np.cumsum(np.minimum(skip, 2.0**40).astype(np.int64) + 1)
+        self._slots = self._random.integers(0, self._capacity, _CHUNK)
+        self._log_w, self._last, self._next = float(w[-1]), int(self._positions[-1]), int(self._positions[0])

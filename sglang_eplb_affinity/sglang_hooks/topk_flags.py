@@ -1,0 +1,98 @@
+"""Which of SGLang's settings our hook at the top-k ids works with, and what it is asked to do there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.sglang_hooks import ALGORITHM
+
+# Their top-k output has no ids (SGLang's BYPASSED and TRITON_KERNEL formats, layers/moe/topk.py).
+_FUSED_TOP_K_BACKENDS = ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel", "experimental_sgl_trtllm")
+# SGLang's top-k hands out logical ids in front of each of these.
+_RECORDED_ALL_TO_ALL = ("none", "deepep", "mooncake", "nixl", "mori", "flashinfer", "megamoe", "pplx")
+
+
+def is_ours(server_args: Any) -> bool:
+    return bool(server_args.enable_eplb and server_args.eplb_algorithm == ALGORITHM)
+
+
+def records_affinity(server_args: Any) -> bool:
+    return bool(server_args.enable_expert_affinity_recorder or is_ours(server_args))
+
+
+def chooses_replicas(server_args: Any) -> bool:
+    """Whether logical ids become physical by our rules: always with `cover`, else where our algorithm plans."""
+    from sglang.srt.utils import is_cuda
+
+    if server_args.ep_dispatch_algorithm == "cover":
+        return True
+    known_device = is_cuda() or server_args.device == "cpu"
+    # Elastic expert parallelism replaces the tables that our kernel reads in place.
+    return is_ours(server_args) and known_device and server_args.elastic_ep_backend is None
+
+
+def replaces_counts(server_args: Any) -> bool:
+    """Whether our recorder's counts stand in for SGLang's, so that nothing is counted twice.
+
+    SGLang counts slots, with several kernels a layer, and adds up every pass of the window at the rebalance. Its
+    metrics of GPU load need that.
+    """
+    plans_on_ours = is_ours(server_args) or (server_args.enable_eplb and server_args.eplb_async)
+    return plans_on_ours and not server_args.enable_expert_distribution_metrics
+
+
+def check_schedule(server_args: Any) -> None:
+    """--expert-affinity-record-every and --expert-affinity-record-last-passes must leave something to plan on."""
+    every, last = server_args.expert_affinity_record_every, server_args.expert_affinity_record_last_passes
+    window = server_args.eplb_rebalance_num_iterations
+    if every < 1:
+        raise InputError(f"--expert-affinity-record-every {every}: must be at least 1 (1: every pass)")
+    if last is not None and not server_args.enable_eplb:
+        raise InputError(
+            f"--expert-affinity-record-last-passes {last}: counts back from a rebalance, but EPLB is off; "
+            "leave it out or give --eplb-algorithm affinity"
+        )
+    if last is not None and server_args.eplb_async:
+        raise InputError(
+            f"--expert-affinity-record-last-passes {last}: does not go with --eplb-async; "
+            "use --eplb-async-window-passes"
+        )
+    if last is not None and not 1 <= last <= window:
+        raise InputError(
+            f"--expert-affinity-record-last-passes {last}: must be 1 to {window} (--eplb-rebalance-num-iterations)"
+        )
+    if server_args.enable_eplb and every > (last or window):
+        raise InputError(
+            f"--expert-affinity-record-every {every}: records nothing of the {last or window} passes before a "
+            "rebalance; use a smaller number"
+        )
+
+
+def check_top_k(flag: str, server_args: Any) -> None:
+    """Refuse ``flag`` where SGLang's top-k does not come by our hook with its logical ids."""
+    view = server_args._resolved()
+    if view.moe_runner_backend in _FUSED_TOP_K_BACKENDS:
+        raise InputError(
+            f"--moe-runner-backend {view.moe_runner_backend}: chooses experts inside its kernel, so {flag} finds "
+            "no ids; use another backend, such as triton or deep_gemm"
+        )
+    if view.moe_a2a_backend not in _RECORDED_ALL_TO_ALL or server_args.device == "npu":
+        where = f"--device {server_args.device}" if server_args.device == "npu" else ""
+        where = where or f"--moe-a2a-backend {view.moe_a2a_backend}"
+        raise InputError(
+            f"{where}: its top-k hands out no logical expert ids, so {flag} finds none; works with --moe-a2a-backend "
+            f"{', '.join(_RECORDED_ALL_TO_ALL)} (deepep in any --deepep-mode)"
+        )
+
+
+def check_cover(server_args: Any) -> None:
+    """--ep-dispatch-algorithm cover, with whatever else is asked for."""
+    if server_args.ep_dispatch_algorithm != "cover":
+        return
+    check_top_k("--ep-dispatch-algorithm cover", server_args)
+    if server_args.device not in ("cuda", "cpu") or server_args.elastic_ep_backend is not None:
+        raise InputError(
+            "--ep-dispatch-algorithm cover: works on cuda and cpu without --elastic-ep-backend, but the device is "
+            f"{server_args.device} and the backend {server_args.elastic_ep_backend}; use dynamic"
+        )

@@ -1,0 +1,83 @@
+"""The hook at every MoE layer's top-k ids, while they are logical: our replica choice, and recording."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES
+from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Placement
+from sglang_eplb_affinity.recorder import one_group
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.rebalance import topology_of
+from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
+from sglang_eplb_affinity.sglang_hooks.topk_flags import chooses_replicas
+
+# What is hung onto SGLang's objects: both live as long as the placement whose tensors they point at.
+_INFOS, _TABLES = "eplb_affinity_infos", "eplb_affinity_tables"
+
+
+class TopkStep:
+    """Callable for each layer. ``recorder`` None: nothing is recorded."""
+
+    def __init__(self, server_args: Any, metadata: Any, recorder: ServerRecorder | None) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        self.chooses = chooses_replicas(server_args)
+        self._recorder = recorder
+        placement = None
+        if metadata is not None:
+            own_tokens = server_args.moe_a2a_backend != "none"
+            placement = Placement(
+                topology=topology_of(server_args, metadata.ep_size),
+                num_slots=metadata.num_physical_experts,
+                max_replicas=metadata.num_physical_experts - metadata.num_logical_experts + 1,
+                source_gpu=get_parallel().moe_ep_rank if own_tokens else None,
+            )
+        shape = MoeShape.of(server_args.get_model_config().hf_text_config)
+        top_k = shape.top_k if shape is not None else 1
+        self._map_only = MapAndRecord(top_k, None, placement)
+        self._both = None if recorder is None else MapAndRecord(top_k, recorder.recorder, placement)
+
+    def __call__(
+        self, layer: int | None, topk_ids: torch.Tensor, num_valid_rows: torch.Tensor | None, info: Any
+    ) -> bool:
+        """Whether ``topk_ids`` [rows, >= top_k] are now physical, with padding masked; else SGLang does both.
+
+        ``layer`` None: a layer outside the placement. ``info``: SGLang's ExpertLocationDispatchInfo or None.
+        """
+        tables = None
+        if self.chooses and info is not None and info.ep_dispatch_algorithm in DISPATCH_RULES:
+            tables = _tables_of(info)
+        rows = None
+        if layer is not None and self._recorder is not None:
+            rows = self._recorder.rows_to_record(layer, topk_ids.shape[0])
+        if rows is not None and self._both is not None and layer is not None:
+            self._both(layer, topk_ids, rows, tables, num_valid_rows)
+        elif tables is not None:
+            self._map_only(layer or 0, topk_ids, one_group(topk_ids.shape[0]), tables, num_valid_rows)
+        return tables is not None
+
+    def known_info(self, metadata: Any, layer: int) -> Any:
+        """The layer's dispatch info made before, since the tensors it points at are updated in place."""
+        return getattr(metadata, _INFOS, {}).get(layer) if self.chooses else None
+
+    def remember_info(self, metadata: Any, layer: int, info: Any) -> None:
+        if self.chooses:
+            metadata.__dict__.setdefault(_INFOS, {})[layer] = info
+
+
+def _tables_of(info: Any) -> LayerTables:
+    tables = getattr(info, _TABLES, None)
+    if tables is None:
+        if info.ep_dispatch_algorithm == "static":
+            tables = LayerTables("static", info.partial_logical_to_rank_dispatch_physical_map)
+        else:
+            tables = LayerTables(
+                info.ep_dispatch_algorithm,
+                info.partial_logical_to_all_physical_map,
+                info.partial_logical_to_all_physical_map_num_valid,
+            )
+        setattr(info, _TABLES, tables)
+    return tables

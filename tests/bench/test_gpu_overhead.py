@@ -1,0 +1,106 @@
+"""The GPU overhead comparison: which flags its arms get, and what it makes of their values."""
+
+import json
+
+import pytest
+
+from bench.gpu import kernel_times, overhead
+from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
+from bench.gpu.rebalance_check import differences, summarize, within_noise
+
+SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
+
+
+def values(**throughput: list[float]) -> dict[str, dict[str, dict[int, float]]]:
+    return {arm: {"total_throughput": dict(enumerate(of_arm))} for arm, of_arm in throughput.items()}
+
+
+def test_arms_of_a_group_differ_in_eplb_only_and_never_rebalance() -> None:
+    arms = {arm.name: arm.flags for arm in overhead.GROUPS[0].arms}
+    common = overhead.mode_flags("normal")
+    assert set(arms) == {"none", "upstream", "ours"} and arms["none"] == common
+    for name in ("upstream", "ours"):
+        assert arms[name][-len(common) :] == common
+        assert int(arms[name][arms[name].index("--eplb-rebalance-num-iterations") + 1]) >= 10**8
+    modes = {arm.name: arm.flags for arm in overhead.GROUPS[-1].arms}
+    assert {flags[flags.index("--deepep-mode") + 1] for flags in modes.values()} == set(modes)
+    assert all("affinity" in flags for flags in modes.values())
+
+
+def test_losses_are_paired_by_block() -> None:
+    found = overhead.losses(values(none=[100, 200], upstream=[98, 196], ours=[99.5, 199]))
+    assert found["upstream"] == {"value": 2.0, "lower": 2.0, "upper": 2.0, "blocks": 2}
+    assert found["ours"]["value"] == 0.5
+
+
+def test_entries_leave_out_void_groups_and_single_blocks() -> None:
+    def result(group: str, **throughput: list[float]) -> dict:
+        found = {"group": group, "date": "2026-01-01", "void": [], "values": values(**throughput)}
+        return overhead.finish(json.loads(json.dumps(found)))
+
+    large = result("large.normal", none=[100, 101], upstream=[98, 99], ours=[100, 100])
+    small = result("small.low_latency", none=[100, 101], ours=[99, 100])
+    void = {**result("large.low_latency", none=[100, 101], ours=[99, 100]), "void": ["ours rebalanced"]}
+    once = result("large.low_latency", none=[100], ours=[99])
+    names = [entry["name"] for entry in overhead.entries([large, small, void, once], SOURCE)]
+    assert names == [
+        "overhead.normal.throughput_loss_pct.upstream",
+        "overhead.normal.throughput_loss_pct",
+        "overhead.low_latency.small.throughput_loss_pct",
+    ]
+
+
+def test_entries_of_modes_compare_auto_with_the_mode_it_should_beat() -> None:
+    metrics = ("mean_ttft_ms", "mean_tpot_ms")
+    of_arm = {"auto": 1.0, "normal": 2.0, "low_latency": 4.0}
+    found = {arm: {metric: {0: value, 1: value} for metric in metrics} for arm, value in of_arm.items()}
+    result = overhead.finish({"group": "modes", "date": "2026-01-01", "void": [], "values": found})
+    entries = {entry["name"]: entry["value"] for entry in overhead.entries([result], SOURCE)}
+    assert entries == {"auto.ttft_ratio_to_low_latency": 0.25, "auto.tpot_ratio_to_normal": 0.5}
+
+
+def test_an_unknown_group_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
+    assert overhead.main(["--out", str(tmp_path), "--groups", "huge"]) == 2
+    assert "--groups huge: unknown; known are large.normal" in capsys.readouterr().err
+
+
+def test_the_deepseek_shape_is_readable_by_transformers(tmp_path) -> None:
+    write_config(tmp_path, DeepseekSizes(moe_layers=2))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_hidden_layers"] == 3 and config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_kernel_ratios_take_the_worst_size() -> None:
+    def cell(tokens: int, ours: float, other: float) -> dict:
+        times = {"ours_dynamic": ours, "ours_static": 1.0, "ours_cover": 3.0, "empty": 1.0}
+        times |= {"upstream_dynamic": other, "upstream_static": 4.0}
+        return {
+            "tokens": tokens,
+            "us": {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()},
+        }
+
+    found = kernel_times.ratios([cell(128, 1.2, 4.0), cell(8192, 5.0, 8.0)])
+    assert found["to_upstream"]["ours_dynamic / upstream_dynamic"] == {"graph": 0.625, "eager": 0.625}
+    assert found["to_upstream"]["ours_cover / upstream_dynamic"]["graph"] == 0.75
+    assert found["to_empty_up_to_128_tokens"]["ours_dynamic"]["graph"] == 1.2
+
+
+def test_differences_stop_where_decoded_tokens_part() -> None:
+    import numpy as np
+
+    a = (np.array([[1.0, 2.0]]), [[(0.5, 7), (0.5, 8), (0.1, 9)]])
+    b = (np.array([[1.0, 2.5]]), [[(0.25, 7), (0.5, 3), (0.1, 9)]])
+    assert differences(a, b) == {"prefill": [0.0, 0.5], "decode": [0.25]}
+    small, large = summarize([differences(a, b)]), summarize([differences(a, b)])
+    result = {"noise_same_placement": small, "difference_after_rebalances": large}
+    assert within_noise(result)
+    large["prefill"]["mean"] *= 2
+    assert not within_noise(result)
+
+
+@pytest.mark.parametrize("mode", ["normal", "low_latency", "auto"])
+def test_low_latency_alone_prefills_in_chunks_that_fit_its_buffer(mode) -> None:
+    flags = overhead.mode_flags(mode)
+    chunk = int(flags[flags.index("--chunked-prefill-size") + 1])
+    assert (chunk <= 2 * overhead.LOW_LATENCY_TOKENS) == (mode == "low_latency")
