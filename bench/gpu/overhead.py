@@ -4,10 +4,10 @@
 
 The protocol is vLLM's (pull request 24573): random prompts of 1000 tokens, 100 tokens out, no prefix cache, no
 redundant experts, no rearrangement; no EPLB, SGLang's EPLB, and ours, as servers side by side that take turns. A group
-is one set of servers: a model (`large`: DeepSeek-V3's layers in FP8 blocks, as many as fit; `small`: a Qwen3Moe) in one
-DeepEP mode. The group `modes` has our EPLB in auto, normal and low-latency mode instead, with latencies. Weights are
-random, so experts are chosen by `--ep-forced-routing balanced` in every arm: random routers would send all tokens to a
-few.
+is one set of servers with one model: DeepSeek-V3's layers in FP8 blocks, as many as fit beside each other (`large`), or
+a Qwen3Moe (`small`). `large.low_latency` also has our EPLB in normal and auto mode, and compares latencies of the
+three. Weights are random, so experts are chosen by `--ep-forced-routing balanced` in every arm: random routers would
+send all tokens to a few.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +28,50 @@ from bench.stats import ratio_by_block
 from sglang_eplb_affinity.files import write_atomically
 
 NEVER = ("--eplb-rebalance-num-iterations", "100000000", "--expert-distribution-recorder-buffer-size", "1000")
-ARMS = (
-    ResidentArm("none"),
-    ResidentArm("upstream", ("--enable-eplb", "--eplb-algorithm", "deepseek", *NEVER)),
-    ResidentArm("ours", ("--eplb-algorithm", "affinity", *NEVER)),
-)
+EPLB: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "upstream": ("--enable-eplb", "--eplb-algorithm", "deepseek", *NEVER),
+    "ours": ("--eplb-algorithm", "affinity", *NEVER),
+}
+MODES = ("normal", "low_latency", "auto")
 SMALL = random_moe.MoeSizes(hidden=2048, layers=12)
 # Tokens that a rank may dispatch at once in low-latency mode; DeepEP's buffer grows with it.
 LOW_LATENCY_TOKENS = 256
+METRICS = ("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
 
 
 @dataclass(frozen=True)
 class Group:
-    """``moe_layers`` of the large model; 0 for the small one."""
+    """``moe_layers`` of the large model, 0 for the small one; ``modes`` whose overhead is measured; ``latencies``:
+    whether our EPLB is compared in all modes."""
 
     name: str
-    mode: str
     moe_layers: int
-    load: Load
+    modes: tuple[str, ...]
+    latencies: bool = False
 
     @property
     def arms(self) -> tuple[ResidentArm, ...]:
-        if self.mode != "all":
-            return tuple(replace(arm, flags=(*arm.flags, *mode_flags(self.mode))) for arm in ARMS)
-        ours = ARMS[-1]
-        return tuple(ResidentArm(mode, (*ours.flags, *mode_flags(mode))) for mode in ("normal", "low_latency", "auto"))
+        wanted = [(eplb, mode) for mode in self.modes for eplb in EPLB]
+        if self.latencies:
+            wanted += [("ours", mode) for mode in MODES if mode not in self.modes]
+        return tuple(ResidentArm(f"{eplb}-{mode}", (*EPLB[eplb], *mode_flags(mode))) for eplb, mode in wanted)
+
+    def loads(self, requests: int) -> dict[Load, list[str]]:
+        """Each load and its arms. A throughput of one mode is a load of its own."""
+        found = {
+            Load(mode, requests or 1000, 256, 1000, 100, streams=False): [f"{eplb}-{mode}" for eplb in EPLB]
+            for mode in self.modes
+        }
+        if self.latencies:
+            found[Load("latency", (requests or 1000) // 4, 64, 1000, 100)] = [f"ours-{mode}" for mode in MODES]
+        return found
 
 
-LARGE = Load("large", 1000, 256, 1000, 100, streams=False)
 GROUPS = (
-    Group("large.normal", "normal", 4, LARGE),
-    Group("large.low_latency", "low_latency", 4, LARGE),
-    Group("small.normal", "normal", 0, replace(LARGE, name="small")),
-    Group("small.low_latency", "low_latency", 0, replace(LARGE, name="small")),
-    Group("modes", "all", 3, Load("latency", 256, 64, 1000, 100)),
+    Group("large.normal", 4, ("normal",)),
+    Group("large.low_latency", 2, ("low_latency",), latencies=True),
+    Group("small", 0, ("normal", "low_latency")),
 )
 
 
@@ -90,7 +100,7 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
     else:
         sizes = SMALL
         random_moe.write_config(folder / "model", sizes)
-    load = replace(group.load, requests=options.requests or group.load.requests)
+    loads = group.loads(options.requests)
     flags = server_flags(options.gpus)
     environment = {
         "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS),
@@ -102,45 +112,49 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
     ) as servers:
         print(f"{group.name}: ready {servers.seconds_to_ready} failed {servers.failed or 'none'}", flush=True)
         left = options.seconds - (time.monotonic() - began)
-        rows = servers.run([load], options.blocks, max(left, 30))
+        arms_of = {load.name: arms for load, arms in loads.items()}
+        rows = servers.run(list(loads), options.blocks, max(left, 30), arms_of=arms_of)
         rebalances = {name: len(server.summary().rebalances) for name, server in servers.servers.items()}
     return {
         "group": group.name,
         "date": now(),
-        "deepep_mode": group.mode,
         "model": asdict(sizes),
-        "load": asdict(load),
+        "loads": [asdict(load) for load in loads],
         "flags": flags,
         "arms": {arm.name: list(arm.flags) for arm in group.arms},
         "seconds_to_ready": servers.seconds_to_ready,
         "failed_servers": servers.failed,
         "rebalances": rebalances,
-        "void": [*incomplete(rows, [load]), *(f"{name} rebalanced" for name, count in rebalances.items() if count)],
+        "void": [
+            *incomplete(rows, list(loads)),
+            *(f"{name} rebalanced" for name, count in rebalances.items() if count),
+        ],
         "values": {
-            arm.name: {metric: by_block(rows, arm.name, load.name, metric) for metric in METRICS} for arm in group.arms
+            load.name: {arm: {metric: by_block(rows, arm, load.name, metric) for metric in METRICS} for arm in arms}
+            for load, arms in loads.items()
         },
     }
 
 
-METRICS = ("total_throughput", "median_ttft_ms", "p95_ttft_ms", "median_tpot_ms", "mean_ttft_ms", "mean_tpot_ms")
+Values = Mapping[str, Mapping[str, Mapping[Any, float]]]
 
 
-def compare(values: Mapping[str, Mapping[str, Mapping[int, float]]], arm: str, base: str, metric: str) -> Any:
+def compare(values: Values, arm: str, base: str, metric: str) -> dict[str, float] | None:
     """Geometric mean over blocks of arm / base with its 95 % interval; None where no block has both."""
-    a, b = (values.get(name, {}).get(metric, {}) for name in (arm, base))
+    a, b = ({int(k): v for k, v in values.get(name, {}).get(metric, {}).items()} for name in (arm, base))
     if not set(a) & set(b):
         return None
     ratio = ratio_by_block(a, b)
     return {name: round(getattr(ratio, name), 5) for name in ("ratio", "lower", "upper", "blocks")}
 
 
-def losses(values: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, Any]:
+def losses(values: Values, mode: str) -> dict[str, dict[str, float]]:
     """Percent of throughput that each EPLB costs against none: value, lower and upper."""
     found = {}
-    for arm in ("upstream", "ours"):
-        ratio = compare(values, arm, "none", "total_throughput")
+    for eplb in ("upstream", "ours"):
+        ratio = compare(values, f"{eplb}-{mode}", f"none-{mode}", "total_throughput")
         if ratio is not None:
-            found[arm] = {
+            found[eplb] = {
                 "value": round(100 * (1 - ratio["ratio"]), 3),
                 "lower": round(100 * (1 - ratio["upper"]), 3),
                 "upper": round(100 * (1 - ratio["lower"]), 3),
@@ -151,20 +165,17 @@ def losses(values: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str,
 
 def finish(result: dict[str, Any]) -> dict[str, Any]:
     """The comparisons of one group, from its values."""
-    values = {
-        arm: {
-            metric: {int(block): value for block, value in of_metric.items()} for metric, of_metric in metrics.items()
-        }
-        for arm, metrics in result["values"].items()
-    }
-    if result["group"] == "modes":
+    values = result["values"]
+    result["throughput_loss_pct"] = {mode: losses(values[mode], mode) for mode in MODES if mode in values}
+    if "latency" in values:
         result["ratios"] = {
-            f"auto.{metric} / {base}": compare(values, "auto", base, metric)
+            f"auto / {base}": {
+                metric: compare(values["latency"], "ours-auto", f"ours-{base}", metric)
+                for metric in METRICS
+                if metric.endswith("_ms")
+            }
             for base in ("normal", "low_latency")
-            for metric in ("mean_ttft_ms", "median_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
         }
-    else:
-        result["throughput_loss_pct"] = losses(values)
     return result
 
 
@@ -180,17 +191,18 @@ def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> 
     for result in results:
         if result["void"]:
             continue
-        size, _, mode = result["group"].partition(".")
-        for arm, loss in result.get("throughput_loss_pct", {}).items():
-            if loss["blocks"] > 1:
-                name = f"overhead.{mode}." + ("" if size == "large" else f"{size}.") + "throughput_loss_pct"
-                name += ".upstream" if arm == "upstream" else ""
-                add(result, name, "% of tokens/s without EPLB", loss["value"], loss["lower"], loss["upper"])
+        size = "" if result["group"].startswith("large") else f"{result['group']}."
+        for mode, of_mode in result["throughput_loss_pct"].items():
+            for eplb, loss in of_mode.items():
+                if loss["blocks"] > 1:
+                    name = f"overhead.{mode}.{size}throughput_loss_pct"
+                    name += ".upstream" if eplb == "upstream" else ""
+                    add(result, name, "% of tokens/s without EPLB", loss["value"], loss["lower"], loss["upper"])
         for base, metric, name in (
             ("low_latency", "mean_ttft_ms", "auto.ttft_ratio_to_low_latency"),
             ("normal", "mean_tpot_ms", "auto.tpot_ratio_to_normal"),
         ):
-            ratio = result.get("ratios", {}).get(f"auto.{metric} / {base}")
+            ratio = result.get("ratios", {}).get(f"auto / {base}", {}).get(metric)
             if ratio and ratio["blocks"] > 1:
                 add(result, name, f"ratio to {base} mode", ratio["ratio"], ratio["lower"], ratio["upper"])
     return found

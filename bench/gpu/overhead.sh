@@ -2,13 +2,13 @@
 # On the GPU host, in the environment of env.sh: everything about the cost of mapping, recording and EPLB, and one small
 # archive of results.
 #
-#   bash bench/gpu/overhead.sh OUT_DIR     (GROUPS_WANTED=large.normal,modes SECONDS_EACH=200 STEPS="tests kernel check serve")
+#   bash bench/gpu/overhead.sh OUT_DIR     (GROUPS_WANTED=large.normal,small SECONDS_EACH=200 STEPS="tests kernel check serve")
 #
 # Each step has its own time limit and writes what it has, so a run that is cut short keeps the steps before.
 set -uo pipefail
 out=${1:?usage: overhead.sh OUT_DIR}; mkdir -p "$out"
 work=${WORK:-/tmp/overhead}; mkdir -p "$work"
-groups=${GROUPS_WANTED:-large.normal,large.low_latency,modes,small.normal,small.low_latency}
+groups=${GROUPS_WANTED:-large.normal,large.low_latency,small}
 steps=${STEPS:-tests kernel check serve}
 failed=0
 step() { # NAME SECONDS COMMAND...

@@ -123,21 +123,35 @@ class ResidentServers:
         except Exception as error:
             self.failed[name] = str(error)
 
-    def run(self, loads: Sequence[Load], blocks: int, timeout_s: float, warm_up: float = 0.25) -> list[dict[str, Any]]:
+    def run(
+        self,
+        loads: Sequence[Load],
+        blocks: int,
+        timeout_s: float,
+        warm_up: float = 0.25,
+        arms_of: Mapping[str, Sequence[str]] | None = None,
+    ) -> list[dict[str, Any]]:
         """Every load on every arm, ``blocks`` times, arms in Williams order within a block.
 
+        ``arms_of``: for loads that only some arms are to run, those arms, by the load's name.
         Returns bench_serving's rows with ``arm``, ``load`` and ``block`` added; block -1 is the warm-up. What was not
         done after ``timeout_s`` is missing. Raises ServerFailed if the client could not run at all.
         """
-        return self._run(self._order(list(loads), blocks, warm_up), timeout_s)
+        return self._run(self._order(list(loads), blocks, warm_up, arms_of), timeout_s)
 
-    def _order(self, loads: list[Load], blocks: int, warm_up: float) -> list[tuple[int, str, Load]]:
-        names = list(self.servers)
-        rows = williams_rows(len(names))
-        order = [(-1, name, load.shortened(warm_up)) for load in loads for name in names] if warm_up else []
+    def _order(
+        self, loads: list[Load], blocks: int, warm_up: float, arms_of: Mapping[str, Sequence[str]] | None = None
+    ) -> list[tuple[int, str, Load]]:
+        only = arms_of or {}
+        wanted = {load.name: [n for n in self.servers if n in only.get(load.name, self.servers)] for load in loads}
+        rows = {name: williams_rows(len(arms)) for name, arms in wanted.items()}
+        order = []
+        if warm_up:
+            order = [(-1, name, load.shortened(warm_up)) for load in loads for name in wanted[load.name]]
         for block in range(blocks):
             for load in loads if block % 2 == 0 else loads[::-1]:
-                order += [(block, names[i], load) for i in rows[block % len(rows)]]
+                of_load = rows[load.name]
+                order += [(block, wanted[load.name][i], load) for i in of_load[block % len(of_load)]]
         return order
 
     def _run(self, order: list[tuple[int, str, Load]], timeout_s: float) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ class RebalanceRound:
         """The new map is in force on this rank."""
         self._phase_seconds["move"] = time.perf_counter() - self._planned_at
         # SGLang's algorithms place dense layers too, but only layers with experts move.
-        layers = sorted(self._manager._get_model().routed_experts_weights_of_layer)
+        layers = sorted(self._manager._get_model().routed_experts_weights_of_layer.keys())
         ids = self._before.physical_to_logical.copy()
         ids[layers] = map_of(metadata).physical_to_logical[layers]
         self._log("applied", ExpertMap(ids, self._before.num_experts))

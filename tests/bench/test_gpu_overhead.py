@@ -11,37 +11,45 @@ from bench.gpu.rebalance_check import differences, summarize, within_noise
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
 
 
-def values(**throughput: list[float]) -> dict[str, dict[str, dict[int, float]]]:
-    return {arm: {"total_throughput": dict(enumerate(of_arm))} for arm, of_arm in throughput.items()}
+def values(mode: str, **throughput: list[float]) -> dict[str, dict]:
+    return {f"{arm}-{mode}": {"total_throughput": dict(enumerate(of_arm))} for arm, of_arm in throughput.items()}
 
 
 def test_arms_of_a_group_differ_in_eplb_only_and_never_rebalance() -> None:
     arms = {arm.name: arm.flags for arm in overhead.GROUPS[0].arms}
     common = overhead.mode_flags("normal")
-    assert set(arms) == {"none", "upstream", "ours"} and arms["none"] == common
-    for name in ("upstream", "ours"):
+    assert set(arms) == {"none-normal", "upstream-normal", "ours-normal"} and arms["none-normal"] == common
+    for name in ("upstream-normal", "ours-normal"):
         assert arms[name][-len(common) :] == common
         assert int(arms[name][arms[name].index("--eplb-rebalance-num-iterations") + 1]) >= 10**8
-    modes = {arm.name: arm.flags for arm in overhead.GROUPS[-1].arms}
-    assert {flags[flags.index("--deepep-mode") + 1] for flags in modes.values()} == set(modes)
-    assert all("affinity" in flags for flags in modes.values())
+
+
+def test_the_modes_of_our_eplb_are_compared_beside_the_overhead() -> None:
+    group = overhead.GROUPS[1]
+    arms = {arm.name: arm.flags for arm in group.arms}
+    assert len(arms) == 5
+    (throughput, of_mode), (latency, of_ours) = group.loads(0).items()
+    assert (throughput.requests, throughput.input_tokens, throughput.output_tokens) == (1000, 1000, 100)
+    assert of_mode == ["none-low_latency", "upstream-low_latency", "ours-low_latency"] and latency.streams
+    assert [arms[name][arms[name].index("--deepep-mode") + 1] for name in of_ours] == list(overhead.MODES)
+    assert all("affinity" in arms[name] for name in of_ours)
 
 
 def test_losses_are_paired_by_block() -> None:
-    found = overhead.losses(values(none=[100, 200], upstream=[98, 196], ours=[99.5, 199]))
+    found = overhead.losses(values("normal", none=[100, 200], upstream=[98, 196], ours=[99.5, 199]), "normal")
     assert found["upstream"] == {"value": 2.0, "lower": 2.0, "upper": 2.0, "blocks": 2}
     assert found["ours"]["value"] == 0.5
 
 
 def test_entries_leave_out_void_groups_and_single_blocks() -> None:
-    def result(group: str, **throughput: list[float]) -> dict:
-        found = {"group": group, "date": "2026-01-01", "void": [], "values": values(**throughput)}
+    def result(group: str, mode: str, **throughput: list[float]) -> dict:
+        found = {"group": group, "date": "2026-01-01", "void": [], "values": {mode: values(mode, **throughput)}}
         return overhead.finish(json.loads(json.dumps(found)))
 
-    large = result("large.normal", none=[100, 101], upstream=[98, 99], ours=[100, 100])
-    small = result("small.low_latency", none=[100, 101], ours=[99, 100])
-    void = {**result("large.low_latency", none=[100, 101], ours=[99, 100]), "void": ["ours rebalanced"]}
-    once = result("large.low_latency", none=[100], ours=[99])
+    large = result("large.normal", "normal", none=[100, 101], upstream=[98, 99], ours=[100, 100])
+    small = result("small", "low_latency", none=[100, 101], ours=[99, 100])
+    void = {**result("large.low_latency", "low_latency", none=[1, 1], ours=[1, 1]), "void": ["ours rebalanced"]}
+    once = result("large.low_latency", "low_latency", none=[100], ours=[99])
     names = [entry["name"] for entry in overhead.entries([large, small, void, once], SOURCE)]
     assert names == [
         "overhead.normal.throughput_loss_pct.upstream",
@@ -53,9 +61,9 @@ def test_entries_leave_out_void_groups_and_single_blocks() -> None:
 def test_entries_of_modes_compare_auto_with_the_mode_it_should_beat() -> None:
     metrics = ("mean_ttft_ms", "mean_tpot_ms")
     of_arm = {"auto": 1.0, "normal": 2.0, "low_latency": 4.0}
-    found = {arm: {metric: {0: value, 1: value} for metric in metrics} for arm, value in of_arm.items()}
-    result = overhead.finish({"group": "modes", "date": "2026-01-01", "void": [], "values": found})
-    entries = {entry["name"]: entry["value"] for entry in overhead.entries([result], SOURCE)}
+    found = {f"ours-{mode}": {metric: {0: ms, 1: ms} for metric in metrics} for mode, ms in of_arm.items()}
+    given = {"group": "large.low_latency", "date": "2026-01-01", "void": [], "values": {"latency": found}}
+    entries = {entry["name"]: entry["value"] for entry in overhead.entries([overhead.finish(given)], SOURCE)}
     assert entries == {"auto.ttft_ratio_to_low_latency": 0.25, "auto.tpot_ratio_to_normal": 0.5}
 
 
