@@ -34,8 +34,8 @@ def provenance() -> dict[str, Any]:
     return {
         "hardware": hardware(),
         "versions": versions(),
-        # A checkout without .git, such as one that was copied to a GPU host, is named by whoever copied it.
-        "commit": commit or os.environ.get("SOURCE_COMMIT") or "unknown",
+        # A copy on a GPU host has no .git, or an old one: whoever copied it says what it is.
+        "commit": os.environ.get("SOURCE_COMMIT") or commit or "unknown",
         "uncommitted_changes": bool(changed),
         "patches_sha256": patches_digest(ROOT / "patches"),
     }
