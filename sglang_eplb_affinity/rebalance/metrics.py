@@ -89,6 +89,7 @@ class PlacementMetrics:
             self._of("rebalances", result=result).inc(0)
         for name in ("moved_experts", "moved_bytes", "committed_layers"):
             self._of(name).inc(0)
+        self._of("commit_seconds")
         self._of("last_commit_timestamp_seconds").set(time.time())
         self._set_relocated(self.in_force)
 

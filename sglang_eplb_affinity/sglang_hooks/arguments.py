@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.rebalance.map_file import ServedModel
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, async_arguments
-from sglang_eplb_affinity.sglang_hooks.initial_map import FLAG as INITIAL_MAP
-from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_cover,
@@ -19,9 +16,10 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     is_ours,
     records_affinity,
 )
-from sglang_eplb_affinity.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+INITIAL_MAP = "--init-expert-location"
 
 
 def known_algorithms() -> list[str]:
@@ -105,6 +103,9 @@ def check(server_args: Any) -> None:
     if (ours or loads) and nodes is not None and (nodes < 1 or view.ep_size % nodes):
         raise InputError(f"--eplb-affinity-nodes {nodes}: must divide the EP size {view.ep_size}")
     if loads:
+        # Not at the top: it needs numba, which servers that do not use this package's flags need not load.
+        from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of, read_initial_map
+
         read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, view.ep_size))
     if ours:
         logger.info(
@@ -117,21 +118,6 @@ def check(server_args: Any) -> None:
             100 * server_args.eplb_affinity_max_load_increase,
             server_args.expert_affinity_sample_tokens,
         )
-
-
-def placement_of(server_args: Any, shape: MoeShape, ep_size: int) -> Placement:
-    """What a map must fit on this server."""
-    return Placement(
-        served_model(server_args, shape),
-        shape,
-        Topology(ep_size, server_args.eplb_affinity_nodes or server_args.nnodes),
-        shape.num_experts + server_args.ep_num_redundant_experts,
-    )
-
-
-def served_model(server_args: Any, shape: MoeShape) -> ServedModel:
-    architectures = getattr(server_args.get_model_config().hf_config, "architectures", None) or ["unknown"]
-    return ServedModel(server_args.model_path, architectures[0], shape.num_layers, shape.num_experts, shape.top_k)
 
 
 def _check_record_map(server_args: Any) -> None:

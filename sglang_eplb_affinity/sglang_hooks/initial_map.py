@@ -13,10 +13,9 @@ from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.interchange import num_devices, parse_map, read_data
 from sglang_eplb_affinity.rebalance.map_file import KEY, MapOrigin, ServedModel, origin_of
 from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.topology import Topology
-
-FLAG = "--init-expert-location"
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,21 @@ class Placement:
     shape: MoeShape
     topology: Topology
     num_slots: int
+
+
+def placement_of(server_args: Any, shape: MoeShape, ep_size: int) -> Placement:
+    """What a map must fit on this server."""
+    return Placement(
+        served_model(server_args, shape),
+        shape,
+        Topology(ep_size, server_args.eplb_affinity_nodes or server_args.nnodes),
+        shape.num_experts + server_args.ep_num_redundant_experts,
+    )
+
+
+def served_model(server_args: Any, shape: MoeShape) -> ServedModel:
+    architectures = getattr(server_args.get_model_config().hf_config, "architectures", None) or ["unknown"]
+    return ServedModel(server_args.model_path, architectures[0], shape.num_layers, shape.num_experts, shape.top_k)
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ def read_initial_map(value: str, server: Placement) -> InitialMap:
 
     Raises InputError, one line that names the flag's value and what differs, unless it fits the model and the server.
     """
-    flag = f"{FLAG} {_short(value)}"
+    flag = f"{INITIAL_MAP} {_short(value)}"
     data = _read(value, flag)
     if isinstance(data, dict) and "logical_count" in data and "physical_to_logical_map" not in data:
         return InitialMap(_short(value), window=_window(data, server, flag))

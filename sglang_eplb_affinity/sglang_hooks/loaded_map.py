@@ -23,8 +23,8 @@ from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
-from sglang_eplb_affinity.sglang_hooks.arguments import placement_of
-from sglang_eplb_affinity.sglang_hooks.initial_map import FLAG, InitialMap, read_initial_map
+from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
+from sglang_eplb_affinity.sglang_hooks.initial_map import InitialMap, placement_of, read_initial_map
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.topology import Topology
 
@@ -47,7 +47,7 @@ def load(server_args: Any, model_config: Any, ep_rank: int) -> Any | None:
         return None
     common = ExpertLocationMetadata._init_common(server_args, model_config)
     if common is None:
-        raise InputError(f"{FLAG}: SGLang cannot place the experts of this model's class; leave the flag out")
+        raise InputError(f"{INITIAL_MAP}: SGLang cannot place the experts of this model's class; leave the flag out")
     experts, ep_size = common["model_config_for_expert_location"].num_logical_experts, common["ep_size"]
     shape = (common["model_config_for_expert_location"].num_layers, common["num_physical_experts"])
     message = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int64)
@@ -69,7 +69,9 @@ def load(server_args: Any, model_config: Any, ep_rank: int) -> Any | None:
     if failure is not None:
         raise failure
     if message[0] == _FAILED:
-        raise InputError(f"{FLAG} {server_args.init_expert_location}: rank 0 could not load it; its log says why")
+        raise InputError(
+            f"{INITIAL_MAP} {server_args.init_expert_location}: rank 0 could not load it; its log says why"
+        )
     if message[0] == _LEFT_TO_SGLANG:
         return None
     loaded = ExpertMap(message[1:].numpy().reshape(shape), experts)
@@ -87,7 +89,7 @@ def _rank() -> int:
 def _read_on_rank_0(server_args: Any, ep_size: int) -> InitialMap:
     shape = MoeShape.of(server_args.get_model_config().hf_text_config)
     if shape is None:
-        raise InputError(f"{FLAG}: {server_args.model_path} has no routed experts; leave the flag out")
+        raise InputError(f"{INITIAL_MAP}: {server_args.model_path} has no routed experts; leave the flag out")
     return read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, ep_size))
 
 

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
-from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
+
+if TYPE_CHECKING:
+    from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
+    from sglang_eplb_affinity.routing import RoutingWindow
 
 logger = logging.getLogger(__name__)
 
 
 def start(server_args: Any, dp_rank: int | None) -> None:
     """Every rank calls it; only rank 0 of a group, the one that reports rounds, has observers."""
-    from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
-    from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
-
+    if not records_affinity(server_args) and server_args.init_expert_location == "trivial":
+        return
     if dist.is_initialized() and dist.get_rank():
         return
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
 
     metadata = get_global_expert_location_metadata()
     if metadata is None:
         return
     if loaded_map.in_force is not None:
         rebalance.observers.append(loaded_map.in_force)
-    placed = records_affinity(server_args) or server_args.init_expert_location != "trivial"
-    if server_args.enable_metrics and placed:
+    if server_args.enable_metrics:
         try:
             rebalance.observers.append(_metrics(server_args, metadata, dp_rank))
         except Exception:
@@ -40,6 +43,7 @@ def start(server_args: Any, dp_rank: int | None) -> None:
 
 def window_recorded(window: RoutingWindow) -> None:
     """On every rank, with the same window. Never raises: a report must not stop the server."""
+    from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
     from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
 
     if loaded_map.in_force is None:
@@ -57,6 +61,7 @@ def window_recorded(window: RoutingWindow) -> None:
 
 
 def _metrics(server_args: Any, metadata: Any, dp_rank: int | None) -> PlacementMetrics:
+    from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
     from sglang_eplb_affinity.sglang_hooks import rebalance
 
     labels = {"model_name": server_args.served_model_name or server_args.model_path}
@@ -74,7 +79,7 @@ def _map_recorder(server_args: Any, ep_size: int) -> Any:
     from sglang_eplb_affinity.rebalance.map_file import MapOrigin
     from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
     from sglang_eplb_affinity.sglang_hooks import rebalance
-    from sglang_eplb_affinity.sglang_hooks.arguments import placement_of
+    from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of
     from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 
     shape = MoeShape.of(server_args.get_model_config().hf_text_config)

@@ -120,7 +120,7 @@ def serve(
         )
     server = RunningServer(f"http://127.0.0.1:{port}", log, process)
     try:
-        _wait_until_ready(server, 240)
+        _wait_until_ready(server, 480)  # half a minute on a quiet machine
         yield server
     finally:
         stop_group(process, 5)
