@@ -36,6 +36,11 @@ class ServerConfig:
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int = 31100
     ready_timeout_s: float = 180.0
+    # A server over several hosts: the harness runs on the first, and starts the same command on the others through a
+    # remote shell, in the same folder. ``dist_init_addr`` is HOST:PORT of the first, as the others reach it.
+    other_hosts: tuple[str, ...] = ()
+    dist_init_addr: str = ""
+    remote_shell: tuple[str, ...] = ("ssh", "-tt", "-o", "BatchMode=yes")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,8 @@ class Profile:
             raise InputError(f"{source}: [server] engine is {self.server.engine!r}, but must be 'cpu' or 'cuda'")
         if self.server.ranks < 1 or self.server.nodes < 1 or self.server.ranks % self.server.nodes:
             raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of nodes")
+        if self.server.other_hosts and ":" not in self.server.dist_init_addr:
+            raise InputError(f"{source}: [server] other_hosts need dist_init_addr, HOST:PORT of the first host")
         if not self.load.requests or min(*self.load.requests, *self.load.requests.values(), 1) < 1:
             raise InputError(f"{source}: [load] requests must be at least 1 at each concurrency of at least 1")
         if self.load.prompts not in ("sharegpt", "random-ids"):

@@ -57,7 +57,7 @@ class RunPlan:
         data.pop("fingerprint")
         profile = dict(data["profile"])
         server, load = dict(profile["server"]), dict(profile["load"])
-        server |= {"flags": tuple(server["flags"]), "eplb_flags": tuple(server["eplb_flags"])}
+        server = {key: tuple(value) if isinstance(value, list) else value for key, value in server.items()}
         load |= {"requests": {int(c): n for c, n in load["requests"].items()}}
         load |= {"input_tokens": tuple(load["input_tokens"])}
         profile |= {"server": ServerConfig(**server), "load": LoadConfig(**load), "arms": tuple(profile["arms"])}

@@ -19,7 +19,7 @@ from bench.probe import DUMP_FOLDER_VARIABLE, Placement, ProbeFailed, probe_plac
 from bench.record import Measured, record_cell
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey, Sitting
-from bench.server import PORT_STEP, Server, ServerFailed, free_port, server_command
+from bench.server import PORT_STEP, Server, ServerFailed, commands_of_hosts, free_port, server_command
 from bench.sharegpt import Turn
 from bench.sitting import Budget, Preparation, measure_cell, warm_up_server
 from bench.store import CellRecord
@@ -105,11 +105,12 @@ class Runner:
         together = len(sitting.arms) > 1
         for place, name in enumerate(sitting.arms):
             command = server_command(config, ARMS[name], engine.model, place)
-            if together:  # each looks for free ports by itself, and two would find the same
+            if together and not config.other_hosts:  # each looks for free ports by itself, and two find the same
                 command += ["--nccl-port", str(free_port())]
+            command, *others = commands_of_hosts(config, command, engine, place)
             log = self.folder.path / "server" / f"{name if together else sitting.name}.log"
             port = config.port + PORT_STEP * place
-            arms.servers[name] = Server(command, engine, log, port, config.ready_timeout_s)
+            arms.servers[name] = Server(command, engine, log, port, config.ready_timeout_s, others)
         titles = ", ".join(ARMS[name].title for name in sitting.arms)
         self.progress.say(f"{sitting.name}: starting {'servers' if together else 'the server'} ({titles})")
 
@@ -119,8 +120,7 @@ class Runner:
             except (ServerFailed, OSError) as error:
                 arms.failed[name] = str(error)
 
-        for server in arms.servers.values():
-            stack.callback(server.stop)
+        stack.callback(_stop_all, list(arms.servers.values()))
         began = time.monotonic()
         with ThreadPoolExecutor(len(sitting.arms)) as pool:
             list(pool.map(start, sitting.arms))
@@ -161,3 +161,8 @@ class Runner:
         record = record_cell(measured, result, self.plan, self.folder, server, start, others)
         self.folder.store.append(record)
         self.progress.cell(record)
+
+
+def _stop_all(servers: list[Server]) -> None:
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(lambda server: server.stop(), servers))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bench.arms import Arm
-from bench.engine import Engine
+from bench.engine import ROOT, Engine
 from bench.process import last_error, scrub_file, start_group, stop_group
 from bench.profile import ServerConfig
 from bench.rebalance_log import LogSummary, parse_log
@@ -39,6 +41,26 @@ def server_command(config: ServerConfig, arm: Arm, model: str, place: int = 0) -
     return command
 
 
+def commands_of_hosts(config: ServerConfig, command: Sequence[str], engine: Engine, place: int = 0) -> list[list[str]]:
+    """The command of each host of a server; the first is this one, the others are reached through the remote shell.
+
+    They get the variables that ``engine`` adds to this process's environment.
+    """
+    if not config.other_hosts:
+        return [list(command)]
+    host, port = config.dist_init_addr.rsplit(":", 1)
+    nodes = [
+        "--nnodes",
+        str(1 + len(config.other_hosts)),
+        "--dist-init-addr",
+        f"{host}:{int(port) + PORT_STEP * place}",
+    ]
+    variables = [f"{k}={v}" for k, v in sorted(engine.environment.items()) if os.environ.get(k) != v]
+    first, *others = [[*command, *nodes, "--node-rank", str(rank)] for rank in range(1 + len(config.other_hosts))]
+    remote = [f"cd {shlex.quote(str(ROOT))} && exec env {shlex.join([*variables, *other])}" for other in others]
+    return [first, *([*config.remote_shell, h, text] for h, text in zip(config.other_hosts, remote, strict=True))]
+
+
 @dataclass
 class Server:
     """Use as a context manager: started and ready inside, its whole process group gone outside."""
@@ -48,8 +70,10 @@ class Server:
     log: Path
     port: int
     ready_timeout_s: float
+    followers: Sequence[Sequence[str]] = ()  # commands that start its other hosts
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     log_start: int = field(default=0, init=False)
+    _following: list[subprocess.Popen[bytes]] = field(default_factory=list, init=False)
 
     @property
     def url(self) -> str:
@@ -65,6 +89,9 @@ class Server:
         self.log_start = self.log.stat().st_size if self.log.is_file() else 0
         self.process = start_group(self.command, self.log, self.engine.environment)
         try:
+            for number, follower in enumerate(self.followers, 1):
+                log = self.log.with_name(f"{self.log.stem}-host{number}.log")
+                self._following.append(start_group(follower, log, self.engine.environment))
             self._wait_until_ready()
         except BaseException:
             self.stop()
@@ -79,6 +106,10 @@ class Server:
             stop_group(self.process)
             self.process = None
             scrub_file(self.log)
+        while self._following:
+            stop_group(self._following.pop())
+        for number in range(1, len(self.followers) + 1):
+            scrub_file(self.log.with_name(f"{self.log.stem}-host{number}.log"))
 
     @property
     def alive(self) -> bool:

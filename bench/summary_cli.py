@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from bench.engine import ROOT
-from bench.figures import default_prefix, figures_of_run
 from bench.readme_tables import update_tables
 from bench.run_folder import RunFolder
 from bench.summary import dump_figures, load_figures, merge_figures
@@ -42,6 +41,8 @@ def add(files: tuple[str, ...], summary_file: str) -> None:
 @click.option("--output", required=True, help="File to write the entries to, for `summary add`.")
 def from_run(folder: str, prefix: str | None, output: str) -> None:
     """Write the headline figures of a run (FOLDER: results/RUN) as summary entries."""
+    from bench.figures import default_prefix, figures_of_run
+
     run = RunFolder(Path(folder))
     plan = run.plan()
     figures = figures_of_run(run, plan, prefix or default_prefix(plan))

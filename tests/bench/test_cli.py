@@ -1,9 +1,12 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from bench.__main__ import main
+from bench.engine import ROOT
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,10 @@ def test_report_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
 def test_profiles_are_listed() -> None:
     result = CliRunner().invoke(main, ["profiles"])
     assert result.exit_code == 0 and "cpu" in result.stdout
+
+
+def test_measuring_needs_nothing_that_draws() -> None:
+    """A GPU host without network has what SGLang needs, and no more."""
+    code = "import sys, bench.__main__, bench.client_process; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"pandas", "matplotlib", "jupytext", "nbclient", "nbconvert", "pyarrow"} & set(done.stdout.split())

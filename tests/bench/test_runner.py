@@ -36,7 +36,7 @@ class Bench:
         self.events: list[Event] = []
         self.trouble: Callable[[str], None] = lambda name: None
 
-    def server(self, command: list[str], engine: Engine, log: Path, port: int, timeout: float) -> FakeServer:
+    def server(self, command: list[str], engine: Engine, log: Path, port: int, *_: Any) -> FakeServer:
         return FakeServer(self, command, log.stem, port)
 
 

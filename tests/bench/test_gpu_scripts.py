@@ -1,0 +1,57 @@
+"""The scripts of a sitting on a lent host, with a Python that only notes what it is asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from bench.engine import ROOT
+
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *"bench run"*) echo "$@" >> calls; mkdir -p "results/$RUN/cells/a" "results/$RUN/warm-up"
+                 echo row >> "results/$RUN/store.jsonl"; touch "results/$RUN/cells/a/requests.npz"; exit ${CODE:-0} ;;
+  *"bench report"*) echo "$@" >> calls ;;
+  *) echo /nowhere ;;
+esac
+"""
+
+
+def script(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "RUN": "one", **environment}
+    return subprocess.run(["bash", *command], cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
+def checkout(folder: Path) -> None:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python3").write_text(PYTHON)
+    (folder / "bin" / "python3").chmod(0o755)
+    shutil.copytree(ROOT / "bench" / "gpu", folder / "bench" / "gpu")
+
+
+def test_a_sitting_brings_its_rows_back_and_the_next_goes_on(tmp_path: Path) -> None:
+    host, here = tmp_path / "host", tmp_path / "here"
+    checkout(host)
+    checkout(here)
+    for code in ("130", "1"):  # out of time; some rows void
+        done = script(
+            host, "bench/gpu/run_bench.sh", "emulated50", "480", "--blocks", "5", OUT=f"{host}/out", CODE=code
+        )
+        assert done.returncode == 0, done.stderr
+    want = "-m bench run --profile h200-x2 --link emulated50 --run one --seconds 480 --no-report --blocks 5"
+    assert (host / "calls").read_text().splitlines() == [want, want]
+    (here / "results").mkdir()
+    done = script(here, "bench/gpu/collect.sh", f"{host}/out", "one")
+    assert done.returncode == 0, done.stderr
+    assert (here / "results" / "one" / "store.jsonl").read_text() == "row\nrow\n"
+    assert not list(here.glob("results/**/requests.npz")) and not (here / "results" / "one" / "warm-up").exists()
+    assert (here / "calls").read_text() == "-m bench report results/one\n"
+
+
+def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
+    checkout(tmp_path)
+    assert script(tmp_path, "bench/gpu/run_bench.sh", "nvlink", "480", OUT=f"{tmp_path}/out", CODE="2").returncode == 2
+    assert script(tmp_path, "bench/gpu/run_bench.sh").returncode != 0
