@@ -11,16 +11,14 @@ from sglang_eplb_affinity.errors import InputError
 class AsyncConfig:
     """Passes are forward passes of the server; every rank runs the same ones, so they are the common clock.
 
-    ``interval``: passes from one round's start to the next. ``window``: of these the last so many are recorded for
-    planning; None for all. ``warm_up``: passes after the server's start before the first interval begins.
-    ``minimum_gain``: a layer is moved if its dispatch cost or its most loaded GPU's load falls by this fraction.
-    ``run_once``: no more rounds after the first that was applied. ``layers_in_flight``: layers whose weights travel at
-    the same time; each has a staging buffer. ``phase_limit_seconds``: how long one phase of a round may take before the
-    round is given up (planning, or the movement of one layer).
+    ``interval``: passes from one round's start to the next. ``warm_up``: passes after the server's start before the
+    first interval begins. ``minimum_gain``: a layer is moved if its dispatch cost or its most loaded GPU's load falls
+    by this fraction. ``run_once``: no more rounds after the first that was applied. ``layers_in_flight``: layers whose
+    weights travel at the same time; each has a staging buffer. ``phase_limit_seconds``: how long one phase of a round
+    may take before the round is given up (planning, or the movement of one layer).
     """
 
     interval: int
-    window: int | None = None
     warm_up: int = 0
     minimum_gain: float = 0.01
     run_once: bool = False
@@ -30,11 +28,6 @@ class AsyncConfig:
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise InputError(f"--eplb-rebalance-num-iterations {self.interval}: must be at least 1")
-        if self.window is not None and not 1 <= self.window <= self.interval:
-            raise InputError(
-                f"--eplb-async-window-passes {self.window}: must be 1 to {self.interval} "
-                "(--eplb-rebalance-num-iterations)"
-            )
         if self.warm_up < 0:
             raise InputError(f"--eplb-async-warm-up-passes {self.warm_up}: must be 0 or more")
         if not 0 <= self.minimum_gain < 1:

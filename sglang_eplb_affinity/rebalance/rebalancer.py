@@ -121,8 +121,7 @@ class AsyncRebalancer:
         self._passes += 1
         if self._phase is Phase.FROZEN:
             return
-        window = self._config.interval if self._config.window is None else self._config.window
-        if self._passes == self._due - window:
+        if self._passes == self._config.warm_up:
             self._parts.window.start()
         if self._phase is Phase.WAITING:
             if self._passes >= self._due:

@@ -10,7 +10,6 @@ from sglang_eplb_affinity.rebalance.config import AsyncConfig
 
 _FLAGS = {
     "eplb_async_layers_in_flight": "layers_in_flight",
-    "eplb_async_window_passes": "window",
     "eplb_async_warm_up_passes": "warm_up",
     "eplb_async_min_gain": "minimum_gain",
     "eplb_async_run_once": "run_once",

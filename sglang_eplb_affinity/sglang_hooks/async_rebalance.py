@@ -64,7 +64,7 @@ def start(model_runner: Any) -> AsyncRebalancer:
     shape = WindowShape(
         metadata.num_layers, metadata.num_logical_experts, affinity.top_k, args.expert_affinity_sample_tokens
     )
-    window = RecorderWindow(affinity.own_recorder, shape, device, seed=world_rank)
+    window = RecorderWindow(affinity.own_recorder, affinity.reset, shape, device, seed=world_rank)
     settings = plan_settings(args, model_runner, num_ranks, rows)
     planner = PlannerProcess(settings, config.phase_limit_seconds) if world_rank == 0 else None
     if planner is not None:

@@ -53,11 +53,6 @@ def check_schedule(server_args: Any) -> None:
             f"--expert-affinity-record-last-passes {last}: counts back from a rebalance, but EPLB is off; "
             "leave it out or give --eplb-algorithm affinity"
         )
-    if last is not None and server_args.eplb_async:
-        raise InputError(
-            f"--expert-affinity-record-last-passes {last}: does not go with --eplb-async; "
-            "use --eplb-async-window-passes"
-        )
     if last is not None and not 1 <= last <= window:
         raise InputError(
             f"--expert-affinity-record-last-passes {last}: must be 1 to {window} (--eplb-rebalance-num-iterations)"

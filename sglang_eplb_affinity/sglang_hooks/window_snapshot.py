@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,24 @@ from sglang_eplb_affinity.recorder import PHASES, AffinityRecorder
 
 
 class RecorderWindow:
-    """WindowSource of an AffinityRecorder; ``recorder`` is None on ranks that record nothing of their own.
+    """WindowSource of a rank's recorder.
+
+    ``recorder`` is None on ranks that record nothing of their own. ``reset`` empties it and begins its schedule anew
+    (--expert-affinity-record-last-passes counts from there).
 
     Taking a window is two small copies on the forward stream, into buffers made once (counts, and the sampled tokens in
     random order), and a copy to pinned memory on a side stream, which the next passes do not wait for.
     """
 
-    def __init__(self, recorder: AffinityRecorder | None, shape: WindowShape, device: torch.device, seed: int) -> None:
-        self._recorder, self._shape, self._device = recorder, shape, device
+    def __init__(
+        self,
+        recorder: AffinityRecorder | None,
+        reset: Callable[[], None],
+        shape: WindowShape,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self._recorder, self._reset, self._shape, self._device = recorder, reset, shape, device
         self._random = np.random.default_rng(seed)
         self._stream: Any = None
         if recorder is None:
@@ -45,7 +56,7 @@ class RecorderWindow:
 
     def start(self) -> None:
         if self._recorder is not None:
-            self._recorder.reset()
+            self._reset()
 
     def take(self) -> Share:
         recorder = self._recorder
@@ -59,7 +70,7 @@ class RecorderWindow:
         self._device_counts.copy_(recorder.counts)
         rows = self._order.to(self._device, non_blocking=True)
         torch.index_select(recorder.sample(), 1, rows, out=self._device_sample)
-        recorder.reset()
+        self._reset()
         if self._stream is None:
             self._counts.copy_(self._device_counts)
             self._sample.copy_(self._device_sample)

@@ -129,19 +129,19 @@ def test_a_recorder_that_cannot_be_read_does_not_keep_the_others_waiting(caplog)
     assert found.records[0].result == "failed" and "rank 1 could not read its recorder" in caplog.text
 
 
-def test_interval_window_and_warm_up() -> None:
-    found = cluster(interval=20, window=4, warm_up=7)
+def test_interval_and_warm_up() -> None:
+    found = cluster(interval=20, warm_up=7)
     found.replies = [PlanReply("unchanged")]
     for _ in range(70):
         found.step()
     for rank in found.ranks:
-        assert rank.window.starts == [7 + 20 - 4, 7 + 40 - 4, 7 + 60 - 4] and rank.window.takes == 3
-    all_of_it = cluster(interval=20, warm_up=7)
-    all_of_it.replies = [PlanReply("unchanged")]
+        # What the warm-up passes recorded is forgotten; later windows start where the last one was taken.
+        assert rank.window.starts == [7] and rank.window.takes == 3
+    without = cluster(interval=20)
+    without.replies = [PlanReply("unchanged")]
     for _ in range(50):
-        all_of_it.step()
-    # What the warm-up passes recorded is forgotten; later windows start where the last one was taken.
-    assert all_of_it.ranks[0].window.starts[0] == 7 and all_of_it.ranks[0].window.takes == 2
+        without.step()
+    assert without.ranks[0].window.starts == [] and without.ranks[0].window.takes == 2
 
 
 def test_a_round_that_outlasts_the_interval_is_followed_by_the_next_one() -> None:
@@ -215,8 +215,6 @@ def test_new_weights_drop_what_is_staged() -> None:
     ("setting", "value", "text"),
     [
         ("interval", 0, "--eplb-rebalance-num-iterations 0: must be at least 1"),
-        ("window", 0, "--eplb-async-window-passes 0: must be 1 to 5"),
-        ("window", 6, "--eplb-async-window-passes 6: must be 1 to 5"),
         ("warm_up", -1, "--eplb-async-warm-up-passes -1: must be 0 or more"),
         ("minimum_gain", 1.0, "--eplb-async-min-gain 1.0: must be a fraction"),
         ("layers_in_flight", 0, "--eplb-async-layers-in-flight 0: must be at least 1"),

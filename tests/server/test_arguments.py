@@ -65,9 +65,9 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "record folder": [*AFFINITY, "--eplb-record-map", str(files / "absent" / "map.json")],
         "record nothing": [*EP2, "--eplb-record-map", str(files / "map.json")],
         "mode": [*AFFINITY, "--expert-distribution-recorder-mode", "per_token"],
-        "async": [*ASYNC, "--eplb-async-window-passes", "200", "--eplb-affinity-max-moves", "2"],
+        "async": [*ASYNC, "--expert-affinity-record-last-passes", "200", "--eplb-affinity-max-moves", "2"],
         "async deepseek": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-async"],
-        "async window": [*ASYNC, "--eplb-async-window-passes", "2000"],
+        "async warm-up": [*ASYNC, "--eplb-async-warm-up-passes", "-1"],
         "async gain": [*ASYNC, "--eplb-async-min-gain", "1.5"],
         "async off": [*AFFINITY, "--eplb-async-layers-in-flight", "4"],
         "async without eplb": [*EP2, "--eplb-async"],
@@ -81,7 +81,6 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "every": [*AFFINITY, "--expert-affinity-record-every", "0"],
         "every too large": [*AFFINITY, "--expert-affinity-record-every", "2000"],
         "last": [*AFFINITY, "--expert-affinity-record-last-passes", "1001"],
-        "last async": [*ASYNC, "--expert-affinity-record-last-passes", "5"],
         "last without eplb": [*EP2, "--expert-affinity-record-last-passes", "5"],
     }
     names = ["missing.json", "range.json", "layers.json", "slots.json", "broken.json", "other.pt", "absent.json"]
@@ -154,12 +153,8 @@ def test_async_rebalancing_is_accepted(results: dict[str, dict], case: str) -> N
         ),
         ("last", "--expert-affinity-record-last-passes 1001: must be 1 to 1000 (--eplb-rebalance-num-iterations)"),
         ("last without eplb", "--expert-affinity-record-last-passes 5: counts back from a rebalance, but EPLB is off"),
-        (
-            "last async",
-            "--expert-affinity-record-last-passes 5: does not go with --eplb-async; use --eplb-async-window",
-        ),
         ("dense", "has no routed experts"),
-        ("async window", "--eplb-async-window-passes 2000: must be 1 to 1000 (--eplb-rebalance-num-iterations)"),
+        ("async warm-up", "--eplb-async-warm-up-passes -1: must be 0 or more"),
         ("async gain", "--eplb-async-min-gain 1.5: must be a fraction, 0 to below 1"),
         ("async off", "--eplb-async-layers-in-flight 4: needs --eplb-async"),
         ("async without eplb", "--eplb-async: needs --enable-eplb"),
