@@ -70,5 +70,7 @@ def last_error(log: Path, fallback: str) -> str:
     if not log.is_file():
         return fallback
     lines = [line.strip() for line in scrub(log.read_bytes().decode("utf-8", "replace")).splitlines() if line.strip()]
+    # What SGLang tries after a crash fails too, and says so last.
+    lines = [line for line in lines if "Pyspy failed" not in line]
     errors = [line for line in lines if "Error" in line or "error:" in line or "Exception" in line]
     return (errors or lines or [fallback])[-1][:300]

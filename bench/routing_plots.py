@@ -70,7 +70,7 @@ def load_plot(views: Sequence[PlacementView], note: str = "") -> Figure:
 
 def fanout_plot(views: Sequence[PlacementView], note: str = "") -> Figure:
     """How many GPUs a token's experts are on, over all layers."""
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(views)
     for i, one in enumerate(views):
@@ -82,7 +82,9 @@ def fanout_plot(views: Sequence[PlacementView], note: str = "") -> Figure:
     axes.set_ylabel("tokens [%]")
     axes.set_xticks(np.arange(1, len(views[0].fanout)))
     plain(axes)
-    finish(figure, f"Fan-out\n({COMPUTED})", note)
+    axes.legend(frameon=False)
+    figure.suptitle(f"Fan-out ({COMPUTED})", x=0.01, ha="left", fontsize=12)
+    write_note(figure, note)
     return figure
 
 
@@ -132,7 +134,7 @@ def timeline_plot(rows: Sequence[RowTimeline], note: str = "") -> Figure:
     panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False).flat
     for axes, one in zip(panels, rows, strict=True):
         axes.fill_between(one.time, one.p50_itl_ms, one.max_itl_ms, color=STYLE[one.arm][0], alpha=0.25, linewidth=0)
-        axes.plot(one.time, one.p50_itl_ms, color=STYLE[one.arm][0], linewidth=1.4)
+        axes.plot(one.time, one.p50_itl_ms, color=STYLE[one.arm][0], linewidth=1.4, marker=".", markersize=3)
         for at, rebalance in one.rebalances:
             axes.axvline(at, color="black", linewidth=0.9, linestyle="-" if rebalance.moved else ":")
         axes.set_title(f"{one.title} ({len(one.rebalances)} rebalances)", fontsize=10, loc="left")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from bench.arms import Arm
 from bench.load import LoadClient, LoadResult, load_arguments, warm_up
+from bench.profile import LoadConfig
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey, block_seed
 from bench.server import Server
@@ -28,6 +29,7 @@ from bench.workload import (
 )
 
 WARM_UP = 0  # the key of the warm-up's requests among those of the concurrencies
+SHORT_OUTPUT = 16
 
 
 @dataclass
@@ -48,20 +50,26 @@ class Preparation:
         return vocabulary_of(self.model)
 
     def workloads(self, block: int) -> dict[int, Workload]:
-        """Requests of each concurrency, and of the warm-up."""
+        """Requests of each concurrency, of the warm-up, and (keys below 0) of one short wave at each concurrency."""
         load = self.plan.profile.load
         found = {}
+        for concurrency in self.plan.concurrency if self.plan.profile.server.engine == "cuda" else ():
+            wave = replace(load, output_tokens=min(SHORT_OUTPUT, load.output_tokens), stagger=False)
+            found[-concurrency] = self._write(block, -concurrency, wave, concurrency, concurrency)
         for concurrency in (WARM_UP, *self.plan.concurrency):
             count = load.requests_at(concurrency) if concurrency else load.warmup_requests
-            seed = block_seed(self.plan.profile.seed, block) * 10_000 + concurrency
-            lengths = output_lengths(load, count, concurrency or warm_up_concurrency(self.plan), seed)
-            path = self.folder / f"b{block}-c{concurrency}.json"
-            if load.prompts == "random-ids":
-                found[concurrency] = write_random_ids(path, load, self._vocabulary, lengths, seed)
-            else:
-                prompts = select_prompts(self.turns, self._tokenizer, load, count, seed=seed)
-                found[concurrency] = write_texts(path, prompts, lengths)
+            in_flight = concurrency or warm_up_concurrency(self.plan)
+            found[concurrency] = self._write(block, concurrency, load, count, in_flight)
         return found
+
+    def _write(self, block: int, key: int, load: LoadConfig, count: int, concurrency: int) -> Workload:
+        seed = block_seed(self.plan.profile.seed, block) * 10_000 + abs(key)
+        lengths = output_lengths(load, count, concurrency, seed)
+        path = self.folder / f"b{block}-c{key}.json"
+        if load.prompts == "random-ids":
+            return write_random_ids(path, load, self._vocabulary, lengths, seed)
+        prompts = select_prompts(self.turns, self._tokenizer, load, count, seed=seed)
+        return write_texts(path, prompts, lengths)
 
 
 def warm_up_concurrency(plan: RunPlan) -> int:
@@ -104,8 +112,13 @@ def warm_up_server(
     budget: Budget,
     folder: RunFolder,
 ) -> int:
-    """Rounds of the warm-up's requests until ITL is flat; returns their number. Raises OSError if the server ends."""
+    """One short wave at each concurrency, since kernels are compiled for the sizes that occur, then rounds of the
+    warm-up's requests until ITL is flat; returns their number. Raises OSError if the server ends."""
     load = plan.profile.load
+    for level in sorted(-key for key in works if key < 0):
+        if budget.in_time():
+            wave = load_arguments(load, works[-level], model, server.port, level, seed=0)
+            client.run(wave, works[-level], folder.path / "warm-up", server, load.cell_timeout_s)
     concurrency = warm_up_concurrency(plan)
     arguments = load_arguments(load, works[WARM_UP], model, server.port, concurrency, seed=0)
 

@@ -53,7 +53,12 @@ def test_published_logs_name_no_folder_of_this_machine() -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("ok\nValueError: bad flag\nbye", "ValueError: bad flag"), ("only\nthis", "this"), ("", "nothing there")],
+    [
+        ("KeyError: 8\nPyspy failed (py-spy dump). Error: not found\nwaiting", "KeyError: 8"),
+        ("ok\nValueError: bad flag\nbye", "ValueError: bad flag"),
+        ("only\nthis", "this"),
+        ("", "nothing there"),
+    ],
 )
 def test_the_one_line_that_says_why(tmp_path: Path, text: str, line: str) -> None:
     log = tmp_path / "log"

@@ -11,9 +11,11 @@ import pytest
 
 from bench import runner as runner_module
 from bench import sitting as sitting_module
+from bench.arms import ARMS
 from bench.engine import Engine
 from bench.load import LoadResult
 from bench.probe import ProbeFailed
+from bench.rebalance_log import parse_log
 from bench.run_folder import RunFolder, RunPlan
 from bench.runner import Progress, Runner
 from bench.schedule import CellKey
@@ -271,3 +273,28 @@ def test_a_row_without_the_emulated_link_in_its_log_is_void(bench: Bench, folder
     (reason,) = folder.store.latest()[CellKey(0, "vanilla", 1)].void
     assert reason == "the server's log does not show the emulated link (emulated link, 50 GB/s a GPU between nodes)"
     assert folder.store.latest()[CellKey(0, "vanilla", 1)].provenance["kind"] == "emulated"
+
+
+def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
+    bench: Bench, folder: RunFolder, plan: RunPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(sitting_module, "load_tokenizer", lambda model: Characters())
+    server = replace(plan.profile.server, engine="cuda")
+    plan = replace(plan, profile=replace(plan.profile, server=server))
+    turns = [Turn("x" * 20 + str(n), "answer") for n in range(500)]
+    works = sitting_module.Preparation(plan, turns, "model", tmp_path).workloads(0)
+    assert {key: work.requests for key, work in works.items() if key < 0} == {-1: 1, -4: 4}
+    asked: list[tuple[str, str]] = []
+
+    class Client(FakeClient):
+        def run(self, arguments: list[str], work: Workload, *rest: Any) -> LoadResult:
+            asked.append((arguments[arguments.index("--max-concurrency") + 1], work.path.name))
+            return super().run(arguments, work, *rest)
+
+    running = FakeServer(bench, [], "vanilla", 1).__enter__()
+    running.summary = lambda: parse_log(MOVED)  # type: ignore[attr-defined]
+    arm, budget = ARMS["vanilla"], sitting_module.Budget(None)
+    rounds = sitting_module.warm_up_server(running, arm, works, plan, "model", Client(bench), budget, folder)  # type: ignore[arg-type]
+    assert rounds == 2
+    assert asked == [("1", "b0-c-1.json"), ("4", "b0-c-4.json"), ("4", "b0-c0.json"), ("4", "b0-c0.json")]
