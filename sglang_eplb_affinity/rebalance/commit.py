@@ -52,6 +52,7 @@ class LayerCommitter:
     def prepare(self, plan: LayerPlan, job: LayerJob, staging: StagingBuffer) -> StagedLayer:
         """After the arrivals of ``job`` are in ``staging``; everything a commit needs is on the device afterwards."""
         weights = self._weights[plan.layer]
+        weights.check_in_place()
         live, arrived = [], []
         for row, arrival in enumerate(job.arrivals):
             for part, tensor in zip(staging.parts(row, weights), weights.tensors, strict=True):

@@ -33,9 +33,13 @@ def slot_bytes(tensor: torch.Tensor, what: str = "expert weights") -> torch.Tens
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's expert weights on this rank: uint8 [local slots, bytes] for each tensor."""
+    """One layer's expert weights on this rank: uint8 [local slots, bytes] for each tensor.
+
+    ``owners``: the model's own tensors that these are views of; empty for those of another process.
+    """
 
     tensors: tuple[torch.Tensor, ...]
+    owners: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
     def of(layer: int, tensors: Sequence[torch.Tensor], local_slots: int) -> LayerWeights:
@@ -45,7 +49,14 @@ class LayerWeights:
                     f"--eplb-async: layer {layer} has expert weights of shape {tuple(tensor.shape)}, "
                     f"but this rank has {local_slots} slots"
                 )
-        return LayerWeights(tuple(slot_bytes(tensor, f"layer {layer}'s expert weights") for tensor in tensors))
+        views = tuple(slot_bytes(tensor, f"layer {layer}'s expert weights") for tensor in tensors)
+        return LayerWeights(views, tuple(tensors))
+
+    def check_in_place(self) -> None:
+        """Raise RuntimeError if the model has put a tensor elsewhere: what is written here would then serve nobody."""
+        for view, owner in zip(self.tensors, self.owners, strict=bool(self.owners)):
+            if owner.data_ptr() != view.data_ptr():
+                raise RuntimeError("the model's expert weights are no longer where they were at start-up")
 
     @property
     def bytes_per_expert(self) -> int:
