@@ -22,8 +22,10 @@ try:
 except ImportError:  # CPU environments have no Triton
     triton = kernel = None  # type: ignore[assignment]
 
-# (row, column) items of one program, one for each of its threads.
-_ITEMS = 128
+# (row, column) items of one program: one for each of its threads, or, in passes with many tokens, four.
+_ITEMS, _MANY_ITEMS = 128, 512
+# Items of a launch from which on counts are added up in the program before they are added to the expert's.
+_MANY = 16384
 # Triton whose compiled kernels are launched directly; others go through its slower general launcher.
 _DIRECT_LAUNCH = ("3.6.",)
 
@@ -120,24 +122,26 @@ class MapAndRecord:
             known = self._pointers[layer] = (tables, *self._fixed(layer, tables))
         if not even and self.recorder is not None:
             self.recorder.say_uneven_rows(rows)
+        many = num_rows * self.top_k >= _MANY
+        items = _MANY_ITEMS if many else _ITEMS
         key = (
             topk_ids.dtype, None if num_valid_rows is None else num_valid_rows.dtype,
-            None if tables is None else tables.rule, even,
+            None if tables is None else tables.rule, even, many,
         )  # fmt: skip
         numbers = (num_rows, topk_ids.stride(0), rows.rows_of_group[0])
         cached = self._kernels.get(key)
         if cached is not None:
             compiled, constants, width, device = cached
             compiled.run(
-                -(-num_rows * width // _ITEMS), 1, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function,
+                -(-num_rows * width // items), 1, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function,
                 compiled.packed_metadata, None, None, None,
                 topk_ids.data_ptr(), None if num_valid_rows is None else num_valid_rows.data_ptr(),
                 *known[2], *numbers, *constants,
             )  # fmt: skip
             return
-        constants = self._constants(tables, num_valid_rows is not None, even)
+        constants = self._constants(tables, num_valid_rows is not None, even, many)
         width = constants[1]
-        grid = (triton.cdiv(num_rows * width, _ITEMS),)
+        grid = (triton.cdiv(num_rows * width, items),)
         tensors = (topk_ids, topk_ids if num_valid_rows is None else num_valid_rows, *known[1])
         compiled = kernel.map_and_record[grid](*tensors, *numbers, *constants, num_warps=4)
         if compiled is not None and triton.__version__.startswith(_DIRECT_LAUNCH):
@@ -159,7 +163,7 @@ class MapAndRecord:
             )  # fmt: skip
         return tensors, tuple(tensor.data_ptr() for tensor in tensors)
 
-    def _constants(self, tables: LayerTables | None, has_valid: bool, even: bool) -> tuple[Any, ...]:
+    def _constants(self, tables: LayerTables | None, has_valid: bool, even: bool, many: bool) -> tuple[Any, ...]:
         """The kernel's constexpr arguments in order."""
         recorder, placement = self.recorder, self.placement
         codes = {"static": kernel.TABLE, "dynamic": kernel.DYNAMIC, "cover": kernel.COVER}
@@ -180,8 +184,10 @@ class MapAndRecord:
             )  # fmt: skip
         # `cover` works on tiles of whole rows, the other rules on flat blocks.
         width = triton.next_power_of_2(self.top_k) if rule == kernel.COVER else self.top_k
-        block = _ITEMS // width if rule == kernel.COVER else _ITEMS
-        return (self.top_k, width, block, rule, *record, *place)
+        items = _MANY_ITEMS if many else _ITEMS
+        block = items // width if rule == kernel.COVER else items
+        bins = triton.next_power_of_2(recorder.num_experts) if many and recorder is not None else 0
+        return (self.top_k, width, block, rule, *record, *place, bins)
 
 
 def map_ids(topk_ids: torch.Tensor, tables: LayerTables, placement: Placement | None) -> torch.Tensor:

@@ -47,11 +47,12 @@ def map_and_record(  # type: ignore[no-untyped-def]
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr, RECORD: tl.constexpr,
     HAS_VALID: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, SLOT_OFFSET: tl.constexpr,
     MAX_TOKENS: tl.constexpr, SAMPLE: tl.constexpr, PHASE_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
-    SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, SOURCE: tl.constexpr,
+    SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, SOURCE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """One item is one (row, column). `cover` works on tiles of BLOCK rows and KP >= K columns, since the replica of one
     column depends on the others; the other rules on flat blocks of BLOCK items, which need no exchange between threads.
-    All pointers but ``ids``, ``num_valid_rows`` and ``state`` are the layer's.
+    All pointers but ``ids``, ``num_valid_rows`` and ``state`` are the layer's. BINS > 0, a power of 2 that is no less
+    than the number of experts: counts are added up in the block first, because many tokens queue for a hot expert's.
     """
     if RULE == 3:
         row_of_tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -60,6 +61,7 @@ def map_and_record(  # type: ignore[no-untyped-def]
         item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         row = item // K
         col = item % K
+    ITEMS: tl.constexpr = BLOCK * KP if RULE == 3 else BLOCK
     inside = (row < num_rows) & (col < K)
     at = row.to(tl.int64) * row_stride + col
     expert = tl.load(ids + at, mask=inside, other=-1).to(tl.int32)
@@ -85,7 +87,13 @@ def map_and_record(  # type: ignore[no-untyped-def]
             counted = real & (position < tl.load(state + 1 + group, mask=inside, other=0))
             token = position + tl.load(state + 1 + GROUPS + group, mask=inside, other=0)
         to_counts = counts + tl.load(state).to(tl.int64) * PHASE_STRIDE
-        tl.atomic_add(to_counts + safe, (safe * 0 + 1).to(tl.int64), mask=counted & used, sem="relaxed")
+        if BINS > 0:
+            flat = tl.reshape(safe, [ITEMS])
+            added = tl.histogram(flat, BINS, mask=tl.reshape(counted & used, [ITEMS]))
+            bins = tl.arange(0, BINS)
+            tl.atomic_add(to_counts + bins, added.to(tl.int64), mask=added > 0, sem="relaxed")
+        else:
+            tl.atomic_add(to_counts + safe, (safe * 0 + 1).to(tl.int64), mask=counted & used, sem="relaxed")
         slot = tl.load(state + SLOT_OFFSET + token, mask=counted & (token < MAX_TOKENS), other=SAMPLE)
         tl.store(sample + slot.to(tl.int64) * K + col, expert.to(tl.int16), mask=slot < SAMPLE)
 
@@ -103,16 +111,32 @@ def map_and_record(  # type: ignore[no-untyped-def]
                 # Where a token goes already; -1 matches no GPU and no node.
                 gpu_at = tl.where(used & (replicas == 1), physical // SLOTS_PER_GPU, -1)
                 node_at = tl.where(used & (replicas == 1), physical // (SLOTS_PER_GPU * GPUS_PER_NODE), -1)
-                for j in tl.static_range(K):
-                    is_j = col == j
-                    count = tl.sum(tl.where(is_j & several, replicas, 0), 1)
-                    most = tl.max(count, 0)
-                    if most > 0:
+                # The first replicas of all columns at once: one wait for memory instead of one per column.
+                second = tl.load(table + safe * TABLE_STRIDE + 1, mask=several, other=0).to(tl.int32)
+                third = tl.load(table + safe * TABLE_STRIDE + 2, mask=several & (replicas > 2), other=0).to(tl.int32)
+                fourth = tl.load(table + safe * TABLE_STRIDE + 3, mask=several & (replicas > 3), other=0).to(tl.int32)
+                most = tl.max(tl.max(tl.where(several, replicas, 0), 1), 0)
+                if most > 0:
+                    for j in range(0, K):
+                        is_j = col == j
+                        count = tl.sum(tl.where(is_j & several, replicas, 0), 1)
                         of_j = tl.sum(tl.where(is_j, safe, 0), 1)
                         first = table + of_j * TABLE_STRIDE
-                        best = count * 0 + 5
-                        size = count * 0
-                        r = 0
+                        at_0 = tl.sum(tl.where(is_j, physical, 0), 1)
+                        at_1 = tl.sum(tl.where(is_j, second, 0), 1)
+                        at_2 = tl.sum(tl.where(is_j, third, 0), 1)
+                        at_3 = tl.sum(tl.where(is_j, fourth, 0), 1)
+                        near_0 = _nearness(at_0, count > 0, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
+                        near_1 = _nearness(at_1, count > 1, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
+                        near_2 = _nearness(at_2, count > 2, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
+                        near_3 = _nearness(at_3, count > 3, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
+                        best = tl.minimum(tl.minimum(near_0, near_1), tl.minimum(near_2, near_3))
+                        is_0 = (near_0 == best).to(tl.int32)
+                        is_1 = (near_1 == best).to(tl.int32)
+                        is_2 = (near_2 == best).to(tl.int32)
+                        size = is_0 + is_1 + is_2 + (near_3 == best).to(tl.int32)
+                        in_front = best  # of the replicas from the fifth on none is nearer yet
+                        r = 4
                         while r < most:
                             ok = r < count
                             at_r = tl.load(first + r, mask=ok, other=0).to(tl.int32)
@@ -122,9 +146,17 @@ def map_and_record(  # type: ignore[no-untyped-def]
                             r += 1
                         hashed = _replica_hash(row_of_tile, of_j)
                         wanted = (hashed % tl.maximum(size, 1).to(tl.uint32)).to(tl.int32)
-                        passed = count * 0
-                        chosen = count * 0
-                        r = 0
+                        still = (in_front == best).to(tl.int32)  # the first four hold candidates
+                        is_0 = is_0 * still
+                        is_1 = is_1 * still
+                        is_2 = is_2 * still
+                        is_3 = (near_3 == best).to(tl.int32) * still
+                        chosen = tl.where((is_3 > 0) & (wanted == is_0 + is_1 + is_2), at_3, at_0)
+                        chosen = tl.where((is_2 > 0) & (wanted == is_0 + is_1), at_2, chosen)
+                        chosen = tl.where((is_1 > 0) & (wanted == is_0), at_1, chosen)
+                        chosen = tl.where((is_0 > 0) & (wanted == 0), at_0, chosen)
+                        passed = is_0 + is_1 + is_2 + is_3
+                        r = 4
                         while r < most:
                             ok = r < count
                             at_r = tl.load(first + r, mask=ok, other=0).to(tl.int32)

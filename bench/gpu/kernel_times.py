@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "cells": cells,
                 }
                 write_atomically(options.out, json.dumps(result, indent=1).encode())
-    print(json.dumps(result["ratios"], indent=1))
+    print(json.dumps(result["ratios"]))
     return 0
 
 

@@ -106,14 +106,14 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS),
         "NVSHMEM_QP_DEPTH": "8192",
     }
-    began = time.monotonic()
     with ResidentServers(
         group.arms, folder / "model", flags, environment, folder / "servers", options.port, options.start_seconds
     ) as servers:
         print(f"{group.name}: ready {servers.seconds_to_ready} failed {servers.failed or 'none'}", flush=True)
-        left = options.seconds - (time.monotonic() - began)
         arms_of = {load.name: arms for load, arms in loads.items()}
-        rows = servers.run(list(loads), options.blocks, max(left, 30), arms_of=arms_of)
+        began = time.monotonic()
+        rows = servers.run(list(loads), options.blocks, options.seconds, arms_of=arms_of)
+        took = round(time.monotonic() - began, 1)
         rebalances = {name: len(server.summary().rebalances) for name, server in servers.servers.items()}
     return {
         "group": group.name,
@@ -123,17 +123,31 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         "flags": flags,
         "arms": {arm.name: list(arm.flags) for arm in group.arms},
         "seconds_to_ready": servers.seconds_to_ready,
+        "seconds_of_load": took,
         "failed_servers": servers.failed,
         "rebalances": rebalances,
         "void": [
             *incomplete(rows, list(loads)),
             *(f"{name} rebalanced" for name, count in rebalances.items() if count),
         ],
+        "unfinished": unfinished(rows, loads, options.blocks),
         "values": {
             load.name: {arm: {metric: by_block(rows, arm, load.name, metric) for metric in METRICS} for arm in arms}
             for load, arms in loads.items()
         },
     }
+
+
+def unfinished(rows: Sequence[Mapping[str, Any]], loads: Mapping[Load, Sequence[str]], blocks: int) -> list[str]:
+    """Which arms did not get through all their blocks in the time given."""
+    done = {(row["arm"], row["load"], row["block"]) for row in rows}
+    found = []
+    for load, arms in loads.items():
+        for arm in arms:
+            missing = sum((arm, load.name, block) not in done for block in range(blocks))
+            if missing:
+                found.append(f"{arm}, {load.name}: {missing} of {blocks} blocks not done in the time given")
+    return found
 
 
 Values = Mapping[str, Mapping[str, Mapping[Any, float]]]
@@ -216,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--requests", type=int, default=0, help="prompts of a load (default: as in vLLM's protocol)")
     parser.add_argument("--moe-layers", type=int, default=0, help="of the large model (default: what fits 2 x 141 GB)")
-    parser.add_argument("--seconds", type=float, default=3600, help="of one group; no load goes on after them")
+    parser.add_argument("--seconds", type=float, default=3600, help="of loads in one group, once its servers are ready")
     parser.add_argument("--start-seconds", type=float, default=400, help="until servers must be ready")
     parser.add_argument("--port", type=int, default=31700)
     options = parser.parse_args(arguments)
@@ -237,8 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         failed = failed or bool(result["failed_servers"] or result["void"])
         write_atomically(options.out / f"overhead-{name}.json", json.dumps(result, indent=1).encode())
-        shown = {key: result.get(key) for key in ("void", "throughput_loss_pct", "ratios")}
-        print(f"{name}: {json.dumps(shown, indent=1)}", flush=True)
+        shown = {
+            key: result.get(key) for key in ("void", "unfinished", "seconds_of_load", "throughput_loss_pct", "ratios")
+        }
+        print(f"{name}: {json.dumps(shown)}", flush=True)
     source = provenance()
     results = [json.loads(path.read_text()) for path in sorted(options.out.glob("overhead-*.json"))]
     summary = {"provenance": source, "groups": results, "entries": entries(results, source)}

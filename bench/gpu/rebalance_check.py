@@ -38,7 +38,7 @@ def server_flags(gpus: int) -> list[str]:
     flags += ["--moe-a2a-backend", "deepep", "--deepep-mode", "auto", "--moe-runner-backend", "deep_gemm"]
     flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
     flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "32", "--mem-fraction-static", "0.5"]
+    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "32", "--mem-fraction-static", "0.85"]
     flags += ["--max-total-tokens", "100000", "--chunked-prefill-size", "8192", "--disable-radix-cache"]
     flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
     return [*flags, "--eplb-rebalance-num-iterations", str(ITERATIONS), "--eplb-rebalance-layers-per-chunk", "2"]

@@ -67,6 +67,14 @@ def test_entries_of_modes_compare_auto_with_the_mode_it_should_beat() -> None:
     assert entries == {"auto.ttft_ratio_to_low_latency": 0.25, "auto.tpot_ratio_to_normal": 0.5}
 
 
+def test_arms_that_ran_out_of_time_are_named() -> None:
+    (load, arms), *_ = overhead.GROUPS[0].loads(0).items()
+    rows = [{"arm": arm, "load": load.name, "block": block} for arm in arms for block in (-1, 0, 1)]
+    assert overhead.unfinished(rows, {load: arms}, 2) == []
+    found = overhead.unfinished(rows[:-1], {load: arms}, 2)
+    assert found == ["ours-normal, normal: 1 of 2 blocks not done in the time given"]
+
+
 def test_an_unknown_group_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
     assert overhead.main(["--out", str(tmp_path), "--groups", "huge"]) == 2
     assert "--groups huge: unknown; known are large.normal" in capsys.readouterr().err

@@ -39,6 +39,8 @@ CASES = (
     + [replace(Case(rule, source=None, groups=UNEVEN), even=False) for rule in RULES]
     + [Case(rule, record=False) for rule in RULES[1:]]
     + [Case(rule, groups=((70, 5),), k=6) for rule in RULES]  # more tokens than can be sampled; k padded to 8
+    + [Case(rule, groups=((2100, 9),), k=8, experts=40, redundant=8, layers=1) for rule in RULES]  # added up in blocks
+    + [Case("cover", redundant=40)]  # more replicas than are read ahead
     + [Case("cover", gpus=1, nodes=1, k=1), Case("dynamic", redundant=0)]
     + [_random(seed) for seed in range(24)]
 )
