@@ -16,6 +16,7 @@ import numpy as np
 
 from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch_kernel import choose_slots
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.routing import RoutingTrace
@@ -65,94 +66,29 @@ def measure_layer(  # type: ignore[no-untyped-def]
     slot of each (token, expert), unless it is empty.
     """
     count, k = tokens.shape
-    num_gpus = load.shape[0] // slots_per_gpu
-    gpu_mark = np.full(num_gpus, -1, np.int64)
+    gpu_mark = np.full(load.shape[0] // slots_per_gpu, -1, np.int64)
     node_mark = np.full(num_nodes, -1, np.int64)
     candidates = np.empty(table.shape[1], np.int64)
+    slots = np.empty(k, np.int64)
     has_source = source.shape[0] > 0
     keep = chosen.shape[0] > 0
     for t in range(count):
         if tokens[t, 0] < 0:
             continue
-        home = np.int64(-1)
-        home_node = np.int64(-1)
-        if has_source:
-            home = np.int64(source[t])
-            home_node = home // gpus_per_node
-        fan = 0
-        node_fan = 0
-        if rule == 0:
-            for j in range(k):
-                e = tokens[t, j]
-                if e >= 0 and replicas[e] == 1:
-                    gpu = np.int64(table[e, 0]) // slots_per_gpu
-                    node = gpu // gpus_per_node
-                    load[table[e, 0]] += 1
-                    if keep:
-                        chosen[t, j] = table[e, 0]
-                    if gpu_mark[gpu] != t:
-                        gpu_mark[gpu] = t
-                        fan += 1
-                    if node_mark[node] != t:
-                        node_mark[node] = t
-                        node_fan += 1
-                    if has_source and node != home_node:
-                        sums[4] += 1
+        home = np.int64(source[t]) if has_source else np.int64(-1)
+        fan, node_fan = choose_slots(
+            t, tokens[t], home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, candidates,
+            slots,
+        )  # fmt: skip
+        home_node = home // gpus_per_node
         for j in range(k):
-            e = tokens[t, j]
-            if e < 0 or (rule == 0 and replicas[e] == 1):
+            slot = slots[j]
+            if slot < 0:
                 continue
-            n = np.int64(replicas[e])
-            h = (np.int64(t) * np.int64(0x9E3779B1) + np.int64(e) * np.int64(0x85EBCA77)) & np.int64(0xFFFFFFFF)
-            h = ((h ^ (h >> 15)) * np.int64(0x2C1B3C6D)) & np.int64(0xFFFFFFFF)
-            h = h ^ (h >> 13)
-            slot = np.int64(table[e, h % n])
-            if rule == 1 and has_source:
-                slot = np.int64(table[e, (home + e) % n])
-                on_node = 0
-                nearest = np.int64(-1)
-                on_gpu = np.int64(-1)
-                for i in range(n):
-                    gpu = np.int64(table[e, i]) // slots_per_gpu
-                    if gpu // gpus_per_node == home_node:
-                        on_node += 1
-                        if nearest < 0:
-                            nearest = np.int64(table[e, i])
-                    if gpu == home and on_gpu < 0:
-                        on_gpu = np.int64(table[e, i])
-                if 0 < on_node < n:
-                    slot = nearest
-                if on_gpu >= 0:
-                    slot = on_gpu
-            elif rule == 0:
-                for step in range(4):
-                    found = 0
-                    for i in range(n):
-                        gpu = np.int64(table[e, i]) // slots_per_gpu
-                        node = gpu // gpus_per_node
-                        if (
-                            (step == 0 and gpu_mark[gpu] == t)
-                            or (step == 1 and node_mark[node] == t)
-                            or (step == 2 and gpu == home)
-                            or (step == 3 and node == home_node)
-                        ):
-                            candidates[found] = table[e, i]
-                            found += 1
-                    if found:
-                        slot = candidates[h % found]
-                        break
-            gpu = slot // slots_per_gpu
-            node = gpu // gpus_per_node
             load[slot] += 1
             if keep:
                 chosen[t, j] = slot
-            if gpu_mark[gpu] != t:
-                gpu_mark[gpu] = t
-                fan += 1
-            if node_mark[node] != t:
-                node_mark[node] = t
-                node_fan += 1
-            if has_source and node != home_node:
+            if has_source and slot // slots_per_gpu // gpus_per_node != home_node:
                 sums[4] += 1
         sums[0] += fan
         sums[1] += node_fan

@@ -36,7 +36,11 @@ SAMPLE_TOKENS = 16384
     default="affinity",
     show_default=True,
 )
-@click.option("--groups", type=int, help="Expert groups for deepseek_hierarchical.  [default: one per node]")
+@click.option(
+    "--num-groups", "--groups", "groups", type=int,
+    help="Expert groups of the model's routing (DeepSeek-V3: 8). affinity: a further start of the search; "
+    "deepseek_hierarchical: placed on nodes as a whole.  [default: none; hierarchical: one per node]",
+)  # fmt: skip
 @click.option("--objective", type=click.Choice(["normal", "low_latency", "mixed"]), default="normal", show_default=True)
 @click.option(
     "--prefill-share", type=float, default=None, help="Weight of normal mode in mixed (default: of the dump, else 0.5)."
@@ -49,6 +53,14 @@ SAMPLE_TOKENS = 16384
     "--max-load-increase", type=float, default=0.01, show_default=True,
     help="Largest rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).",
 )  # fmt: skip
+@click.option(
+    "--load-noise-allowance", type=float, default=1.0, show_default=True,
+    help="The cap rises by so many standard errors of a GPU's load in the trace; 0: strict on the trace.",
+)  # fmt: skip
+@click.option(
+    "--node-weight", type=int, default=2, show_default=True,
+    help="Cost of a copy to another node, in copies to another GPU.",
+)  # fmt: skip
 @click.option("--current-map", type=FILE, help="Map in use: the plan then moves few experts.")
 @click.option("--max-moves", type=int, help="At most so many new experts per GPU and layer; needs --current-map.")
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="thorough", show_default=True)
@@ -59,9 +71,8 @@ SAMPLE_TOKENS = 16384
 def plan_command(
     trace: Path | None, dumps: tuple[Path, ...], gpus: int, nodes: int, redundant: int, algorithm: str,
     groups: int | None, objective: Objective, prefill_share: float | None, dispatch: DispatchRule,
-    max_load_increase: float,
-    current_map: Path | None, max_moves: int | None, effort: Effort, seed: int, threads: int | None, out: Path,
-    report: Path | None,
+    max_load_increase: float, load_noise_allowance: float, node_weight: int, current_map: Path | None,
+    max_moves: int | None, effort: Effort, seed: int, threads: int | None, out: Path, report: Path | None,
 ) -> None:  # fmt: skip
     """Plan an expert map for one trace, or for one or several recorder dumps of one model.
 
@@ -76,7 +87,8 @@ def plan_command(
     if redundant < 0:
         raise InputError(f"--redundant {redundant}: must be 0 or more")
     config = PlannerConfig(
-        objective=objective, prefill_share=prefill_share, max_load_increase=max_load_increase, effort=effort,
+        objective=objective, prefill_share=prefill_share, max_load_increase=max_load_increase,
+        load_noise_allowance=load_noise_allowance, node_weight=node_weight, num_groups=groups, effort=effort,
         dispatch=dispatch, seed=seed, max_moves=max_moves, threads=threads,
     )  # fmt: skip
     for path in (out, report):

@@ -30,6 +30,8 @@ class PlannerConfig:
     ``move_cost``: what one moved expert must save in an incremental plan, in copies to another GPU per million tokens.
     An expert of DeepSeek-V3 is as large as 6000 tokens; over 4 million tokens between rebalances that makes 1500.
     ``node_weight``: cost of a copy to another node in copies to another GPU (RDMA against NVLink bandwidth).
+    ``num_groups``: expert groups of group-limited routing (DeepSeek-V3: 8 groups, ``n_group`` in the model's config; a
+    token picks from 4 of them). EPLB's hierarchical placement by groups is then a further start of the search.
     ``search_scale``: multiplies the number of proposals of the effort (a longer search for the same problem).
     ``threads``: worker threads over layers; None takes 1/16 of the cores, at least 2, at most 8.
     """
@@ -45,6 +47,7 @@ class PlannerConfig:
     max_moves: int | None = None
     move_cost: int = 1500
     node_weight: int = 2
+    num_groups: int | None = None
     search_scale: int = 1
     threads: int | None = None
 
@@ -68,6 +71,8 @@ class PlannerConfig:
                 raise InputError(f"planner: {name}={value} must be 0 or more")
         if self.search_scale < 1:
             raise InputError(f"planner: search_scale={self.search_scale} must be at least 1")
+        if self.num_groups is not None and self.num_groups < 1:
+            raise InputError(f"planner: num_groups={self.num_groups} must be at least 1")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"planner: threads={self.threads} must be at least 1")
 

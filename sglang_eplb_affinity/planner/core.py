@@ -31,6 +31,7 @@ DUPLICATES = "an expert twice on a GPU, no swap to part them"
 MOVE_CAP = "duplicates in the current map need more moves than allowed"
 PSEUDO_TOKENS = 4096
 ATTEMPTS = 3
+GROUPED_HOT_SHARE = 0.1  # hotter, the search would scatter the groups and find no way back
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ def plan(
     config = config.for_window(window)
     eplb = eplb_placement(window.counts, topology, num_slots)
     budget = budget_for(window.num_experts, num_slots, config)
+    grouped = _grouped_placement(window.counts, topology, num_slots, config)
 
     def one(layer: int) -> _LayerPlan:
         in_use = None if current is None else current.physical_to_logical[layer]
-        result = _plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use)
+        other = None if grouped is None else grouped.physical_to_logical[layer]
+        result = _plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
         if progress is not None:
             progress(1)
         return result
@@ -90,6 +93,21 @@ def plan(
         seconds=time.perf_counter() - began,
     )
     return Plan(expert_map, report)
+
+
+def _grouped_placement(
+    counts: np.ndarray, topology: Topology, num_slots: int, config: PlannerConfig
+) -> ExpertMap | None:
+    """EPLB's hierarchical placement by expert groups, another start of the search; None where it does not apply.
+
+    As SGLang does, groups that do not divide over the nodes are not used.
+    """
+    groups, nodes, experts = config.num_groups, topology.num_nodes, counts.shape[1]
+    if groups is None or config.keeps_current or nodes < 2 or groups % nodes or num_slots % nodes:
+        return None
+    if experts % groups:
+        raise InputError(f"planner: num_groups={groups} does not divide the {experts} experts evenly")
+    return eplb_placement(counts, topology, num_slots, hierarchical=True, num_groups=groups)
 
 
 def _check(
@@ -121,7 +139,7 @@ def _check(
 
 def _plan_layer(
     window: RoutingWindow, layer: int, topology: Topology, config: PlannerConfig, budget: SearchBudget,
-    eplb: np.ndarray, current: np.ndarray | None,
+    eplb: np.ndarray, current: np.ndarray | None, grouped: np.ndarray | None,
 ) -> _LayerPlan:  # fmt: skip
     counts = window.counts[layer]
     slots_per_gpu = len(eplb) // topology.num_gpus
@@ -141,6 +159,8 @@ def _plan_layer(
         return _LayerPlan(kept, NO_AFFINITY, by_eplb, by_kept, in_use)
 
     problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
+    if grouped is not None and judge(grouped, counts, tokens, topology, config).cost < by_eplb.cost:
+        problem = replace(problem, start=grouped, hot_share=GROUPED_HOT_SHARE)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
     tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
     mean = counts.sum() / topology.num_gpus
@@ -157,7 +177,7 @@ def _plan_layer(
         lighter = by_search.load < by_kept.load - 0.005
         if by_search.load <= cap and (by_search.cost < by_kept.cost or lighter):
             return _LayerPlan(found, "", by_eplb, by_search, in_use)
-        if by_search.load <= cap or not budget.replicas:
+        if by_search.load <= cap or len(eplb) == len(counts):
             break
         # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
         lower = int(problem.load_cap - (by_search.load - cap) * mean)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.evaluate import NOT_KEPT, measure_layer
-from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.topology import Topology
 
@@ -21,6 +21,21 @@ class Judgement:
     gpu_fanout: float
     node_fanout: float
     load: float
+
+
+@kernel
+def _replica_table(row, num_experts):  # type: ignore[no-untyped-def]
+    """(int32 [experts, max_replicas], int32 [experts]) of one layer, as ExpertMap gives them for all."""
+    replicas = np.zeros(num_experts, np.int32)
+    for e in row:
+        replicas[e] += 1
+    table = np.full((num_experts, replicas.max()), -1, np.int32)
+    filled = np.zeros(num_experts, np.int64)
+    for s in range(len(row)):
+        e = row[s]
+        table[e, filled[e]] = s
+        filled[e] += 1
+    return table, replicas
 
 
 def judge(
@@ -52,13 +67,12 @@ def dispatch_sample(
 
     Windows do not record where a token was: the sampled tokens are given to the GPUs in turn.
     """
-    one = ExpertMap(row[None], num_experts)
-    replicas = one.replica_counts()[0]
+    table, replicas = _replica_table(row, num_experts)
     slot_load = np.zeros(len(row), np.int64)
     sums = np.zeros(5, np.int64)
     source = (np.arange(len(tokens)) % topology.num_gpus).astype(np.int32)
     measure_layer(
-        tokens, source, one.logical_to_all_physical()[0], replicas, len(row) // topology.num_gpus,
+        tokens, source, table, replicas, len(row) // topology.num_gpus,
         topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums, slot_load, chosen,
     )  # fmt: skip
     sampled = np.bincount(row, weights=slot_load, minlength=num_experts)[row]

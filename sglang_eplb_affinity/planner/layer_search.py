@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +15,7 @@ from sglang_eplb_affinity.planner.imbalance import Imbalance
 from sglang_eplb_affinity.planner.judge import tokens_by_slot
 from sglang_eplb_affinity.planner.layout import spread_duplicates
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG
+from sglang_eplb_affinity.planner.replica_steps import adapt_replicas
 from sglang_eplb_affinity.planner.swap_search import search_swaps
 from sglang_eplb_affinity.topology import Topology
 
@@ -26,7 +27,7 @@ class LayerProblem:
     """counts int64 [experts]; tokens int16 [T, k]; start int32 [slots]; load_cap in counts.
 
     home uint8 [experts, gpus]: 1 where an expert may be without it counting as a move; ``move_cost`` in copies to
-    another GPU per million tokens; ``max_moves`` per GPU.
+    another GPU per million tokens; ``max_moves`` per GPU; ``hot_share``: factor of the first temperature.
     """
 
     counts: np.ndarray
@@ -38,6 +39,7 @@ class LayerProblem:
     move_cost: int
     max_moves: int
     seed: int
+    hot_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,12 @@ def search_layer(
     replicas = np.bincount(out, minlength=len(problem.counts))
     if not spread_duplicates(out, len(out) // topology.num_gpus, problem.counts // replicas):
         return None
+    if config.keeps_current and len(out) > len(replicas):
+        adapt_replicas(
+            out, problem.counts, len(out) // topology.num_gpus, problem.load_cap, problem.home, problem.max_moves
+        )
     weights = _Weights.of(config, topology)
-    annealing = budget.annealing
+    annealing = replace(budget.annealing, hot=max(budget.annealing.hot * problem.hot_share, budget.annealing.cold))
     tokens = thin(problem.tokens, annealing.tokens)
     temperatures = annealing.temperatures(tokens.size / len(problem.counts))
     if budget.replicas:

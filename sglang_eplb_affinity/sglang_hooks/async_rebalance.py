@@ -118,7 +118,9 @@ def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: in
         algorithm = compute_algorithm(args.eplb_algorithm, groups, args.nnodes).name
     return PlanSettings(
         algorithm=algorithm,
-        planner=rebalance.planner_config(args, first=False),
+        planner=rebalance.planner_config(
+            args, first=False, num_groups=rebalance.num_groups_of(getattr(model_runner, "model_config", None))
+        ),
         topology=rebalance.topology_of(args, num_ranks),
         minimum_gain=args.eplb_async_min_gain,
         staging_rows=staging_rows,

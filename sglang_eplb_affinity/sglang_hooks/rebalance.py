@@ -46,7 +46,12 @@ def dispatch_rule(server_args: Any) -> DispatchRule:
     return _RULE_OF_SGLANG.get(server_args.ep_dispatch_algorithm, "dynamic")
 
 
-def planner_config(server_args: Any, *, first: bool = True) -> PlannerConfig:
+def num_groups_of(model_config: Any) -> int | None:
+    """Expert groups of group-limited routing (``n_group`` of DeepSeek-V3's config), or None."""
+    return getattr(getattr(model_config, "hf_config", None), "n_group", None) or None
+
+
+def planner_config(server_args: Any, *, first: bool = True, num_groups: int | None = None) -> PlannerConfig:
     """The planner's settings that follow from the server's flags; ``first``: no planned map is in force yet.
 
     DeepEP's auto mode sends prefill tokens once per destination and decode tokens once per expert, so there the
@@ -61,6 +66,7 @@ def planner_config(server_args: Any, *, first: bool = True) -> PlannerConfig:
         dispatch=dispatch_rule(server_args),
         incremental=server_args.eplb_affinity_incremental and not first,
         max_moves=None if first else server_args.eplb_affinity_max_moves,
+        num_groups=num_groups,
     )
 
 
@@ -95,6 +101,7 @@ class RebalanceRound:
 
         self._manager = manager
         self._server_args = manager._server_args
+        self._num_groups = num_groups_of(getattr(manager, "_model_config", None))
         self._window = window
         self._started = time.perf_counter()
         self._phase_seconds: dict[str, float] = {}
@@ -147,7 +154,7 @@ class RebalanceRound:
         if self._rank == 0:
             try:
                 first = self._number == 1 and self._server_args.init_expert_location == "trivial"
-                config = planner_config(self._server_args, first=first)
+                config = planner_config(self._server_args, first=first, num_groups=self._num_groups)
                 planned = plan(self._window, self._topology, before.num_slots, config, before).expert_map
                 message[0] = 1
                 message[1:] = torch.from_numpy(planned.physical_to_logical.astype(np.int64).ravel())

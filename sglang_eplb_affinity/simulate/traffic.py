@@ -13,6 +13,7 @@ import numpy as np
 
 from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch_kernel import choose_slots
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.topology import Topology
 
@@ -60,73 +61,6 @@ class BatchTraffic:
 
 
 @kernel
-def _choose(t, row, home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, free, out):  # type: ignore[no-untyped-def]
-    """Slots of one token into ``out``; the rules of dispatch.py. rule 0 cover, 1 static, 2 dynamic."""
-    k = row.shape[0]
-    home_node = home // gpus_per_node
-    for j in range(k):
-        out[j] = -1
-    if rule == 0:
-        for j in range(k):
-            e = row[j]
-            if replicas[e] == 1:
-                out[j] = table[e, 0]
-                gpu = np.int64(table[e, 0]) // slots_per_gpu
-                gpu_mark[gpu] = t
-                node_mark[gpu // gpus_per_node] = t
-    for j in range(k):
-        if out[j] >= 0:
-            continue
-        e = row[j]
-        n = np.int64(replicas[e])
-        if n == 1:
-            slot = np.int64(table[e, 0])
-        else:
-            h = (np.int64(t) * np.int64(0x9E3779B1) + np.int64(e) * np.int64(0x85EBCA77)) & np.int64(0xFFFFFFFF)
-            h = ((h ^ (h >> 15)) * np.int64(0x2C1B3C6D)) & np.int64(0xFFFFFFFF)
-            h = h ^ (h >> 13)
-            slot = np.int64(table[e, h % n])
-            if rule == 1:
-                slot = np.int64(table[e, (home + e) % n])
-                on_node = 0
-                nearest = np.int64(-1)
-                on_gpu = np.int64(-1)
-                for i in range(n):
-                    gpu = np.int64(table[e, i]) // slots_per_gpu
-                    if gpu // gpus_per_node == home_node:
-                        on_node += 1
-                        if nearest < 0:
-                            nearest = np.int64(table[e, i])
-                    if gpu == home and on_gpu < 0:
-                        on_gpu = np.int64(table[e, i])
-                if 0 < on_node < n:
-                    slot = nearest
-                if on_gpu >= 0:
-                    slot = on_gpu
-            elif rule == 0:
-                for step in range(4):
-                    found = 0
-                    for i in range(n):
-                        gpu = np.int64(table[e, i]) // slots_per_gpu
-                        node = gpu // gpus_per_node
-                        if (
-                            (step == 0 and gpu_mark[gpu] == t)
-                            or (step == 1 and node_mark[node] == t)
-                            or (step == 2 and gpu == home)
-                            or (step == 3 and node == home_node)
-                        ):
-                            free[found] = table[e, i]
-                            found += 1
-                    if found:
-                        slot = np.int64(free[h % found])
-                        break
-        out[j] = slot
-        gpu = slot // slots_per_gpu
-        gpu_mark[gpu] = t
-        node_mark[gpu // gpus_per_node] = t
-
-
-@kernel
 def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_nodes, rule, counters, slot_load):  # type: ignore[no-untyped-def]
     """Add all tokens int16 [T, k] from source int32 [T] to counters and slot_load."""
     num_gpus = counters.shape[1]
@@ -141,7 +75,7 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
         home = np.int64(source[t])
         home_node = home // gpus_per_node
         index = home % gpus_per_node
-        _choose(
+        choose_slots(
             t, tokens[t], home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, free, slots
         )
         for j in range(k):

@@ -157,3 +157,16 @@ def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, norm
     counts = np.array([[[1, 1]], [[3, 3]]])
     config = planner_config(arguments).for_window(RoutingWindow(counts.sum(0), phase_counts=counts))
     assert (config.objective, config.normal_share, config.dispatch) == (objective, normal_share, "cover")
+
+
+def test_the_planner_is_told_the_models_expert_groups(make_round) -> None:
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    model = SimpleNamespace(hf_config=SimpleNamespace(n_group=4))
+    assert rebalance.num_groups_of(model) == 4
+    assert rebalance.num_groups_of(SimpleNamespace(hf_config=SimpleNamespace())) is None
+    assert rebalance.num_groups_of(None) is None
+    arguments = make_round(some_window())._server_args
+    found = rebalance.begin(SimpleNamespace(_server_args=arguments, _model_config=model), {"affinity": some_window()})
+    assert found is not None and found._num_groups == 4
+    assert rebalance.planner_config(arguments, num_groups=4).num_groups == 4

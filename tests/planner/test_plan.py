@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import measure, moved_experts
+from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
 from sglang_eplb_affinity.planner.core import NO_AFFINITY, NO_TRAFFIC
 from sglang_eplb_affinity.routing import RoutingWindow, coactivation_of
@@ -75,6 +76,49 @@ def test_moves_stay_under_the_cap(problem, max_moves):  # type: ignore[no-untype
         for gpu in range(topology.num_gpus):
             assert len(set(after[layer, gpu].tolist()) - set(before[layer, gpu].tolist())) <= max_moves
     assert (result.report.moved_experts == moved_experts(start, result.expert_map, topology)).all()
+
+
+@pytest.mark.parametrize("rule", ["cover", "dynamic"])
+@pytest.mark.parametrize("effort", ["fast", "thorough"])
+def test_rounds_with_few_moves_change_replicas_until_the_load_is_eplbs(rule, effort):  # type: ignore[no-untyped-def]
+    window = window_of(skewed_tokens(np.random.default_rng(11), 2, 2000, 32, 4), 32)
+    topology, config = Topology(8, 2), PlannerConfig(dispatch=rule, effort=effort, max_moves=1)
+    in_use = ExpertMap.contiguous(2, 32, 40)
+    replicated = in_use.replica_counts() > 1
+    for number in range(6):
+        result = plan(window, topology, 40, config, in_use)
+        before, after = (m.physical_to_logical.reshape(2, 8, 5) for m in (in_use, result.expert_map))
+        for layer in range(2):
+            for gpu in range(8):
+                assert len(set(after[layer, gpu].tolist()) - set(before[layer, gpu].tolist())) <= 1
+        assert (result.expert_map.replica_counts() >= 1).all()
+        if number == 0:
+            assert result.report.current is not None and result.report.current.load_max_over_mean.min() > 1.3
+            assert (result.report.planned.load_max_over_mean < result.report.current.load_max_over_mean).all()
+        in_use = result.expert_map
+    assert ((in_use.replica_counts() > 1) != replicated).any(1).all()
+    assert (result.report.planned.load_max_over_mean <= result.report.eplb.load_max_over_mean + 0.06).all()
+
+
+def test_expert_groups_start_the_search_where_they_score_better():
+    # As in DeepSeek-V3, a token picks 8 experts from 4 of 8 groups: packing groups to nodes keeps it on few of 4 nodes.
+    rng = np.random.default_rng(12)
+    chosen = np.argsort(rng.random((3000, 8)), axis=1)[:, :4]
+    within = np.argsort(rng.random((3000, 4, 16)), axis=2)[..., :2]
+    tokens = (chosen[..., None] * 16 + within).reshape(1, 3000, 8).astype(np.int16)
+    window, topology = window_of(tokens, 128), Topology(32, 4)
+    plain, grouped = (plan(window, topology, 128, PlannerConfig(num_groups=groups)).report for groups in (None, 8))
+    hierarchical = eplb_placement(window.counts, topology, 128, hierarchical=True, num_groups=8)
+    traffic = measure(tokens, hierarchical, topology, "cover", None)
+    assert grouped.fallback == ("",)
+    assert grouped.planned.cost[0] < traffic.gpu_fanout[0] + 2 * traffic.node_fanout[0] < plain.eplb.cost[0]
+    assert grouped.planned.cost[0] != plain.planned.cost[0]
+    # Groups that do not divide over the nodes are not used, as in SGLang; those that do not divide the experts are an
+    # error.
+    ignored = plan(window, topology, 128, PlannerConfig(num_groups=2)).report
+    assert ignored.planned.cost[0] == plain.planned.cost[0]
+    with pytest.raises(InputError, match="num_groups=12"):
+        plan(window, topology, 128, PlannerConfig(num_groups=12))
 
 
 @pytest.mark.parametrize("rule", ["cover", "dynamic"])

@@ -8,7 +8,7 @@ import pytest
 from sglang_eplb_affinity.evaluate import measure
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
-from sglang_eplb_affinity.planner.cover_search import evaluate_cover, pin_gpu
+from sglang_eplb_affinity.planner.cover_evaluation import evaluate_cover, pin_gpu
 from sglang_eplb_affinity.planner.layer_search import _coin_bitmaps
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG, next_random, schedule
 from sglang_eplb_affinity.planner.swap_search import search_swaps

@@ -1,0 +1,89 @@
+"""The rules of dispatch.py for one token as a kernel: what evaluate.py, the planner and the simulator count with."""
+
+from __future__ import annotations
+
+from sglang_eplb_affinity._numba import kernel
+
+
+@kernel
+def choose_slots(  # type: ignore[no-untyped-def]
+    t, row, home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, candidates, out
+):
+    """Write the slot of each expert of one token into out int64 [k] (-1 for padding); returns its (GPU, node) fan-out.
+
+    t: the token's row number, for the hash; row int16 [k]; home: its GPU, or -1 where it is not known; table int32
+    [experts, max_replicas]; replicas int32 [experts]; rule 0 cover, 1 static, 2 dynamic. gpu_mark int64 [gpus] and
+    node_mark int64 [nodes] hold the last token that visited each (start with -1); candidates int64 [max_replicas] is
+    scratch.
+    """
+    home_node = home // gpus_per_node if home >= 0 else -1
+    fan = 0
+    node_fan = 0
+    for j in range(row.shape[0]):
+        e = row[j]
+        out[j] = -1
+        if rule == 0 and e >= 0 and replicas[e] == 1:
+            out[j] = table[e, 0]
+            gpu = out[j] // slots_per_gpu
+            node = gpu // gpus_per_node
+            if gpu_mark[gpu] != t:
+                gpu_mark[gpu] = t
+                fan += 1
+            if node_mark[node] != t:
+                node_mark[node] = t
+                node_fan += 1
+    for j in range(row.shape[0]):
+        e = row[j]
+        if e < 0 or out[j] >= 0:
+            continue
+        n = int(replicas[e])
+        slot = int(table[e, 0])
+        if n > 1:
+            h = (int(t) * 0x9E3779B1 + int(e) * 0x85EBCA77) & 0xFFFFFFFF
+            h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+            h = h ^ (h >> 13)
+            slot = int(table[e, h % n])
+            if rule == 1 and home >= 0:
+                slot = int(table[e, (home + e) % n])
+                on_node = 0
+                nearest = -1
+                on_gpu = -1
+                for i in range(n):
+                    gpu = int(table[e, i]) // slots_per_gpu
+                    if gpu // gpus_per_node == home_node:
+                        on_node += 1
+                        if nearest < 0:
+                            nearest = int(table[e, i])
+                    if gpu == home and on_gpu < 0:
+                        on_gpu = int(table[e, i])
+                if 0 < on_node < n:
+                    slot = nearest
+                if on_gpu >= 0:
+                    slot = on_gpu
+            elif rule == 0:
+                for step in range(4):
+                    found = 0
+                    for i in range(n):
+                        gpu = int(table[e, i]) // slots_per_gpu
+                        node = gpu // gpus_per_node
+                        if (
+                            (step == 0 and gpu_mark[gpu] == t)
+                            or (step == 1 and node_mark[node] == t)
+                            or (step == 2 and gpu == home)
+                            or (step == 3 and node == home_node)
+                        ):
+                            candidates[found] = table[e, i]
+                            found += 1
+                    if found:
+                        slot = candidates[h % found]
+                        break
+        out[j] = slot
+        gpu = slot // slots_per_gpu
+        node = gpu // gpus_per_node
+        if gpu_mark[gpu] != t:
+            gpu_mark[gpu] = t
+            fan += 1
+        if node_mark[node] != t:
+            node_mark[node] = t
+            node_fan += 1
+    return fan, node_fan
