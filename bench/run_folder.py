@@ -151,7 +151,7 @@ def _continues(folder: RunFolder, plan: RunPlan, hardware: str) -> str | None:
 
 
 def _compared(hardware: str, plan: RunPlan) -> str:
-    """What must be the same for blocks to add up: with GPUs only these, since lent hosts differ in the rest."""
+    """What must be the same for blocks to add up: with GPUs only these, since rented hosts differ in the rest."""
     gpus = [part for part in hardware.split(", ") if " cores of " not in part]
     return ", ".join(gpus) if gpus and plan.profile.server.engine == "cuda" else hardware
 

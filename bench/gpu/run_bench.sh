@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One sitting of the benchmark on a lent GPU host, in one call: from the root of this checkout, after unpack.sh.
+# One sitting of the benchmark on a rented GPU host, in one call: from the root of this checkout, after unpack.sh.
 #
 #   bash bench/gpu/run_bench.sh LINK SECONDS [OPTIONS of `python -m bench run`]      LINK: nvlink, emulated50, emulated25
 #

@@ -1,4 +1,4 @@
-"""The scripts of a sitting on a lent host, with a Python that only notes what it is asked for."""
+"""The scripts of a sitting on a rented host, with a Python that only notes what it is asked for."""
 
 from __future__ import annotations
 
