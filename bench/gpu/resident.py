@@ -13,14 +13,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from bench.engine import Engine
-from bench.process import last_error, scrub_file, start_group, stop_group
+from bench.gpu.serving_process import ServingProcess
+from bench.process import last_error, scrub_file
 from bench.schedule import williams_rows
 from bench.server import HOST, PORT_STEP, Server, ServerFailed, free_port
 
@@ -155,30 +156,26 @@ class ResidentServers:
         return order
 
     def _run(self, order: list[tuple[int, str, Load]], timeout_s: float) -> list[dict[str, Any]]:
-        commands, outputs = [], []
-        for number, (block, name, load) in enumerate(order):
-            out = self._folder / f"load-{number:03}.jsonl"
-            out.unlink(missing_ok=True)
-            outputs.append(out)
-            # The same requests for all arms of a block.
-            commands.append(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
-        (self._folder / "commands.json").write_text(json.dumps(commands))
         log = self._folder / "client.log"
-        client = start_group(
-            [sys.executable, "-m", "bench.gpu.serving_loop", str(self._folder / "commands.json")],
-            log,
-            self._environment,
-        )
         deadline = time.monotonic() + timeout_s
-        while client.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        stop_group(client)
         results = []
-        for (block, name, load), out in zip(order, outputs, strict=True):
-            lines = out.read_text().splitlines() if out.is_file() else []
-            if lines:
-                results.append({"arm": name, "load": load.name, "block": block, **json.loads(lines[-1])})
-            out.unlink(missing_ok=True)
+        with ServingProcess(log, self._environment) as client:
+            try:
+                client.wait_until_ready(timeout_s)
+            except RuntimeError as error:
+                raise ServerFailed(str(error)) from None
+            for number, (block, name, load) in enumerate(order):
+                if time.monotonic() > deadline:
+                    break
+                out = self._folder / f"load-{number:03}.jsonl"
+                out.unlink(missing_ok=True)
+                # The same requests for all arms of a block. A load that fails leaves no row; the others go on.
+                with suppress(RuntimeError, OSError):
+                    client.begin(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
+                    client.wait(max(deadline - time.monotonic(), 0))
+                    row = json.loads(out.read_text().splitlines()[-1])
+                    results.append({"arm": name, "load": load.name, "block": block, **row})
+                out.unlink(missing_ok=True)
         scrub_file(log)
         if not results:
             raise ServerFailed(f"no load was completed: {last_error(log, 'no log')}")

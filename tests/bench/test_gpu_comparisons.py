@@ -52,6 +52,38 @@ def test_a_comparison_without_any_server_says_why(tmp_path: Path, monkeypatch: p
         pass
 
 
+def test_a_load_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench.gpu.resident as resident
+
+    class Client:
+        def __init__(self, log: Path, environment: object) -> None:
+            self.begun = 0
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def wait_until_ready(self, seconds: float) -> None: ...
+
+        def begin(self, arguments: list[str]) -> None:
+            self.begun += 1
+            if self.begun != 2:
+                Path(arguments[arguments.index("--output-file") + 1]).write_text(json.dumps({"completed": self.begun}))
+
+        def wait(self, seconds: float) -> None:
+            if self.begun == 2:
+                raise RuntimeError("failed")
+
+    monkeypatch.setattr(resident, "ServingProcess", Client)
+    rows = servers(tmp_path, "a", "b").run(LOADS, 1, timeout_s=60, warm_up=0)
+    assert [(row["arm"], row["load"], row["completed"]) for row in rows] == [
+        ("a", "prefill", 1),
+        ("a", "decode", 3),
+        ("b", "decode", 4),
+    ]
+
+
 def test_rows_by_block_and_void_rows() -> None:
     rows = [{"arm": "a", "load": "decode", "block": b, "completed": c, "x": v} for b, c, v in [(-1, 1, 9), (0, 16, 2)]]
     assert by_block(rows, "a", "decode", "x") == {0: 2.0}
