@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -62,9 +61,10 @@ def test_200_rounds_leave_memory_flat(tmp_path: Path) -> None:
     )  # 0.1 MB an expert, up to 1.8 MB a round and rank
     assert [record["result"] for record in found[0]["records"]].count("applied") >= 190
     for rank in found:
-        # What gloo holds for messages in flight goes up and down by some MB from one round to the next.
-        early, late = median(rank["memory_mb"][40:80]), median(rank["memory_mb"][-40:])
-        assert late - early < 12, f"{early:.0f} MB in rounds 40 to 80, {late:.0f} MB in the last 40"
+        # What gloo and the allocator hold for messages in flight goes up and down by 12 MB (800 rounds show no trend);
+        # keeping a tenth of what a rank receives would be 22 MB over the 120 rounds between the two windows.
+        early, late = min(rank["memory_mb"][40:80]), min(rank["memory_mb"][-40:])
+        assert late - early < 20, f"{early:.0f} MB in rounds 40 to 80, {late:.0f} MB in the last 40"
 
 
 @pytest.mark.gpu
