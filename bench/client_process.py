@@ -6,8 +6,9 @@ Importing takes ten seconds, more than a row on a GPU does. Each measurement is 
 leaves behind or breaks does not reach the next. One JSON object a line comes in (see :class:`Job`); one goes out when
 the measurement is over: {"exit": code of the child}. At first a line {"ready": true}.
 
-bench_serving runs as it is, but for: prompts are prepared by bench.workload, its texts are not tokenised again, the
-pause after its own warm-up is left out (there is no such warm-up), and its requests are kept in full.
+bench_serving runs as it is; with a workload, but for: prompts are prepared by bench.workload, its texts are not
+tokenised again, the pause after its own warm-up is left out (there is no such warm-up), and its requests are kept in
+full.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ SAMPLE_S = 0.01
 
 @dataclass(frozen=True)
 class Job:
-    """``arguments`` of bench_serving; the files of its prompts, its log, and its requests (a RequestLog)."""
+    """``arguments`` of bench_serving; the files of its log, its prompts, and its requests (a RequestLog).
+
+    Without ``workload`` and ``requests`` bench_serving makes its own prompts, and nothing is kept but what it writes.
+    """
 
     arguments: Sequence[str]
-    workload: str
     log: str
-    requests: str
+    workload: str | None = None
+    requests: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -85,7 +89,11 @@ def _measure(serving: Any, job: Job) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         gc.disable()  # a row takes seconds; a collection in it would look like a stall of the server
-        _run(serving, job)
+        sys.argv = ["bench_serving", *job.arguments]
+        if job.workload is None or job.requests is None:
+            serving.cli_main()
+        else:
+            _run(serving, Path(job.workload), Path(job.requests))
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
@@ -97,7 +105,7 @@ def _measure(serving: Any, job: Job) -> NoReturn:
         os._exit(code)
 
 
-def _run(serving: Any, job: Job) -> None:
+def _run(serving: Any, workload: Path, requests: Path) -> None:
     from sglang.benchmark.datasets import DatasetRow
 
     with contextlib.suppress(ImportError):
@@ -106,7 +114,7 @@ def _run(serving: Any, job: Job) -> None:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     rows = [
         DatasetRow(request.prompt, request.input_tokens, request.output_tokens, extra_request_body=_body(request))
-        for request in requests_of(Path(job.workload))
+        for request in requests_of(workload)
     ]
     serving.get_dataset = lambda *_: rows
     serving.get_tokenizer = lambda *_: _NoTokenizer()
@@ -129,9 +137,8 @@ def _run(serving: Any, job: Job) -> None:
         return original_metrics(**options)
 
     serving.benchmark, serving.calculate_metrics = benchmark, calculate_metrics
-    sys.argv = ["bench_serving", *job.arguments]
     serving.cli_main()
-    kept[0].save(Path(job.requests))
+    kept[0].save(requests)
 
 
 def _body(request: Any) -> dict[str, Any]:

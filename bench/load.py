@@ -108,7 +108,7 @@ class LoadClient:
         raw, log, requests = folder / "raw.tmp", folder / "client.log", folder / "requests.npz"
         for stale in (raw, log, requests):
             stale.unlink(missing_ok=True)
-        job = Job([*arguments, "--output-file", str(raw)], str(work.path), str(log), str(requests))
+        job = Job([*arguments, "--output-file", str(raw)], str(log), str(work.path), str(requests))
         error = self._measure(job, log, server, timeout_s, progress)
         scrub_file(log)
         try:

@@ -1,7 +1,4 @@
-"""sglang.bench_serving in a process that stays: SGLang is imported once, and two such processes can load one server.
-
-python -m bench.gpu.serving_process      (reads one JSON list of bench_serving arguments per line)
-"""
+"""sglang.bench_serving on prompts of its own, through bench.client_process; two of them can load one server at once."""
 
 from __future__ import annotations
 
@@ -10,14 +7,13 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from bench.client_process import Job
 from bench.engine import ROOT
 from bench.process import stop_group
-
-_MARK = "@@serving_process "
 
 
 class ServingProcess:
@@ -25,72 +21,50 @@ class ServingProcess:
 
     def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
         self._log = log
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.gpu.serving_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            cwd=ROOT,
-            text=True,
-            bufsize=1,
-            start_new_session=True,
-        )
-        self._marks: queue.Queue[str] = queue.Queue()
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bench.client_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=dict(environment),
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        self._replies: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def __enter__(self) -> ServingProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        stop_group(self._process)  # type: ignore[arg-type]
+        stop_group(self._process)
 
     def wait_until_ready(self, seconds: float) -> None:
-        self._expect("ready", seconds)
+        self._next("not ready", seconds)
 
     def begin(self, arguments: Sequence[str]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(list(arguments)) + "\n")
+        self._process.stdin.write(Job(list(arguments), str(self._log)).to_json().encode() + b"\n")
         self._process.stdin.flush()
 
     def wait(self, seconds: float) -> None:
         """Raises RuntimeError if the load failed or takes longer."""
-        self._expect("done", seconds)
+        code = self._next("not done", seconds)["exit"]
+        if code:
+            raise RuntimeError(f"bench_serving: exit code {code}; see {self._log.name}")
 
-    def _expect(self, wanted: str, seconds: float) -> None:
+    def _next(self, otherwise: str, seconds: float) -> dict[str, Any]:
         try:
-            found = self._marks.get(timeout=seconds)
+            reply = self._replies.get(timeout=seconds)
         except queue.Empty:
-            raise RuntimeError(f"bench_serving: not {wanted} after {seconds:.0f} s") from None
-        if found != wanted:
-            raise RuntimeError(f"bench_serving: {found}; see {self._log.name}")
+            raise RuntimeError(f"bench_serving: {otherwise} after {seconds:.0f} s") from None
+        if "ended" in reply:
+            raise RuntimeError(f"bench_serving: ended; see {self._log.name}")
+        return reply
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        with self._log.open("a") as log:
-            for line in self._process.stdout:
-                if line.startswith(_MARK):
-                    self._marks.put(line[len(_MARK) :].strip())
-                else:
-                    log.write(line)
-                    log.flush()
-        self._marks.put("ended")
-
-
-def main() -> None:
-    from sglang.benchmark.serving import cli_main
-
-    print(_MARK + "ready", flush=True)
-    for line in sys.stdin:
-        sys.argv = ["bench_serving", *json.loads(line)]
-        began = time.monotonic()
-        try:
-            cli_main()
-            print(f"\n{_MARK}done", flush=True)
-        except (Exception, SystemExit) as error:
-            text = str(error).splitlines()
-            print(f"\n{_MARK}failed after {time.monotonic() - began:.0f} s: {text[:1]}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        for line in self._process.stdout:
+            self._replies.put(json.loads(line))
+        self._replies.put({"ended": True})

@@ -20,6 +20,26 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
 logger = logging.getLogger(__name__)
 
 INITIAL_MAP = "--init-expert-location"
+# What the patch series adds to SGLang's ServerArgs.
+ADDED = (
+    "enable_expert_affinity_recorder",
+    "ep_forced_routing",
+    "eplb_affinity_incremental",
+    "eplb_affinity_max_load_increase",
+    "eplb_affinity_max_moves",
+    "eplb_affinity_nodes",
+    "eplb_async",
+    "eplb_async_layers_in_flight",
+    "eplb_async_min_gain",
+    "eplb_async_phase_limit",
+    "eplb_async_run_once",
+    "eplb_async_warm_up_passes",
+    "eplb_record_map",
+    "expert_affinity_record_every",
+    "expert_affinity_record_last_passes",
+    "expert_affinity_sample_tokens",
+    "expert_load_log_passes",
+)
 
 
 def known_algorithms() -> list[str]:
@@ -29,6 +49,12 @@ def known_algorithms() -> list[str]:
 
 
 def resolve(server_args: Any) -> None:
+    missing = [name for name in ADDED if not hasattr(server_args, name)]
+    if missing:
+        raise InputError(
+            f"SGLang has an older version of the patch series than this sglang_eplb_affinity, without "
+            f"--{missing[0].replace('_', '-')}; run `make apply` in its checkout"
+        )
     name = server_args.eplb_algorithm
     if name not in known_algorithms():
         raise InputError(f"--eplb-algorithm {name}: unknown; known are {', '.join(known_algorithms())}")

@@ -1,14 +1,18 @@
 """The project's own series on a copy of the installed SGLang."""
 
 import importlib.metadata
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.patching import actions
 from sglang_eplb_affinity.patching.series import files_of, read_series
 from sglang_eplb_affinity.patching.upstream import Installation, Upstream
+from sglang_eplb_affinity.sglang_hooks import arguments
 
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 
@@ -55,3 +59,15 @@ def test_upstream_names_wheels_with_checksums() -> None:
     upstream = Upstream.read(PATCHES / "UPSTREAM")
     assert upstream.version == "0.5.17" and len(upstream.wheels) >= 4
     assert all(name.startswith("sglang-0.5.17-") and len(value) == 64 for name, value in upstream.wheels)
+
+
+def test_a_server_on_an_older_series_says_so() -> None:
+    """The flags that the package looks for are those that the series adds; without one of them the start is refused."""
+    patches = sorted(PATCHES.glob("*.patch"))
+    added = {
+        name for patch in patches for name in re.findall(r"^\+    ([a-z_]+): A\[", patch.read_text(), re.MULTILINE)
+    }
+    assert added == set(arguments.ADDED)
+    older = SimpleNamespace(**dict.fromkeys(added - {"eplb_record_map"}))
+    with pytest.raises(InputError, match="without --eplb-record-map; run `make apply`"):
+        arguments.resolve(older)

@@ -36,7 +36,7 @@ class ServerCase:
     redundant: int = 0
     dp_attention: bool = False
     algorithm: str | None = None
-    iterations: int = 30
+    iterations: int = 16
     extra: tuple[str, ...] = ()
 
     @property
@@ -73,7 +73,7 @@ class RunningServer:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return bytes(response.read())
 
-    def generate(self, prompts: list[str], tokens: int = OUTPUT_TOKENS, concurrency: int = 8) -> list[dict]:
+    def generate(self, prompts: list[str], tokens: int = OUTPUT_TOKENS, concurrency: int = 14) -> list[dict]:
         """Greedy outputs: dicts with ``output_ids`` and ``meta_info``, in the order of the prompts."""
 
         def one(prompt: str) -> dict:
@@ -123,7 +123,7 @@ def serve(
         _wait_until_ready(server, 480)  # half a minute on a quiet machine
         yield server
     finally:
-        stop_group(process, 5)
+        stop_group(process, 1)
 
 
 def _wait_until_ready(server: RunningServer, seconds: float) -> None:

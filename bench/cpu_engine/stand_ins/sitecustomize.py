@@ -11,3 +11,25 @@ if _sglang is not None and importlib.util.find_spec("triton") is None:
     _stub = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(_stub)
     _stub.install()
+
+
+def _fork_from_a_process_that_has_imported_sglang() -> None:
+    """SGLang spawns each process anew, and importing it takes each some 10 s of a core; a fork server imports once.
+
+    Only on the CPU: a process that has touched CUDA can't be forked.
+    """
+    import multiprocessing
+
+    set_start_method = multiprocessing.set_start_method
+
+    def with_fork_server(method, force=False):
+        if method == "spawn":
+            method = "forkserver"
+            multiprocessing.set_forkserver_preload(["sglang_cpu_engine_preload"])
+        set_start_method(method, force)
+
+    multiprocessing.set_start_method = with_fork_server
+
+
+if _sglang is not None:
+    _fork_from_a_process_that_has_imported_sglang()
