@@ -239,6 +239,51 @@ def rounds(log: str) -> dict[str, Any]:
     return found
 
 
+def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Summary entries: the worst of all modes and loads, named; arms with fewer than two blocks make none."""
+    source = result["provenance"]
+    common = {
+        "kind": "measured", "hardware": source["hardware"], "versions": source["versions"],
+        "commit": source["commit"], "date": result["date"], "command": result["command"],
+    }  # fmt: skip
+    found = []
+
+    def add(name: str, value: dict[str, Any], unit: str) -> None:
+        found.append({"name": name, **value, "unit": unit, **common})
+
+    for arm, metric, name in (
+        ("async", "p99_itl", "async.p99_itl_ratio"),
+        ("async", "max_itl", "async.max_itl_ratio"),
+        ("async", "throughput", "async.throughput_loss_pct"),
+        ("sync", "p99_itl", "sync.p99_itl_ratio"),
+    ):
+        cells = {
+            where: ratio[metric]
+            for where, ratio in result["ratios_to_no_rebalancing"].items()
+            if where.split()[0].endswith(f"-{arm}") and ratio[metric]["blocks"] > 1
+        }
+        if cells and metric == "throughput":
+            where = min(cells, key=lambda name: cells[name]["ratio"])
+            bounds = (("value", "ratio"), ("lower", "upper"), ("upper", "lower"))
+            loss = {key: round(100 * (1 - cells[where][of]), 3) for key, of in bounds}
+            add(name, loss, f"% of tokens/s without rebalancing, {where}")
+        elif cells:
+            where = max(cells, key=lambda name: cells[name]["ratio"])
+            ratio = {key: cells[where][of] for key, of in (("value", "ratio"), ("lower", "lower"), ("upper", "upper"))}
+            add(name, ratio, f"ratio to no rebalancing, {where}")
+    commits = {
+        arm: of["commit_ms_per_layer"]["p99"] for arm, of in result["rounds"].items() if "layers_committed" in of
+    }
+    if commits:
+        where = max(commits, key=lambda arm: commits[arm])
+        add(
+            "async.commit_ms_per_layer.p99",
+            {"value": round(float(commits[where]), 4), "lower": None, "upper": None},
+            f"ms, {where}",
+        )
+    return found
+
+
 def verification(log: str) -> dict[str, int]:
     """Checks of all ranks that found every slot right, and those that did not."""
     return {"right": log.count("verify: all"), "wrong": log.count("has wrong weights")}
@@ -281,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "verified": verification(logs.get(VERIFIED, "")),
         "cells": cells,
     }
+    result["entries"] = [] if options.cpu else entries(result)
     write_atomically(options.out / "result.json", json.dumps(result, indent=1, default=float).encode())
     print(
         json.dumps(

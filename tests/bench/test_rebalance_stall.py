@@ -2,7 +2,17 @@
 
 import json
 
-from bench.gpu.rebalance_stall import CPU_SETTING, StallLoad, gpu_setting, order_of, ratios, rounds, verification
+from bench.gpu.rebalance_stall import (
+    CPU_SETTING,
+    StallLoad,
+    entries,
+    gpu_setting,
+    order_of,
+    ratios,
+    rounds,
+    verification,
+)
+from bench.summary import parse_figures
 
 
 def test_every_arm_has_every_load_in_every_block_and_modes_stay_together() -> None:
@@ -65,3 +75,22 @@ def test_what_was_verified_is_counted() -> None:
     log = "[eplb-affinity] verify: all 4 layers hold what the map says\n" * 2
     log += "[eplb-affinity] verify: rank 1 has wrong weights for (layer, expert) [(0, 3)]\n"
     assert verification(log) == {"right": 2, "wrong": 1}
+
+
+def test_entries_are_the_worst_of_modes_and_loads() -> None:
+    cells = []
+    for block in range(2):
+        for mode, slow in (("normal", 1.1), ("auto", 1.3)):
+            cells += [cell(f"{mode}-none", block, 10, 20, 100), cell(f"{mode}-sync", block, 50, 90, 90)]
+            cells += [cell(f"{mode}-async", block, 10 * slow, 20 * slow, 100 / slow)]
+    source = {"hardware": "x", "versions": {"sglang": "0.5.17"}, "commit": "abc1234"}
+    of_rounds = {"auto-async": {"layers_committed": 2, "commit_ms_per_layer": {"p50": 1.0, "p99": 2.0, "max": 3.0}}}
+    result = {"provenance": source, "date": "2026-01-01T00:00:00Z", "command": "x", "rounds": of_rounds}
+    found = entries({**result, "ratios_to_no_rebalancing": ratios(cells)})
+    values = {figure.name: figure.value for figure in parse_figures(found, "entries")}
+    assert values == {
+        "async.p99_itl_ratio": 1.3, "async.max_itl_ratio": 1.3, "async.throughput_loss_pct": 23.08,
+        "sync.p99_itl_ratio": 5.0, "async.commit_ms_per_layer.p99": 2.0,
+    }  # fmt: skip
+    assert found[0]["unit"] == "ratio to no rebalancing, auto-async c4"
+    assert entries({**result, "rounds": {}, "ratios_to_no_rebalancing": ratios(cells[:6])}) == []
