@@ -248,7 +248,7 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
     }  # fmt: skip
     found = []
 
-    def add(name: str, value: dict[str, Any], unit: str) -> None:
+    def add(name: str, value: dict[str, float], unit: str) -> None:
         found.append({"name": name, **value, "unit": unit, **common})
 
     for arm, metric, name in (
