@@ -2,16 +2,8 @@
 
 import json
 
-from bench.gpu.rebalance_stall import (
-    CPU_SETTING,
-    StallLoad,
-    entries,
-    gpu_setting,
-    order_of,
-    ratios,
-    rounds,
-    verification,
-)
+from bench.gpu.rebalance_stall import CPU_SETTING, StallLoad, gpu_setting, order_of
+from bench.gpu.stall_report import entries, ratios, rounds, verification
 from bench.summary import parse_figures
 
 
