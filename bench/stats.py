@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -25,6 +26,27 @@ class Ratio:
     upper: float
     p_value: float
     blocks: int
+
+    def as_dict(self, digits: int = 4) -> dict[str, Any]:
+        """For JSON, which has no NaN: ratio, lower, upper (None with one block) and blocks."""
+        return {
+            **_finite({"ratio": self.ratio, "lower": self.lower, "upper": self.upper}, digits),
+            "blocks": self.blocks,
+        }
+
+    def gain_pct(self, digits: int = 2) -> dict[str, Any]:
+        """How many percent more the arm has than the baseline: value, lower, upper, blocks."""
+        bounds = {"value": self.ratio - 1, "lower": self.lower - 1, "upper": self.upper - 1}
+        return {**_finite({name: 100 * bound for name, bound in bounds.items()}, digits), "blocks": self.blocks}
+
+    def loss_pct(self, digits: int = 3) -> dict[str, Any]:
+        """How many percent less; its upper bound is the ratio's lower one."""
+        bounds = {"value": 1 - self.ratio, "lower": 1 - self.upper, "upper": 1 - self.lower}
+        return {**_finite({name: 100 * bound for name, bound in bounds.items()}, digits), "blocks": self.blocks}
+
+
+def _finite(values: Mapping[str, float], digits: int) -> dict[str, float | None]:
+    return {name: round(value, digits) if math.isfinite(value) else None for name, value in values.items()}
 
 
 def ratio_by_block(arm: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Ratio:

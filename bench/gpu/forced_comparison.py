@@ -133,9 +133,7 @@ def gains(throughput: dict[str, dict[str, dict[int, float]]], over: str = "recor
         for load, values in of_load.items():
             base = throughput.get(over, {}).get(load, {})
             if arm != over and set(values) & set(base):
-                ratio = ratio_by_block(values, base)
-                percent = {n: round(100 * (getattr(ratio, n) - 1), 2) for n in ("ratio", "lower", "upper")}
-                found.setdefault(arm, {})[load] = {**percent, "blocks": ratio.blocks}
+                found.setdefault(arm, {})[load] = ratio_by_block(values, base).gain_pct()
     return found
 
 
@@ -145,7 +143,7 @@ def entries(result: dict[str, Any], source: dict[str, Any]) -> list[dict[str, An
     return [
         {
             "name": f"forced.balanced.{load}_gain_pct",
-            "value": gain[load]["ratio"],
+            "value": gain[load]["value"],
             "lower": gain[load]["lower"],
             "upper": gain[load]["upper"],
             "unit": "% more tokens/s than recorded routing",

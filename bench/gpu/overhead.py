@@ -24,7 +24,7 @@ from typing import Any
 from bench.environment import now, provenance
 from bench.gpu import deepseek_shaped, random_moe
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
-from bench.stats import ratio_by_block
+from bench.stats import Ratio, ratio_by_block
 from sglang_eplb_affinity.files import write_atomically
 
 NEVER = ("--eplb-rebalance-num-iterations", "100000000", "--expert-distribution-recorder-buffer-size", "1000")
@@ -153,28 +153,18 @@ def unfinished(rows: Sequence[Mapping[str, Any]], loads: Mapping[Load, Sequence[
 Values = Mapping[str, Mapping[str, Mapping[Any, float]]]
 
 
-def compare(values: Values, arm: str, base: str, metric: str) -> dict[str, float] | None:
-    """Geometric mean over blocks of arm / base with its 95 % interval; None where no block has both."""
+def compare(values: Values, arm: str, base: str, metric: str) -> Ratio | None:
+    """arm / base by block; None where no block has both."""
     a, b = ({int(k): v for k, v in values.get(name, {}).get(metric, {}).items()} for name in (arm, base))
-    if not set(a) & set(b):
-        return None
-    ratio = ratio_by_block(a, b)
-    return {name: round(getattr(ratio, name), 5) for name in ("ratio", "lower", "upper", "blocks")}
+    return ratio_by_block(a, b) if set(a) & set(b) else None
 
 
-def losses(values: Values, mode: str) -> dict[str, dict[str, float]]:
+def losses(values: Values, mode: str) -> dict[str, dict[str, Any]]:
     """Percent of throughput that each EPLB costs against none: value, lower and upper."""
-    found = {}
-    for eplb in ("upstream", "ours"):
-        ratio = compare(values, f"{eplb}-{mode}", f"none-{mode}", "total_throughput")
-        if ratio is not None:
-            found[eplb] = {
-                "value": round(100 * (1 - ratio["ratio"]), 3),
-                "lower": round(100 * (1 - ratio["upper"]), 3),
-                "upper": round(100 * (1 - ratio["lower"]), 3),
-                "blocks": ratio["blocks"],
-            }
-    return found
+    found = {
+        eplb: compare(values, f"{eplb}-{mode}", f"none-{mode}", "total_throughput") for eplb in ("upstream", "ours")
+    }
+    return {eplb: ratio.loss_pct() for eplb, ratio in found.items() if ratio is not None}
 
 
 def finish(result: dict[str, Any]) -> dict[str, Any]:
@@ -184,9 +174,10 @@ def finish(result: dict[str, Any]) -> dict[str, Any]:
     if "latency" in values:
         result["ratios"] = {
             f"auto / {base}": {
-                metric: compare(values["latency"], "ours-auto", f"ours-{base}", metric)
+                metric: ratio.as_dict(5)
                 for metric in METRICS
                 if metric.endswith("_ms")
+                and (ratio := compare(values["latency"], "ours-auto", f"ours-{base}", metric)) is not None
             }
             for base in ("normal", "low_latency")
         }

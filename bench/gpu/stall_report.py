@@ -37,11 +37,7 @@ def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 for name in (arm, base)
             )
             if arm != base and set(values) & set(reference):
-                ratio = ratio_by_block(values, reference)
-                found.setdefault(f"{arm} {load}", {})[metric] = {
-                    "ratio": round(ratio.ratio, 4), "lower": round(ratio.lower, 4), "upper": round(ratio.upper, 4),
-                    "blocks": ratio.blocks,
-                }  # fmt: skip
+                found.setdefault(f"{arm} {load}", {})[metric] = ratio_by_block(values, reference).as_dict()
     return found
 
 

@@ -95,8 +95,8 @@ def test_gains_are_paired_by_block_and_become_entries() -> None:
     slow, fast = {0: 100.0, 1: 200.0, 2: 400.0}, {0: 110.0, 1: 220.0, 2: 440.0}
     throughput = {"recorded": {"prefill": slow, "decode": slow}, "balanced": {"prefill": fast, "decode": {0: 90.0}}}
     found = gains(throughput)
-    assert found["balanced"]["prefill"] == {"ratio": 10.0, "lower": 10.0, "upper": 10.0, "blocks": 3}
-    assert found["balanced"]["decode"]["ratio"] == -10.0
+    assert found["balanced"]["prefill"] == {"value": 10.0, "lower": 10.0, "upper": 10.0, "blocks": 3}
+    assert found["balanced"]["decode"] == {"value": -10.0, "lower": None, "upper": None, "blocks": 1}
     result = {"gain_pct_over_recorded": found, "date": "2026-01-01T00:00:00Z", "command": "x"}
     figures = parse_figures(entries(result, SOURCE), "entries")
     # One block has no interval, so it makes no entry.
