@@ -22,6 +22,7 @@ from typing import Any
 
 from bench.engine import ROOT
 from bench.environment import now, provenance
+from bench.gpu.flags import deepep_flags
 from bench.gpu.random_moe import MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.stats import ratio_by_block
@@ -69,13 +70,9 @@ def loads(gpus: int) -> tuple[Load, Load]:
 
 
 def server_flags(gpus: int, mode: str) -> list[str]:
-    flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
-    flags += ["--moe-a2a-backend", "deepep", "--deepep-mode", mode, "--moe-runner-backend", "deep_gemm"]
-    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", "--load-format", "dummy"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "128", "--mem-fraction-static", "0.85"]
-    flags += ["--max-total-tokens", "300000", "--max-running-requests", str(128 * gpus), "--stream-interval", "64"]
-    flags += ["--chunked-prefill-size", str(8192 * gpus), "--disable-radix-cache"]
+    flags = [*deepep_flags(gpus), "--deepep-mode", mode, "--load-format", "dummy", "--mem-fraction-static", "0.85"]
+    flags += ["--cuda-graph-max-bs-decode", "128", "--max-running-requests", str(128 * gpus)]
+    flags += ["--max-total-tokens", "300000", "--chunked-prefill-size", str(8192 * gpus), "--stream-interval", "64"]
     return [*flags, "--enable-expert-affinity-recorder", "--expert-load-log-passes", "200"]
 
 

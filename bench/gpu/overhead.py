@@ -23,6 +23,7 @@ from typing import Any
 
 from bench.environment import now, provenance
 from bench.gpu import deepseek_shaped, random_moe
+from bench.gpu.flags import deepep_flags
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.stats import Ratio, ratio_by_block
 from sglang_eplb_affinity.files import write_atomically
@@ -82,13 +83,9 @@ def mode_flags(mode: str) -> tuple[str, ...]:
 
 
 def server_flags(gpus: int) -> list[str]:
-    flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
-    flags += ["--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm", "--load-format", "dummy"]
-    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "128", "--mem-fraction-static", "0.85"]
-    flags += ["--max-total-tokens", "200000", "--max-running-requests", str(128 * gpus), "--stream-interval", "1"]
-    return [*flags, "--disable-radix-cache", "--ep-forced-routing", "balanced"]
+    flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", "128"]
+    flags += ["--mem-fraction-static", "0.85", "--max-total-tokens", "200000", "--stream-interval", "1"]
+    return [*flags, "--max-running-requests", str(128 * gpus), "--ep-forced-routing", "balanced"]
 
 
 def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from bench.environment import now, provenance
+from bench.gpu.flags import deepep_flags
 from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.server import Server
@@ -34,12 +35,8 @@ ITERATIONS = 60
 
 
 def server_flags(gpus: int) -> list[str]:
-    flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
-    flags += ["--moe-a2a-backend", "deepep", "--deepep-mode", "auto", "--moe-runner-backend", "deep_gemm"]
-    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "32", "--mem-fraction-static", "0.85"]
-    flags += ["--max-total-tokens", "100000", "--chunked-prefill-size", "8192", "--disable-radix-cache"]
+    flags = [*deepep_flags(gpus), "--deepep-mode", "auto", "--cuda-graph-max-bs-decode", "32"]
+    flags += ["--mem-fraction-static", "0.85", "--max-total-tokens", "100000", "--chunked-prefill-size", "8192"]
     flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
     return [*flags, "--eplb-rebalance-num-iterations", str(ITERATIONS), "--eplb-rebalance-layers-per-chunk", "2"]
 

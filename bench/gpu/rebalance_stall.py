@@ -25,6 +25,7 @@ import numpy as np
 
 from bench.engine import cpu_environment
 from bench.environment import now, provenance
+from bench.gpu.flags import deepep_flags
 from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY, SIZES
 from bench.gpu.random_moe import TOKENIZER, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
@@ -101,13 +102,10 @@ CPU_SETTING = Setting((StallLoad(4, 2, 48, 2),), ("cpu",), 2, 4, 20)
 
 
 def gpu_flags(gpus: int) -> list[str]:
-    flags = ["--tp", str(gpus), "--ep", str(gpus), "--dp", str(gpus), "--enable-dp-attention"]
-    flags += ["--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm"]
-    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    flags += ["--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", "--load-format", "dummy"]
-    flags += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "256", "--mem-fraction-static", "0.92"]
-    flags += ["--max-total-tokens", "200000", "--max-running-requests", str(320 * gpus)]
-    return [*flags, "--chunked-prefill-size", str(4096 * gpus), "--disable-radix-cache", "--ep-forced-routing", REPLAY]
+    flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", "256"]
+    flags += ["--mem-fraction-static", "0.92", "--max-total-tokens", "200000"]
+    flags += ["--max-running-requests", str(320 * gpus), "--chunked-prefill-size", str(4096 * gpus)]
+    return [*flags, "--ep-forced-routing", REPLAY]
 
 
 def cpu_flags() -> list[str]:
