@@ -6,6 +6,18 @@ from sglang_eplb_affinity._numba import kernel
 
 
 @kernel
+def _visit(t, slot, slots_per_gpu, gpus_per_node, gpu_mark, node_mark):  # type: ignore[no-untyped-def]
+    """Mark the GPU and node of a slot as visited by token t; returns how many of each were not yet, 0 or 1."""
+    gpu = slot // slots_per_gpu
+    node = gpu // gpus_per_node
+    new_gpu = int(gpu_mark[gpu] != t)
+    new_node = int(node_mark[node] != t)
+    gpu_mark[gpu] = t
+    node_mark[node] = t
+    return new_gpu, new_node
+
+
+@kernel
 def choose_slots(  # type: ignore[no-untyped-def]
     t, row, home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, candidates, out
 ):
@@ -24,14 +36,9 @@ def choose_slots(  # type: ignore[no-untyped-def]
         out[j] = -1
         if rule == 0 and e >= 0 and replicas[e] == 1:
             out[j] = table[e, 0]
-            gpu = out[j] // slots_per_gpu
-            node = gpu // gpus_per_node
-            if gpu_mark[gpu] != t:
-                gpu_mark[gpu] = t
-                fan += 1
-            if node_mark[node] != t:
-                node_mark[node] = t
-                node_fan += 1
+            new_gpu, new_node = _visit(t, out[j], slots_per_gpu, gpus_per_node, gpu_mark, node_mark)
+            fan += new_gpu
+            node_fan += new_node
     for j in range(row.shape[0]):
         e = row[j]
         if e < 0 or out[j] >= 0:
@@ -78,12 +85,7 @@ def choose_slots(  # type: ignore[no-untyped-def]
                         slot = candidates[h % found]
                         break
         out[j] = slot
-        gpu = slot // slots_per_gpu
-        node = gpu // gpus_per_node
-        if gpu_mark[gpu] != t:
-            gpu_mark[gpu] = t
-            fan += 1
-        if node_mark[node] != t:
-            node_mark[node] = t
-            node_fan += 1
+        new_gpu, new_node = _visit(t, slot, slots_per_gpu, gpus_per_node, gpu_mark, node_mark)
+        fan += new_gpu
+        node_fan += new_node
     return fan, node_fan

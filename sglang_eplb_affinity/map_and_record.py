@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from sglang_eplb_affinity.cover_words import GpuCodes
 from sglang_eplb_affinity.dispatch import DispatchRule, choose_replicas
+from sglang_eplb_affinity.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.recorder import AffinityRecorder, RowLayout
 from sglang_eplb_affinity.topology import Topology
 
@@ -22,10 +24,6 @@ try:
 except ImportError:  # CPU environments have no Triton
     triton = kernel = None  # type: ignore[assignment]
 
-# (row, column) items of one program: one for each of its threads, or, in passes with many tokens, four.
-_ITEMS, _MANY_ITEMS = 128, 512
-# Items of a launch from which on counts are added up in the program before they are added to the expert's.
-_MANY = 16384
 # Triton whose compiled kernels are launched directly; others go through its slower general launcher.
 _DIRECT_LAUNCH = ("3.6.",)
 
@@ -54,10 +52,19 @@ class Placement:
 
 
 class MapAndRecord:
-    """Callable for each layer of each pass; ``recorder`` None: map only, ``placement`` None: record only."""
+    """Callable for each layer of each pass; ``recorder`` None: map only, ``placement`` None: record only.
 
-    def __init__(self, top_k: int, recorder: AffinityRecorder | None, placement: Placement | None) -> None:
-        self.top_k, self.recorder, self.placement = top_k, recorder, placement
+    ``shapes``: how the kernel is launched, None for the defaults of each rule.
+    """
+
+    def __init__(
+        self,
+        top_k: int,
+        recorder: AffinityRecorder | None,
+        placement: Placement | None,
+        shapes: LaunchShapes | None = None,
+    ) -> None:
+        self.top_k, self.recorder, self.placement, self.shapes = top_k, recorder, placement, shapes
         self._kernels: dict[Any, Any] = {}
         self._pointers: dict[int, tuple[LayerTables | None, tuple[Any, ...], tuple[Any, ...]]] = {}
 
@@ -122,30 +129,34 @@ class MapAndRecord:
             known = self._pointers[layer] = (tables, *self._fixed(layer, tables))
         if not even and self.recorder is not None:
             self.recorder.say_uneven_rows(rows)
-        many = num_rows * self.top_k >= _MANY
-        items = _MANY_ITEMS if many else _ITEMS
-        key = (
-            topk_ids.dtype, None if num_valid_rows is None else num_valid_rows.dtype,
-            None if tables is None else tables.rule, even, many,
-        )  # fmt: skip
+        rule = None if tables is None else tables.rule
+        shapes = self.shapes or default_shapes(rule)
+        items = num_rows * self.top_k
+        many = items >= shapes.many_items
+        key = topk_ids.dtype, None if num_valid_rows is None else num_valid_rows.dtype, rule, even, many
         numbers = (num_rows, topk_ids.stride(0), rows.rows_of_group[0])
         cached = self._kernels.get(key)
         if cached is not None:
-            compiled, constants, width, device = cached
+            compiled, constants, width, block, device = cached
             compiled.run(
-                -(-num_rows * width // items), 1, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function,
+                -(-num_rows * width // block), 1, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function,
                 compiled.packed_metadata, None, None, None,
                 topk_ids.data_ptr(), None if num_valid_rows is None else num_valid_rows.data_ptr(),
                 *known[2], *numbers, *constants,
             )  # fmt: skip
             return
-        constants = self._constants(tables, num_valid_rows is not None, even, many)
-        width = constants[1]
-        grid = (triton.cdiv(num_rows * width, items),)
+        shape = shapes.of(items)
+        shape.check(rule)
+        constants = self._constants(tables, num_valid_rows is not None, even, shape)
+        width = 1 if rule == "cover" else self.top_k  # `cover` is launched by rows, the other rules by items
+        grid = (triton.cdiv(num_rows * width, shape.block),)
         tensors = (topk_ids, topk_ids if num_valid_rows is None else num_valid_rows, *known[1])
-        compiled = kernel.map_and_record[grid](*tensors, *numbers, *constants, num_warps=4)
+        options = {"num_warps": shape.num_warps}
+        if rule == "cover":  # without being told that there are enough, the compiler spills a few registers
+            options["maxnreg"] = shape.max_registers
+        compiled = kernel.map_and_record[grid](*tensors, *numbers, *constants, **options)
         if compiled is not None and triton.__version__.startswith(_DIRECT_LAUNCH):
-            self._kernels[key] = (compiled, constants, width, topk_ids.device.index)
+            self._kernels[key] = (compiled, constants, width, shape.block, topk_ids.device.index)
 
     def _fixed(self, layer: int, tables: LayerTables | None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         """(state, counts, sample, table, table counts) of a layer, as tensors and as addresses."""
@@ -163,11 +174,12 @@ class MapAndRecord:
             )  # fmt: skip
         return tensors, tuple(tensor.data_ptr() for tensor in tensors)
 
-    def _constants(self, tables: LayerTables | None, has_valid: bool, even: bool, many: bool) -> tuple[Any, ...]:
+    def _constants(
+        self, tables: LayerTables | None, has_valid: bool, even: bool, shape: LaunchShape
+    ) -> tuple[Any, ...]:
         """The kernel's constexpr arguments in order."""
         recorder, placement = self.recorder, self.placement
-        codes = {"static": kernel.TABLE, "dynamic": kernel.DYNAMIC, "cover": kernel.COVER}
-        rule = kernel.NO_RULE if tables is None else codes[tables.rule]
+        rule = kernel.NO_RULE if tables is None else kernel.CODES[tables.rule]
         record = (False, has_valid, 1, even, 0, 0, 0, 0)
         if recorder is not None:
             config = recorder.config
@@ -175,19 +187,17 @@ class MapAndRecord:
                 True, has_valid, recorder.num_groups, even, recorder.slot_offset, config.max_pass_tokens,
                 config.sample_tokens, recorder.num_layers * recorder.num_experts,
             )  # fmt: skip
-        place = (0, 1, 1, -1)
+        place = (0, 1, 1, 1, -1, 8, 1)
         if tables is not None and placement is not None:
-            source = -1 if placement.source_gpu is None else placement.source_gpu
             topology = placement.topology
+            codes = GpuCodes.of(topology)
             place = (
-                tables.slots.stride(0), topology.slots_per_gpu(placement.num_slots), topology.gpus_per_node, source
+                tables.slots.stride(0), topology.slots_per_gpu(placement.num_slots), topology.gpus_per_node,
+                topology.num_nodes, -1 if placement.source_gpu is None else placement.source_gpu,
+                codes.field_bits, codes.node_step,
             )  # fmt: skip
-        # `cover` works on tiles of whole rows, the other rules on flat blocks.
-        width = triton.next_power_of_2(self.top_k) if rule == kernel.COVER else self.top_k
-        items = _MANY_ITEMS if many else _ITEMS
-        block = items // width if rule == kernel.COVER else items
-        bins = triton.next_power_of_2(recorder.num_experts) if many and recorder is not None else 0
-        return (self.top_k, width, block, rule, *record, *place, bins)
+        bins = triton.next_power_of_2(recorder.num_experts) if shape.count_in_program and recorder is not None else 0
+        return (self.top_k, triton.next_power_of_2(self.top_k), shape.block, rule, *record, *place, bins)
 
 
 def map_ids(topk_ids: torch.Tensor, tables: LayerTables, placement: Placement | None) -> torch.Tensor:

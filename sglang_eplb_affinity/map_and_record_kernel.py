@@ -3,169 +3,148 @@
 Its references are :func:`dispatch.choose_replicas` and :meth:`recorder.AffinityRecorder.record`, which it equals bit
 for bit. Counts are added by integer atomics, so the order of programs does not matter. One fused kernel for both is
 vLLM's idea (its pull request 24573); here it also applies every dispatch rule, the padding mask and the token sample.
+
+A small pass takes little longer than an empty launch, and what it takes is waiting for memory. Hence: everything whose
+address is known is loaded before anything is stored, and an address is kept in range where a load could be masked,
+since a masked load becomes a branch over which later loads are not moved.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from sglang_eplb_affinity.cover_kernel import (
+    choose_in_loops,
+    choose_in_registers,
+    load_replicas,
+    pick,
+    replica_hash,
+)
+from sglang_eplb_affinity.cover_words import READ_AHEAD
+
 NO_RULE = 0  # ids stay logical: record only
-TABLE = 1  # `static`: one slot per expert on this rank
-DYNAMIC = 2
-COVER = 3
+CODES = {"static": 1, "dynamic": 2, "cover": 3}  # `static`: one slot per expert on this rank
+
+_FEW = tl.constexpr(READ_AHEAD)
 
 
 @triton.jit
-def _replica_hash(row, expert):  # type: ignore[no-untyped-def]
-    """dispatch.replica_hash in uint32 arithmetic."""
-    h = row.to(tl.uint32) * 0x9E3779B1 + expert.to(tl.uint32) * 0x85EBCA77
-    h = (h ^ (h >> 15)) * 0x2C1B3C6D
-    return h ^ (h >> 13)
+def _token_of(state, row, rows_per_group, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """(token of the pass, whether it is a real one) of each row; see recorder.RowLayout."""
+    if GROUPS == 1:
+        token = row
+        is_token = row < tl.load(state + 1)
+    else:
+        if EVEN:
+            group = row // rows_per_group
+            position = row % rows_per_group
+        else:
+            group = row * 0
+            for g in tl.static_range(1, GROUPS):
+                group += (row >= tl.load(state + 1 + 2 * GROUPS + g)).to(tl.int32)
+            position = row - tl.load(state + 1 + 2 * GROUPS + group)
+        is_token = position < tl.load(state + 1 + group)
+        token = position + tl.load(state + 1 + GROUPS + group)
+    return token, is_token
 
 
 @triton.jit
-def _nearness(  # type: ignore[no-untyped-def]
-    slot, ok, gpu_at, node_at, SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, SOURCE: tl.constexpr
-):
-    """The first of `cover`'s candidate sets that each token's replica in ``slot`` belongs to; 5 where not ``ok``."""
-    gpu = slot // SLOTS_PER_GPU
-    node = gpu // GPUS_PER_NODE
-    level = tl.where(ok, 4, 5)
-    if SOURCE >= 0:
-        level = tl.where(ok & (node == SOURCE // GPUS_PER_NODE), 3, level)
-        level = tl.where(ok & (gpu == SOURCE), 2, level)
-    on_node = tl.max((node_at == node[:, None]).to(tl.int32), 1) > 0
-    level = tl.where(ok & on_node, 1, level)
-    on_gpu = tl.max((gpu_at == gpu[:, None]).to(tl.int32), 1) > 0
-    return tl.where(ok & on_gpu, 0, level)
+def _add_counts(to_counts, expert, BINS: tl.constexpr):
+    """Count the experts of a block, -1 for none; BINS > 0: added up in the block first."""
+    if BINS > 0:
+        expert = tl.reshape(expert, [expert.numel], can_reorder=True)
+    counted = expert >= 0
+    safe = tl.maximum(expert, 0)
+    if BINS > 0:
+        added = tl.histogram(safe, BINS, mask=counted)
+        tl.atomic_add(to_counts + tl.arange(0, BINS), added.to(tl.int64), mask=added > 0, sem="relaxed")
+    else:
+        tl.atomic_add(to_counts + safe, (safe * 0 + 1).to(tl.int64), mask=counted, sem="relaxed")
 
 
-@triton.jit
-def map_and_record(  # type: ignore[no-untyped-def]
+# One compiled kernel serves passes of any size and every layer: it must not be made for the numbers of the first call.
+@triton.jit(
+    do_not_specialize=["num_rows", "row_stride", "rows_per_group"],
+    do_not_specialize_on_alignment=[
+        "ids", "num_valid_rows", "state", "counts", "sample", "table", "table_counts"
+    ],
+)  # fmt: skip
+def map_and_record(
     ids, num_valid_rows, state, counts, sample, table, table_counts, num_rows, row_stride, rows_per_group,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr, RECORD: tl.constexpr,
     HAS_VALID: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, SLOT_OFFSET: tl.constexpr,
     MAX_TOKENS: tl.constexpr, SAMPLE: tl.constexpr, PHASE_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
-    SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, SOURCE: tl.constexpr, BINS: tl.constexpr,
+    SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr, SOURCE: tl.constexpr,
+    FIELD: tl.constexpr, NODE_STEP: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """One item is one (row, column). `cover` works on tiles of BLOCK rows and KP >= K columns, since the replica of one
-    column depends on the others; the other rules on flat blocks of BLOCK items, which need no exchange between threads.
-    All pointers but ``ids``, ``num_valid_rows`` and ``state`` are the layer's. BINS > 0, a power of 2 that is no less
-    than the number of experts: counts are added up in the block first, because many tokens queue for a hot expert's.
+    """BLOCK (row, column) items of a pass, or for `cover`, whose columns depend on each other, BLOCK whole rows.
+
+    All pointers but ``ids``, ``num_valid_rows`` and ``state`` are the layer's. KP: the power of 2 from K on. BINS > 0,
+    a power of 2 no less than the number of experts: counts are added up in the block first, as many tokens queue for
+    a hot expert's. `cover` needs at least as many rows as the program has threads.
     """
-    if RULE == 3:
-        row_of_tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        row, col = tl.broadcast(row_of_tile[:, None], tl.arange(0, KP)[None, :])
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if RULE == 3:  # [rows, columns]
+        row = at[:, None]
+        col = tl.arange(0, KP)[None, :]
+        inside = (row < num_rows) & (col < K)
+        own_col = tl.minimum(col, K - 1)
     else:
-        item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        row = item // K
-        col = item % K
-    ITEMS: tl.constexpr = BLOCK * KP if RULE == 3 else BLOCK
-    inside = (row < num_rows) & (col < K)
-    at = row.to(tl.int64) * row_stride + col
-    expert = tl.load(ids + at, mask=inside, other=-1).to(tl.int32)
+        row = at // K
+        col = at % K
+        inside = row < num_rows
+        own_col = col
+    own_row = tl.minimum(row, num_rows - 1)
+    ids_at = ids + own_row.to(tl.int64) * row_stride + own_col
+    if RULE == 3:  # knowing that columns are neighbours in memory, Triton would deal them out to threads
+        ids_at = tl.max_contiguous(ids_at, [1, 1])
+    # A row beyond the last may be read after its ids were overwritten: what is read there must not be used.
+    expert = tl.where(inside, tl.load(ids_at).to(tl.int32), -1)
     used = expert >= 0
     safe = tl.maximum(expert, 0)
-    real = inside
+    real = row < num_rows
     if HAS_VALID:
-        real = inside & (row < tl.load(num_valid_rows).to(tl.int32))
+        real = real & (row < tl.load(num_valid_rows).to(tl.int32))
+    if RECORD:
+        to_counts = counts + tl.load(state).to(tl.int64) * PHASE_STRIDE
+        token, is_token = _token_of(state, own_row, rows_per_group, GROUPS, EVEN)
+        # The state's last entry, for tokens from MAX_TOKENS on, says "not sampled".
+        slot = tl.load(state + SLOT_OFFSET + tl.minimum(token, MAX_TOKENS))
+        counted = real & is_token
+        sampled = counted & (slot < SAMPLE)
+        sample_at = sample + slot.to(tl.int64) * K + own_col
+        if RULE == 3:
+            sample_at = tl.max_contiguous(sample_at, [1, 1])
+    if RULE == 1:
+        physical = tl.load(table + safe).to(tl.int32)
+    if RULE > 1:
+        slots = load_replicas(table, safe, TABLE_STRIDE)
+        replicas = tl.where(used, tl.load(table_counts + safe).to(tl.int32), 0)
 
     if RECORD:
-        if GROUPS == 1:
-            token = row
-            counted = real & (row < tl.load(state + 1))
+        _add_counts(to_counts, tl.where(counted & used, expert, -1), BINS)
+        tl.store(sample_at, expert.to(tl.int16), mask=sampled & inside)
+    if RULE > 1:
+        most = tl.max(tl.max(replicas, 1), 0) if RULE == 3 else tl.max(replicas, 0)
+    if RULE == 2:
+        hashed = replica_hash(row, safe)
+        if most <= _FEW:
+            number = tl.where(replicas == 2, hashed & 1, tl.where(replicas == 3, hashed % 3, hashed & 3))
+            physical = pick(slots, tl.where(replicas == 1, 0, number))
         else:
-            if EVEN:
-                group = row // rows_per_group
-                position = row % rows_per_group
-            else:
-                group = row * 0
-                for g in tl.static_range(1, GROUPS):
-                    group += (row >= tl.load(state + 1 + 2 * GROUPS + g)).to(tl.int32)
-                position = row - tl.load(state + 1 + 2 * GROUPS + group, mask=inside, other=0)
-            counted = real & (position < tl.load(state + 1 + group, mask=inside, other=0))
-            token = position + tl.load(state + 1 + GROUPS + group, mask=inside, other=0)
-        to_counts = counts + tl.load(state).to(tl.int64) * PHASE_STRIDE
-        if BINS > 0:
-            flat = tl.reshape(safe, [ITEMS])
-            added = tl.histogram(flat, BINS, mask=tl.reshape(counted & used, [ITEMS]))
-            bins = tl.arange(0, BINS)
-            tl.atomic_add(to_counts + bins, added.to(tl.int64), mask=added > 0, sem="relaxed")
+            choice = (hashed % tl.maximum(replicas, 1).to(tl.uint32)).to(tl.int32)
+            physical = tl.load(table + safe * TABLE_STRIDE + choice).to(tl.int32)
+    if RULE == 3:
+        if most <= _FEW:
+            physical = choose_in_registers(
+                row, col, expert, replicas, slots,
+                K, SLOTS_PER_GPU, GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP,
+            )  # fmt: skip
         else:
-            tl.atomic_add(to_counts + safe, (safe * 0 + 1).to(tl.int64), mask=counted & used, sem="relaxed")
-        slot = tl.load(state + SLOT_OFFSET + token, mask=counted & (token < MAX_TOKENS), other=SAMPLE)
-        tl.store(sample + slot.to(tl.int64) * K + col, expert.to(tl.int16), mask=slot < SAMPLE)
-
+            physical = choose_in_loops(
+                row, col, expert, replicas, slots[0], table, K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE
+            )
     if RULE != 0:
-        if RULE == 1:
-            physical = tl.load(table + safe, mask=used, other=-1).to(tl.int32)
-        else:
-            replicas = tl.load(table_counts + safe, mask=used, other=1).to(tl.int32)
-            if RULE == 2:
-                choice = (_replica_hash(row, safe) % replicas.to(tl.uint32)).to(tl.int32)
-                physical = tl.load(table + safe * TABLE_STRIDE + choice, mask=used, other=-1).to(tl.int32)
-            else:
-                physical = tl.load(table + safe * TABLE_STRIDE, mask=used, other=-1).to(tl.int32)
-                several = used & (replicas > 1)
-                # Where a token goes already; -1 matches no GPU and no node.
-                gpu_at = tl.where(used & (replicas == 1), physical // SLOTS_PER_GPU, -1)
-                node_at = tl.where(used & (replicas == 1), physical // (SLOTS_PER_GPU * GPUS_PER_NODE), -1)
-                # The first replicas of all columns at once: one wait for memory instead of one per column.
-                second = tl.load(table + safe * TABLE_STRIDE + 1, mask=several, other=0).to(tl.int32)
-                third = tl.load(table + safe * TABLE_STRIDE + 2, mask=several & (replicas > 2), other=0).to(tl.int32)
-                fourth = tl.load(table + safe * TABLE_STRIDE + 3, mask=several & (replicas > 3), other=0).to(tl.int32)
-                most = tl.max(tl.max(tl.where(several, replicas, 0), 1), 0)
-                if most > 0:
-                    for j in range(0, K):
-                        is_j = col == j
-                        count = tl.sum(tl.where(is_j & several, replicas, 0), 1)
-                        of_j = tl.sum(tl.where(is_j, safe, 0), 1)
-                        first = table + of_j * TABLE_STRIDE
-                        at_0 = tl.sum(tl.where(is_j, physical, 0), 1)
-                        at_1 = tl.sum(tl.where(is_j, second, 0), 1)
-                        at_2 = tl.sum(tl.where(is_j, third, 0), 1)
-                        at_3 = tl.sum(tl.where(is_j, fourth, 0), 1)
-                        near_0 = _nearness(at_0, count > 0, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
-                        near_1 = _nearness(at_1, count > 1, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
-                        near_2 = _nearness(at_2, count > 2, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
-                        near_3 = _nearness(at_3, count > 3, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
-                        best = tl.minimum(tl.minimum(near_0, near_1), tl.minimum(near_2, near_3))
-                        is_0 = (near_0 == best).to(tl.int32)
-                        is_1 = (near_1 == best).to(tl.int32)
-                        is_2 = (near_2 == best).to(tl.int32)
-                        size = is_0 + is_1 + is_2 + (near_3 == best).to(tl.int32)
-                        in_front = best  # of the replicas from the fifth on none is nearer yet
-                        r = 4
-                        while r < most:
-                            ok = r < count
-                            at_r = tl.load(first + r, mask=ok, other=0).to(tl.int32)
-                            level = _nearness(at_r, ok, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
-                            size = tl.where(level < best, 0, size) + (level <= best).to(tl.int32)
-                            best = tl.minimum(level, best)
-                            r += 1
-                        hashed = _replica_hash(row_of_tile, of_j)
-                        wanted = (hashed % tl.maximum(size, 1).to(tl.uint32)).to(tl.int32)
-                        still = (in_front == best).to(tl.int32)  # the first four hold candidates
-                        is_0 = is_0 * still
-                        is_1 = is_1 * still
-                        is_2 = is_2 * still
-                        is_3 = (near_3 == best).to(tl.int32) * still
-                        chosen = tl.where((is_3 > 0) & (wanted == is_0 + is_1 + is_2), at_3, at_0)
-                        chosen = tl.where((is_2 > 0) & (wanted == is_0 + is_1), at_2, chosen)
-                        chosen = tl.where((is_1 > 0) & (wanted == is_0), at_1, chosen)
-                        chosen = tl.where((is_0 > 0) & (wanted == 0), at_0, chosen)
-                        passed = is_0 + is_1 + is_2 + is_3
-                        r = 4
-                        while r < most:
-                            ok = r < count
-                            at_r = tl.load(first + r, mask=ok, other=0).to(tl.int32)
-                            level = _nearness(at_r, ok, gpu_at, node_at, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
-                            chosen = tl.where(ok & (level == best) & (passed == wanted), at_r, chosen)
-                            passed += (level == best).to(tl.int32)
-                            r += 1
-                        here = is_j & (count > 0)[:, None]
-                        physical = tl.where(here, chosen[:, None], physical)
-                        gpu_at = tl.where(here, chosen[:, None] // SLOTS_PER_GPU, gpu_at)
-                        node_at = tl.where(here, chosen[:, None] // (SLOTS_PER_GPU * GPUS_PER_NODE), node_at)
-        tl.store(ids + at, tl.where(used & real, physical, -1).to(ids.dtype.element_ty), mask=inside)
+        tl.store(ids_at, tl.where(used & real, physical, -1).to(ids.dtype.element_ty), mask=inside)

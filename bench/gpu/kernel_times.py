@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from bench.environment import now, provenance
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.launch_shape import LaunchShapes
 from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
 from sglang_eplb_affinity.topology import Topology
@@ -44,9 +46,11 @@ class Cell:
         random = np.random.default_rng(tokens * 1000 + experts + top_k)
         self.tokens, self.experts, self.top_k = tokens, experts, top_k
         # Skewed like routers are: a few experts take much of the traffic.
-        logits = np.log(random.gamma(0.7, size=experts)) + random.gumbel(size=(LAYERS, tokens, experts))
-        ids = np.argpartition(-logits, top_k, axis=2)[:, :, :top_k]
-        self.original = torch.from_numpy(ids.astype(np.int32)).cuda()
+        logits = torch.from_numpy(np.log(random.gamma(0.7, size=experts))).float().cuda()
+        device_random = torch.Generator("cuda").manual_seed(tokens * 1000 + experts + top_k)
+        draws = torch.empty(LAYERS, tokens, experts, device="cuda").exponential_(generator=device_random)
+        # Adding Gumbel noise and taking the largest draws without replacement.
+        self.original = (logits - draws.log()).topk(top_k, dim=2).indices.int()
         self.ids = self.original.clone()
         self.valid = torch.tensor(tokens, dtype=torch.int32, device="cuda")
         slots = np.concatenate([np.arange(experts), random.choice(experts, REDUNDANT, replace=False)])
@@ -61,24 +65,27 @@ class Cell:
     def restore(self) -> None:
         self.ids.copy_(self.original)
 
-    def ours(self, rule: Any) -> Work:
-        config = RecorderConfig(max_pass_tokens=65536)
-        recorder = AffinityRecorder(
-            num_layers=LAYERS, num_experts=self.experts, top_k=self.top_k, device="cuda", config=config
-        )
-        # A window in progress: the sample is full, and this pass replaces a few of its tokens.
-        for _ in range(8):
-            recorder.begin_pass([8192])
-        recorder.begin_pass([self.tokens], phase=1)
+    def step(self, shapes: LaunchShapes | None = None, recorded: bool = True) -> MapAndRecord:
+        """One in the middle of a window: the sample is full, and this pass replaces a few of its tokens."""
+        recorder = None
+        if recorded:
+            config = RecorderConfig(max_pass_tokens=65536)
+            recorder = AffinityRecorder(
+                num_layers=LAYERS, num_experts=self.experts, top_k=self.top_k, device="cuda", config=config
+            )
+            for _ in range(8):
+                recorder.begin_pass([8192])
+            recorder.begin_pass([self.tokens], phase=1)
         placement = Placement(Topology(GPUS, NODES), self.map.num_slots, REDUNDANT + 1, 3)
-        step = MapAndRecord(self.top_k, recorder, placement)
-        tables = [
-            LayerTables(rule, self.static[layer])
-            if rule == "static"
-            else LayerTables(rule, self.replicas[layer], self.counts[layer])
-            for layer in range(LAYERS)
-        ]
-        rows = RowLayout((self.tokens,))
+        return MapAndRecord(self.top_k, recorder, placement, shapes)
+
+    def tables(self, rule: DispatchRule) -> list[LayerTables]:
+        if rule == "static":
+            return [LayerTables(rule, self.static[layer]) for layer in range(LAYERS)]
+        return [LayerTables(rule, self.replicas[layer], self.counts[layer]) for layer in range(LAYERS)]
+
+    def ours(self, rule: DispatchRule, step: MapAndRecord | None = None) -> Work:
+        step, tables, rows = step or self.step(), self.tables(rule), RowLayout((self.tokens,))
         return lambda layer: step(layer, self.ids[layer], rows, tables[layer], self.valid)
 
     def upstream(self, rule: str) -> Work:
@@ -124,6 +131,16 @@ def empty_kernel() -> Work:
 
 def measure(work: Work, restore: Callable[[], None]) -> dict[str, dict[str, float]]:
     """us of one layer: median, 10th and 90th percentile over repeats, in a graph and launched one by one."""
+
+    def launch() -> None:
+        for layer in range(LAYERS):
+            work(layer)
+
+    return {"graph": measure_graph(work, restore), "eager": _summary(_timed(launch, restore))}
+
+
+def measure_graph(work: Work, restore: Callable[[], None]) -> dict[str, float]:
+    """us of one layer in a CUDA graph of all of them."""
     restore()
     for layer in range(LAYERS):
         work(layer)
@@ -133,12 +150,7 @@ def measure(work: Work, restore: Callable[[], None]) -> dict[str, dict[str, floa
     with torch.cuda.graph(graph):
         for layer in range(LAYERS):
             work(layer)
-
-    def launch() -> None:
-        for layer in range(LAYERS):
-            work(layer)
-
-    return {"graph": _summary(_timed(graph.replay, restore)), "eager": _summary(_timed(launch, restore))}
+    return _summary(_timed(graph.replay, restore))
 
 
 def _timed(launch: Callable[[], Any], restore: Callable[[], None]) -> np.ndarray:
@@ -162,7 +174,7 @@ def _summary(times: np.ndarray) -> dict[str, float]:
 
 def measure_cell(tokens: int, experts: int, top_k: int) -> dict[str, Any]:
     cell = Cell(tokens, experts, top_k)
-    arms = {f"ours_{rule}": cell.ours(rule) for rule in ("dynamic", "static", "cover")}
+    arms = {f"ours_{rule}": cell.ours(rule) for rule in DISPATCH_RULES}
     arms |= {f"upstream_{rule}": cell.upstream(rule) for rule in ("dynamic", "static")}
     arms |= {"matrix_product": cell.matrix_product(), "empty": empty_kernel()}
     with torch.inference_mode():
@@ -177,12 +189,9 @@ def measure_cell(tokens: int, experts: int, top_k: int) -> dict[str, Any]:
 def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Largest ratios of medians: to SGLang (`cover` to its `dynamic`), and to an empty launch up to 128 tokens."""
 
-    def largest(ours: str, other: str, mode: str, most_tokens: int) -> float:
-        return max(
-            round(cell["us"][ours][mode]["median"] / cell["us"][other][mode]["median"], 3)
-            for cell in cells
-            if cell["tokens"] <= most_tokens
-        )
+    def largest(ours: str, other: str, mode: str, most_tokens: int) -> float | None:
+        found = [cell["us"] for cell in cells if cell["tokens"] <= most_tokens]
+        return max((round(us[ours][mode]["median"] / us[other][mode]["median"], 3) for us in found), default=None)
 
     pairs = (
         ("ours_dynamic", "upstream_dynamic"),
@@ -196,32 +205,54 @@ def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def sizes(only: Sequence[str] = ()) -> list[tuple[int, int, int]]:
+    """(tokens, experts, top-k) to measure: all, or those given as TOKENS/EXPERTS/TOPK."""
+    if not only:
+        return [(tokens, experts, top_k) for experts in EXPERTS for top_k in TOP_K for tokens in TOKENS]
+    found = []
+    for text in only:
+        parts = text.split("/")
+        if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+            raise InputError(f"--only {text}: not TOKENS/EXPERTS/TOPK, such as 128/256/8")
+        tokens, experts, top_k = map(int, parts)
+        if top_k > experts or experts % GPUS:
+            raise InputError(f"--only {text}: experts must be a multiple of {GPUS}, and top-k no more than that")
+        found.append((tokens, experts, top_k))
+    return found
+
+
+def need_cuda(program: str) -> None:
+    if not torch.cuda.is_available():
+        raise InputError(f"{program}: needs a CUDA GPU, but PyTorch sees none")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.kernel_times", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="result file (JSON)")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TOKENS/EXPERTS/TOPK", help="this size only; may be repeated"
+    )
     options = parser.parse_args(arguments)
     try:
-        if not torch.cuda.is_available():
-            raise InputError("bench.gpu.kernel_times: needs a CUDA GPU, but PyTorch sees none")
+        wanted = sizes(options.only)
+        need_cuda("bench.gpu.kernel_times")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     cells = []
-    for experts in EXPERTS:
-        for top_k in TOP_K:
-            for tokens in TOKENS:
-                cells.append(measure_cell(tokens, experts, top_k))
-                medians = {name: times["graph"]["median"] for name, times in cells[-1]["us"].items()}
-                print(f"{tokens} tokens, {experts} experts, top-{top_k}, graph us: {medians}", flush=True)
-                result = {
-                    "date": now(),
-                    "provenance": provenance(),
-                    "placement": {"gpus": GPUS, "nodes": NODES, "redundant": REDUNDANT},
-                    "layers": LAYERS,
-                    "ratios": ratios(cells),
-                    "cells": cells,
-                }
-                write_atomically(options.out, json.dumps(result, indent=1).encode())
+    for tokens, experts, top_k in wanted:
+        cells.append(measure_cell(tokens, experts, top_k))
+        medians = {name: times["graph"]["median"] for name, times in cells[-1]["us"].items()}
+        print(f"{tokens} tokens, {experts} experts, top-{top_k}, graph us: {medians}", flush=True)
+        result = {
+            "date": now(),
+            "provenance": provenance(),
+            "placement": {"gpus": GPUS, "nodes": NODES, "redundant": REDUNDANT},
+            "layers": LAYERS,
+            "ratios": ratios(cells),
+            "cells": cells,
+        }
+        write_atomically(options.out, json.dumps(result, indent=1).encode())
     print(json.dumps(result["ratios"]))
     return 0
 

@@ -4,6 +4,7 @@
 #
 #   bash bench/gpu/overhead.sh OUT_DIR     (GROUPS_WANTED=large.normal,small SECONDS_EACH=200 STEPS="tests kernel check serve")
 #
+# STEPS may also name tuning: the fastest launch shape of the kernel at each size.
 # Each step has its own time limit and writes what it has, so a run that is cut short keeps the steps before.
 set -uo pipefail
 out=${1:?usage: overhead.sh OUT_DIR}; mkdir -p "$out"
@@ -19,6 +20,7 @@ step() { # NAME SECONDS COMMAND...
     tar -czf "$out/results.tar.gz" -C "$work" $(cd "$work" && ls -- *.json *.log overhead/*.json 2>/dev/null)
 }
 step tests 240 python3 -m pytest -q -m gpu tests/kernel -p no:cacheprovider
+step tuning 150 python3 -m bench.gpu.kernel_tuning --out "$work/kernel-tuning.json"
 step kernel 400 python3 -m bench.gpu.kernel_times --out "$work/kernel.json"
 step check 500 python3 -m bench.gpu.rebalance_check --out "$work/rebalance-check.json"
 step serve 3500 python3 -m bench.gpu.overhead --out "$work/overhead" --groups "$groups" --seconds "${SECONDS_EACH:-600}" \

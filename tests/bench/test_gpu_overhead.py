@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.gpu import kernel_times, overhead
+from bench.gpu import overhead
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
 from bench.gpu.rebalance_check import differences, summarize, within_noise
 
@@ -85,21 +85,6 @@ def test_the_deepseek_shape_is_readable_by_transformers(tmp_path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_hidden_layers"] == 3 and config["quantization_config"]["weight_block_size"] == [128, 128]
     assert (tmp_path / "tokenizer.json").is_file()
-
-
-def test_kernel_ratios_take_the_worst_size() -> None:
-    def cell(tokens: int, ours: float, other: float) -> dict:
-        times = {"ours_dynamic": ours, "ours_static": 1.0, "ours_cover": 3.0, "empty": 1.0}
-        times |= {"upstream_dynamic": other, "upstream_static": 4.0}
-        return {
-            "tokens": tokens,
-            "us": {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()},
-        }
-
-    found = kernel_times.ratios([cell(128, 1.2, 4.0), cell(8192, 5.0, 8.0)])
-    assert found["to_upstream"]["ours_dynamic / upstream_dynamic"] == {"graph": 0.625, "eager": 0.625}
-    assert found["to_upstream"]["ours_cover / upstream_dynamic"]["graph"] == 0.75
-    assert found["to_empty_up_to_128_tokens"]["ours_dynamic"]["graph"] == 1.2
 
 
 def test_differences_stop_where_decoded_tokens_part() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from sglang_eplb_affinity.dispatch import DispatchRule, choose_replicas
 from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.launch_shape import LaunchShapes
 from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
 from sglang_eplb_affinity.topology import Topology
@@ -21,6 +22,7 @@ class Case:
     nodes: int = 2
     experts: int = 24
     redundant: int = 8
+    hot: int = 3  # so many experts share the redundant slots
     k: int = 4
     groups: tuple[tuple[int, int], ...] = ((20, 3),)  # (tokens, padding) of each data-parallel rank
     even: bool = True
@@ -30,6 +32,7 @@ class Case:
     extra_columns: int = 0
     layers: int = 2
     record: bool = True
+    shapes: LaunchShapes | None = None
     seed: int = 0
 
 
@@ -38,7 +41,7 @@ def random_map(random: np.random.Generator, case: Case) -> ExpertMap:
     slots = case.experts + case.redundant
     rows = []
     for _ in range(case.layers):
-        extra = random.integers(0, min(3, case.experts), case.redundant)
+        extra = random.integers(0, min(case.hot, case.experts), case.redundant)
         rows.append(random.permutation(np.concatenate([np.arange(case.experts), extra])))
     return ExpertMap(np.stack(rows).reshape(case.layers, slots), case.experts)
 
@@ -84,7 +87,7 @@ def path(case: Case, device: str, expert_map: ExpertMap) -> MapAndRecord:
         )
     replicas = int(expert_map.replica_counts().max())
     placement = Placement(Topology(case.gpus, case.nodes), expert_map.num_slots, replicas, case.source)
-    return MapAndRecord(case.k, recorder, placement)
+    return MapAndRecord(case.k, recorder, placement, case.shapes)
 
 
 def run(case: Case, device: str, passes: int = 3) -> None:

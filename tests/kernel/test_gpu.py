@@ -8,12 +8,9 @@ from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Place
 from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
 from sglang_eplb_affinity.topology import Topology
 from tests.kernel.cases import CASES
-from tests.kernel.random_case import Case, random_ids, random_map, run, tables_of
+from tests.kernel.random_case import Case, path, random_ids, random_map, run, tables_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -21,10 +18,37 @@ def test_kernel_equals_the_reference(case: Case) -> None:
     run(case, "cuda")
 
 
+@pytest.mark.parametrize("hot", [3, 60])
 @pytest.mark.parametrize("rule", ["static", "dynamic", "cover"])
-def test_many_tokens_on_many_gpus(rule) -> None:
-    case = Case(rule, gpus=32, nodes=4, experts=256, redundant=32, k=8, groups=((8000, 192),), source=5, layers=3)
+def test_many_tokens_on_many_gpus(rule, hot) -> None:
+    sizes = {"experts": 256, "redundant": 32, "hot": hot, "k": 8, "groups": ((8000, 192),), "layers": 3}
+    case = Case(rule, gpus=32, nodes=4, source=5, **sizes)
     run(case, "cuda", passes=4)
+
+
+@pytest.mark.parametrize("rule", ["static", "dynamic", "cover"])
+def test_one_compiled_kernel_serves_passes_of_any_size_and_alignment(rule) -> None:
+    case = Case(
+        rule, experts=63, redundant=17, hot=20, k=8, gpus=8, nodes=2, layers=2
+    )  # layers' counts differ in alignment
+    random = np.random.default_rng(3)
+    expert_map = random_map(random, case)
+    tables = tables_of(case, expert_map, "cuda")
+    ours, reference = path(case, "cuda", expert_map), path(case, "cuda", expert_map)
+    for number in (1, 16, 17, 1, 50):
+        rows = RowLayout((number,))
+        for side in (ours, reference):
+            side.recorder.begin_pass([number])
+        for layer in range(2):
+            buffer = torch.full((number + 1, 11), -7, dtype=torch.int32, device="cuda")
+            given = buffer.view(-1)[layer : layer + number * 11].view(number, 11)  # begins and steps at odd addresses
+            given[:, :8] = random_ids(random, number, case)
+            expected = given.clone()
+            ours(layer, given, rows, tables[layer])
+            reference.reference(layer, expected, rows, tables[layer])
+            assert torch.equal(given, expected), (number, layer)
+    for a, b in zip(_state(ours.recorder), _state(reference.recorder), strict=True):
+        assert torch.equal(a, b)
 
 
 def _state(recorder: AffinityRecorder) -> tuple[torch.Tensor, torch.Tensor]:

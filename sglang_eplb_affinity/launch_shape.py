@@ -1,0 +1,59 @@
+"""How a launch of map_and_record_kernel.py is cut into programs; `bench.gpu.kernel_tuning` measures which is best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.errors import InputError
+
+THREADS_OF_WARP = 32
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """``block``: (row, column) items of a program, or whole rows for `cover`; a power of 2, and for `cover` no fewer
+    than the program has threads. ``count_in_program``: counts are added up in the program before they are added to the
+    expert's, because many tokens queue for a hot expert's.
+    """
+
+    block: int
+    num_warps: int
+    count_in_program: bool = False
+
+    @property
+    def max_registers(self) -> int:
+        """Of a thread, so that a program fits the 65536 of a multiprocessor."""
+        return min(255, 65536 // (self.num_warps * THREADS_OF_WARP))
+
+    def check(self, rule: DispatchRule | None) -> None:
+        """Raises InputError for a shape that the kernel cannot run with."""
+        for name, number in (("block", self.block), ("num_warps", self.num_warps)):
+            if number < 1 or number & (number - 1):
+                raise InputError(f"launch shape: {name} {number} is not a power of 2")
+        threads = self.num_warps * THREADS_OF_WARP
+        if rule == "cover" and self.block < threads:
+            raise InputError(
+                f"launch shape: `cover` needs a row for each thread, but {self.block} are fewer than {threads}"
+            )
+
+
+@dataclass(frozen=True)
+class LaunchShapes:
+    """Shapes by the size of a pass: ``many`` from ``many_items`` (rows times top-k) on, else ``few``."""
+
+    few: LaunchShape
+    many: LaunchShape
+    many_items: int = 16384
+
+    def of(self, items: int) -> LaunchShape:
+        return self.many if items >= self.many_items else self.few
+
+
+_ITEMS = LaunchShapes(LaunchShape(128, 4), LaunchShape(512, 4, count_in_program=True))
+_ROWS = LaunchShapes(LaunchShape(32, 1), LaunchShape(128, 4, count_in_program=True))
+
+
+def default_shapes(rule: DispatchRule | None) -> LaunchShapes:
+    """`cover` is launched by rows, the other rules by (row, column) items."""
+    return _ROWS if rule == "cover" else _ITEMS

@@ -1,0 +1,73 @@
+"""The kernel's timing and tuning: sizes, ratios, and which launch shape is called best."""
+
+import pytest
+
+from bench.gpu import kernel_times, kernel_tuning
+from sglang_eplb_affinity.dispatch import DISPATCH_RULES
+from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.launch_shape import LaunchShape, default_shapes
+
+
+def test_kernel_ratios_take_the_worst_size() -> None:
+    def cell(tokens: int, ours: float, other: float) -> dict:
+        times = {"ours_dynamic": ours, "ours_static": 1.0, "ours_cover": 3.0, "empty": 1.0}
+        times |= {"upstream_dynamic": other, "upstream_static": 4.0}
+        return {
+            "tokens": tokens,
+            "us": {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()},
+        }
+
+    found = kernel_times.ratios([cell(128, 1.2, 4.0), cell(8192, 5.0, 8.0)])
+    assert found["to_upstream"]["ours_dynamic / upstream_dynamic"] == {"graph": 0.625, "eager": 0.625}
+    assert found["to_upstream"]["ours_cover / upstream_dynamic"]["graph"] == 0.75
+    assert found["to_empty_up_to_128_tokens"]["ours_dynamic"]["graph"] == 1.2
+
+
+def test_ratios_of_large_sizes_alone_say_nothing_about_small_ones() -> None:
+    times = dict.fromkeys(("ours_dynamic", "ours_static", "ours_cover", "empty"), 2.0)
+    times |= {"upstream_dynamic": 4.0, "upstream_static": 8.0}
+    us = {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()}
+    found = kernel_times.ratios([{"tokens": 8192, "us": us}])
+    assert found["to_upstream"]["ours_static / upstream_static"]["graph"] == 0.25
+    assert found["to_empty_up_to_128_tokens"]["ours_cover"]["graph"] is None
+
+
+def test_sizes_are_all_or_those_asked_for() -> None:
+    assert len(kernel_times.sizes()) == 30
+    assert kernel_times.sizes(["128/256/8", "1/64/4"]) == [(128, 256, 8), (1, 64, 4)]
+
+
+@pytest.mark.parametrize("text", ["128", "128/256", "128/256/0", "a/256/8", "128/100/8", "1/64/65", "-1/64/4"])
+def test_a_size_that_cannot_be_is_named(text, tmp_path, capsys) -> None:
+    assert kernel_times.main(["--out", str(tmp_path / "out.json"), f"--only={text}"]) == 2
+    assert f"--only {text}" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("rule", DISPATCH_RULES)
+def test_every_shape_to_try_can_be_launched_and_has_its_own_label(rule) -> None:
+    shapes = kernel_tuning.shapes_to_try(rule)
+    for shape in shapes:
+        shape.check(rule)
+    assert len({kernel_tuning.label(shape) for shape in shapes}) == len(shapes)
+    defaults = default_shapes(rule)
+    assert {defaults.few, defaults.many} <= set(shapes)
+
+
+def test_the_default_stays_unless_another_shape_is_clearly_faster() -> None:
+    default, other, third = LaunchShape(128, 4), LaunchShape(32, 1), LaunchShape(64, 2)
+    assert kernel_tuning.best_shape({default: 1.0, other: 0.99, third: 1.2}, default) == default
+    assert kernel_tuning.best_shape({default: 1.0, other: 0.9, third: 0.9}, default) == other
+    assert kernel_tuning.best_shape({other: 2.0, third: 1.0}, default) == third
+
+
+def test_tuning_says_that_it_needs_a_gpu(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert kernel_tuning.main([]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape, rule", [(LaunchShape(100, 4), "static"), (LaunchShape(64, 4), "cover")])
+def test_a_shape_the_kernel_cannot_run_with_is_refused(shape, rule) -> None:
+    with pytest.raises(InputError, match=f"launch shape: .*{shape.block}"):
+        shape.check(rule)
