@@ -137,14 +137,15 @@ def map_and_record(
             choice = (hashed % tl.maximum(replicas, 1).to(tl.uint32)).to(tl.int32)
             physical = tl.load(table + safe * TABLE_STRIDE + choice).to(tl.int32)
     if RULE == 3:
-        if most <= _FEW:
+        physical = slots[0]
+        if most > _FEW:
+            physical = choose_in_loops(
+                row, col, expert, replicas, slots[0], table, K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE
+            )
+        elif most > 1:  # else there is nothing to choose
             physical = choose_in_registers(
                 row, col, expert, replicas, slots,
                 K, SLOTS_PER_GPU, GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP,
             )  # fmt: skip
-        else:
-            physical = choose_in_loops(
-                row, col, expert, replicas, slots[0], table, K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE
-            )
     if RULE != 0:
         tl.store(ids_at, tl.where(used & real, physical, -1).to(ids.dtype.element_ty), mask=inside)
