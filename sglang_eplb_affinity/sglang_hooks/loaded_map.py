@@ -56,7 +56,7 @@ def load(server_args: Any, model_config: Any, ep_rank: int) -> Any | None:
     if _rank() == 0:
         try:
             initial = _read_on_rank_0(server_args, ep_size)
-            expert_map = _map_or_plan(initial, server_args, ep_size)
+            expert_map = _map_or_plan(initial, server_args, ep_size, rebalance.num_groups_of(model_config))
             message[0] = _LEFT_TO_SGLANG if expert_map is None else _MAP
             if expert_map is not None:
                 message[1:] = torch.from_numpy(expert_map.physical_to_logical.astype(np.int64).ravel())
@@ -93,14 +93,14 @@ def _read_on_rank_0(server_args: Any, ep_size: int) -> InitialMap:
     return read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, ep_size))
 
 
-def _map_or_plan(initial: InitialMap, server_args: Any, ep_size: int) -> ExpertMap | None:
+def _map_or_plan(initial: InitialMap, server_args: Any, ep_size: int, num_groups: int | None) -> ExpertMap | None:
     if initial.expert_map is not None:
         return initial.expert_map
     if server_args.eplb_algorithm != ALGORITHM or initial.window is None:
         return None
     topology = rebalance.topology_of(server_args, ep_size)
     slots = initial.window.num_experts + server_args.ep_num_redundant_experts
-    planned = plan(initial.window, topology, slots, rebalance.planner_config(server_args))
+    planned = plan(initial.window, topology, slots, rebalance.planner_config(server_args, num_groups=num_groups))
     logger.info("[eplb-affinity] initial map planned: %s", planned.report.summary())
     return planned.expert_map
 

@@ -1,8 +1,10 @@
 """--init-expert-location without a server: formats, dense layers, and what does not fit."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.interchange import save_map
+from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.rebalance.map_file import MapOrigin, ServedModel, save_recorded_map
 from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
@@ -81,3 +84,48 @@ def test_misfits_are_one_line_that_names_what_differs(tmp_path: Path) -> None:
             read_initial_map(value, server)
         assert message in str(error.value) and "\n" not in str(error.value)
         assert str(error.value).startswith(f"--init-expert-location {value}")
+
+
+def test_a_map_planned_from_a_dump_knows_the_models_expert_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
+
+    class Metadata:
+        @staticmethod
+        def _init_common(server_args: object, model_config: object) -> dict[str, object]:
+            model = SimpleNamespace(num_logical_experts=4, num_layers=3)
+            return {"model_config_for_expert_location": model, "ep_size": 2, "num_physical_experts": 6}
+
+    location = ModuleType("sglang.srt.eplb.expert_location")
+    monkeypatch.setattr(location, "ExpertLocationMetadata", Metadata, raising=False)
+    context = ModuleType("sglang.srt.runtime_context")
+    parallel = SimpleNamespace(elastic_ep_initial_size=None)
+    monkeypatch.setattr(context, "get_parallel", lambda: parallel, raising=False)
+    for name in ("sglang", "sglang.srt", "sglang.srt.eplb"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for module in (location, context):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(rebalance, "metadata_of", lambda expert_map, *rest: expert_map)
+    monkeypatch.setattr(loaded_map, "in_force", None)
+    seen = []
+
+    def observed_plan(window, topology, slots, config):  # type: ignore[no-untyped-def]
+        seen.append(config)
+        return plan(window, topology, slots, config)
+
+    monkeypatch.setattr(loaded_map, "plan", observed_plan)
+    torch.save({"logical_count": torch.arange(24).reshape(2, 3, 4)}, tmp_path / "dump.pt")
+    text = SimpleNamespace(
+        num_experts=4, num_experts_per_tok=2, num_hidden_layers=3, first_k_dense_replace=1, architectures=["Model"]
+    )
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(n_group=2, architectures=["Model"]), hf_text_config=text)
+    arguments = SimpleNamespace(
+        get_model_config=lambda: model_config, model_path="org/model", init_expert_location=str(tmp_path / "dump.pt"),
+        eplb_algorithm="affinity", eplb_affinity_nodes=2, nnodes=1, ep_num_redundant_experts=2, device="cpu",
+        eplb_affinity_max_load_increase=0.01, eplb_affinity_incremental=False, eplb_affinity_max_moves=None,
+        moe_a2a_backend="none", deepep_mode="auto", ep_dispatch_algorithm="dynamic",
+    )  # fmt: skip
+    loaded = loaded_map.load(arguments, model_config, 0)
+    assert [config.num_groups for config in seen] == [2]
+    assert loaded.physical_to_logical.shape == (3, 6)
