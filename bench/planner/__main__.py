@@ -17,12 +17,14 @@ from bench.environment import describe_environment, now, provenance, versions
 from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
 from bench.planner.report import report_text
 from bench.planner.speed import speed_rows, start_up_and_memory
+from bench.planner.torch_search import search_rows, workloads
+from bench.planner.tried import tried_rows
 from bench.planner.upstream import upstream_rebalance, upstream_version
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
 
-PARTS = ("quality", "curves", "floor", "drift", "speed")
+PARTS = ("quality", "curves", "floor", "drift", "tried", "torch", "speed")
 OWN_TRACE = "bench/data/tiny_moe_plan.npz,bench/data/tiny_moe_test.npz"
 Row = dict[str, Any]
 
@@ -30,14 +32,16 @@ Row = dict[str, Any]
 @click.command()
 @click.option("--trace", "traces", multiple=True, help=f"FILE or PLAN,TEST; may repeat.  [default: {OWN_TRACE}]")
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only these parts.  [default: all]")
+@click.option("--case", "labels", multiple=True, help="Only these, as in the tables: 8x2, 8x2-cover8.  [default: all]")
 @click.option("--seeds", type=int, default=3, show_default=True, help="Planner seeds per case.")
 @click.option("--repeats", type=int, default=7, show_default=True, help="Rounds of the speed table.")
+@click.option("--torch-repeats", type=int, default=1, show_default=True, help="Rounds of the torch comparison.")
 @click.option("--floor-layers", type=int, default=2, show_default=True)
 @click.option("--floor-scale", type=int, default=10, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/planner"), show_default=True)
 def main(
-    traces: tuple[str, ...], parts: tuple[str, ...], seeds: int, repeats: int, floor_layers: int, floor_scale: int,
-    out: Path,
+    traces: tuple[str, ...], parts: tuple[str, ...], labels: tuple[str, ...], seeds: int, repeats: int,
+    torch_repeats: int, floor_layers: int, floor_scale: int, out: Path,
 ) -> None:  # fmt: skip
     """Measure the planner; prints the tables and writes CSV, Markdown and the environment.
 
@@ -53,7 +57,9 @@ def main(
     environment["baseline"] = f"SGLang {upstream_version()}" if rebalance else "own EPLB (SGLang is not installed)"
     warm_up()
     tables: dict[str, list[Row]] = {}
-    cases = [(split, case) for split in splits for case in CASES if case.fits(split.plan.num_experts)]
+    cases = [(split, case) for split in splits for case in _chosen(CASES, labels) if case.fits(split.plan.num_experts)]
+    if not cases:
+        raise InputError(f"--case {', '.join(labels)}: no such case, or it does not fit the trace; omit it to see all")
     if "speed" in chosen:  # first, before anything else has heated up the machine
         tables["speed"] = speed_rows(rebalance, repeats)
         tables["start"] = start_up_and_memory()
@@ -62,12 +68,18 @@ def main(
             "quality", cases, lambda s, c: quality_rows(s, c, rebalance, seeds, ("fast", "thorough"))
         )
     if "curves" in chosen:
-        tables["curves"] = _each("curves", _curves(splits), lambda s, c: quality_rows(s, c, rebalance, 1, ("fast",)))
+        tables["curves"] = _each(
+            "curves", _curves(splits, labels), lambda s, c: quality_rows(s, c, rebalance, 1, ("fast",))
+        )
     if "floor" in chosen:
         tables["floor"] = _each("floor", cases, lambda s, c: floor_rows(s, c, floor_layers, floor_scale))
     if "drift" in chosen:
         drift_cases = [(s, c) for s, c in cases if (c.gpus, c.nodes) == (8, 2) and c.redundant in (0, 8)]
         tables["drift"] = _each("drift", drift_cases, drift_rows)
+    if "tried" in chosen:
+        tables["tried"] = _each("tried", cases, lambda s, c: tried_rows(s, c, rebalance))
+    if "torch" in chosen:
+        tables["torch"] = search_rows(workloads(splits[0].window()), torch_repeats)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         if rows:
@@ -79,8 +91,14 @@ def main(
     click.echo(text)
 
 
-def _curves(splits: list[Split]) -> list[tuple[Split, Case]]:
-    return [(split, case) for split in splits for case in CURVE_CASES if case.fits(split.plan.num_experts)]
+def _chosen(cases: tuple[Case, ...], labels: tuple[str, ...]) -> list[Case]:
+    return [case for case in cases if not labels or case.label in labels]
+
+
+def _curves(splits: list[Split], labels: tuple[str, ...]) -> list[tuple[Split, Case]]:
+    return [
+        (split, case) for split in splits for case in _chosen(CURVE_CASES, labels) if case.fits(split.plan.num_experts)
+    ]
 
 
 def _each(name: str, cases: list[tuple[Split, Case]], measure: Any) -> list[Row]:

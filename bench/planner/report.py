@@ -38,6 +38,20 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
             "Means over pairs of domains; `drift.csv` has every pair.",
             _drift(tables["drift"]),
         ]
+    if tables.get("tried"):
+        parts += [
+            "## One setting changed at a time, six splits by sequence (fast effort, one seed)",
+            "Change against `deepseek` on the same test tokens, mean over the splits and their range. Of every two "
+            "neighbouring sequences one plans and one tests.",
+            _plain([_tried(row) for row in tables["tried"]]),
+        ]
+    if tables.get("torch"):
+        parts += [
+            "## The swap search in numba and as batched torch",
+            "Same cost, same start, same tokens, no redundant experts, one node; figures on the plan sample. `cost` is "
+            "GPU fan-out and the cost of imbalance. The planner's threads for numba, all cores for torch.",
+            _plain(tables["torch"]),
+        ]
     if tables.get("speed"):
         parts += [
             "## Speed at DeepSeek-V3 size",
@@ -64,6 +78,18 @@ def _quality(rows: list[Row]) -> str:
             "seconds": "" if group[0]["seconds"] == "" else _mean(group, "seconds", ".2f"),
         })  # fmt: skip
     return _plain(out)
+
+
+def _tried(row: Row) -> Row:
+    def percent(name: str) -> str:
+        mean, low, high = (100 * (row[f"{name}_ratio{end}"] - 1) for end in ("", "_min", "_max"))
+        return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+    load = f"{row['load_difference']:+.3f} [{row['load_difference_min']:+.3f}, {row['load_difference_max']:+.3f}]"
+    return {
+        "trace": row["trace"], "GPUs x nodes": row["case"], "variant": row["variant"],
+        "GPU fan-out": percent("gpu_fanout"), "node fan-out": percent("node_fanout"), "load difference": load,
+    }  # fmt: skip
 
 
 def _drift(rows: list[Row]) -> str:

@@ -41,9 +41,11 @@ class SearchBudget:
     imbalance: ImbalanceWeights
 
 
-# Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it.
+# Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it. The fast search cannot
+# buy more with its small sample: a higher weight costs it traffic, and the load on later tokens stays.
 _SWAPS = ImbalanceWeights(window=300.0, blocks=10.0)
-_REPLICAS = ImbalanceWeights(window=480.0, blocks=24.0)
+_REPLICAS_FAST = ImbalanceWeights(window=480.0, blocks=24.0)
+_REPLICAS_THOROUGH = ImbalanceWeights(window=770.0, blocks=38.0)
 
 
 def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> SearchBudget:
@@ -59,7 +61,7 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
         annealing = (
             Annealing(2048, 20, 265 * scale, 0.05, 0.003) if fast else Annealing(8192, 80, 2500 * scale, 0.06, 0.0024)
         )
-        return SearchBudget(annealing, True, _REPLICAS)
+        return SearchBudget(annealing, True, _REPLICAS_FAST if fast else _REPLICAS_THOROUGH)
     annealing = (
         Annealing(4096, 40, 2200 * scale, 0.08, 0.004) if fast else Annealing(16384, 100, 20000 * scale, 0.08, 0.0024)
     )

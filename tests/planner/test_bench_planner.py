@@ -5,19 +5,28 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 from click.testing import CliRunner
 
 from bench.planner.__main__ import main
+from bench.planner.quality import Case, Split
 from bench.planner.synthetic import synthetic_trace
+from bench.planner.torch_search import Problem, numba_search, torch_search
+from bench.planner.tried import several_splits, tried_rows
 from bench.summary import parse_figures
+from sglang_eplb_affinity.evaluate import measure
+from sglang_eplb_affinity.planner import PlannerConfig
+from sglang_eplb_affinity.planner.budget import budget_for
+from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.topology import Topology
 
 
 def test_quality_and_curves(tmp_path):  # type: ignore[no-untyped-def]
     path = tmp_path / "small.npz"
-    synthetic_trace(1024, 2, 32, 4).save(path)
-    args = ["--trace", str(path), "--part", "quality", "--part", "floor", "--seeds", "1", "--floor-layers", "1"]
+    synthetic_trace(512, 1, 32, 4).save(path)
+    args = ["--trace", str(path), "--part", "quality", "--part", "floor", "--case", "8x2", "--seeds", "1"]
     result = CliRunner().invoke(
-        main, [*args, "--floor-scale", "2", "--out", str(tmp_path / "out")], catch_exceptions=False
+        main, [*args, "--floor-scale", "1", "--out", str(tmp_path / "out")], catch_exceptions=False
     )
     assert result.exit_code == 0
     rows = list(csv.DictReader((tmp_path / "out" / "quality.csv").open()))
@@ -27,3 +36,35 @@ def test_quality_and_curves(tmp_path):  # type: ignore[no-untyped-def]
         assert row["arm"] != "deepseek" or float(row["gpu_fanout_ratio"]) == 1
     figures = parse_figures(json.loads((tmp_path / "out" / "summary_entries.json").read_text()), "summary_entries.json")
     assert "planner.small.8x2.node_fanout_ratio" in {figure.name for figure in figures}
+
+
+def test_splits_share_no_sequence_and_variants_change_the_plan():
+    trace = synthetic_trace(1024, 1, 32, 4)
+    splits = several_splits(trace, "small")
+    assert len(splits) == 6
+    for split in splits.values():
+        plan_sequences, test_sequences = (set(part.sequence.tolist()) for part in (split.plan, split.test))
+        assert not plan_sequences & test_sequences and len(plan_sequences | test_sequences) == 8
+    rows = tried_rows(Split("small", splits["even"].plan, splits["even"].test), Case(8, 1), None)
+    assert len({row["gpu_fanout_ratio"] for row in rows}) > 5
+    assert all(row["gpu_fanout_ratio_min"] <= row["gpu_fanout_ratio"] <= row["gpu_fanout_ratio_max"] for row in rows)
+
+
+def test_torch_search_is_a_fair_opponent():
+    """It moves experts only, stays under the cap, and comes near the kernel's fan-out."""
+    trace = synthetic_trace(1024, 2, 32, 4)
+    problem = Problem.of(RoutingWindow.from_trace(trace), Topology(4), 1024)
+    budget = budget_for(32, 32, PlannerConfig())
+    found = {
+        "start": problem.start,
+        "torch": torch_search(problem, 200, budget.annealing.hot, budget.annealing.cold),
+        "numba": numba_search(problem, budget, 1),
+    }
+    fanout = {}
+    for name, expert_map in found.items():
+        assert (np.sort(expert_map.physical_to_logical, axis=1) == np.arange(32)).all()
+        load = np.take_along_axis(problem.counts, expert_map.physical_to_logical.astype(np.int64), 1)
+        per_gpu = load.reshape(2, 4, -1).sum(2)
+        assert (per_gpu.max(1) / per_gpu.mean(1) <= problem.load_cap + 1e-6).all()
+        fanout[name] = measure(problem.tokens, expert_map, problem.topology, "dynamic", None).gpu_fanout.mean()
+    assert fanout["start"] - fanout["torch"] > 0.8 * (fanout["start"] - fanout["numba"]) > 0
