@@ -56,8 +56,8 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
         )
         return SearchBudget(annealing, False, _SWAPS)
     if num_slots > num_experts and (config.dispatch == "cover" or config.objective != "normal"):
-        # A proposal costs more with more slots; at DeepSeek-V3's size a hundred more a stage are 1 % of the gain.
-        steps = 265 if num_slots <= 128 else 160
+        # A proposal costs more with more slots; at DeepSeek-V3's size more a stage gain nothing.
+        steps = 265 if num_slots <= 128 else 190
         annealing = (
             Annealing(2048, 20, steps * scale, 0.05, 0.003) if fast else Annealing(8192, 80, 2500 * scale, 0.06, 0.0024)
         )
