@@ -36,8 +36,8 @@ def _random(seed: int) -> Case:
 
 
 def _cover(gpus: int, nodes: int, redundant: int, k: int, **more: Any) -> Case:
-    """Few replicas of many experts, so that most rows are chosen in registers."""
-    return Case("cover", gpus=gpus, nodes=nodes, redundant=redundant, hot=20, k=k, layers=1, **more)
+    """At most four replicas of an expert, so that rows are chosen from in registers."""
+    return Case("cover", gpus=gpus, nodes=nodes, redundant=redundant, hot=24, most_replicas=4, k=k, layers=1, **more)
 
 
 COVER_CASES = [
@@ -63,7 +63,10 @@ CASES = (
     + [Case(rule, record=False) for rule in RULES[1:]]
     + [Case(rule, groups=((70, 5),), k=6) for rule in RULES]  # more tokens than can be sampled; k padded to 8
     + [Case(rule, groups=((2100, 9),), k=8, experts=40, redundant=8, layers=1) for rule in RULES]  # added up in blocks
-    + [Case("dynamic", redundant=40), Case("dynamic", redundant=20, hot=20, k=8)]  # more and fewer than are read ahead
+    + [
+        Case("dynamic", redundant=40),
+        Case("dynamic", redundant=20, hot=20, most_replicas=3, k=8),
+    ]  # more and fewer than are read ahead
     + COVER_CASES
     + [Case(rule, shapes=ONE_WARP, groups=((tokens, 5),), layers=1) for rule in RULES for tokens in (12, 70)]
     + [Case("cover", gpus=1, nodes=1, k=1), Case("dynamic", redundant=0)]

@@ -23,6 +23,7 @@ class Case:
     experts: int = 24
     redundant: int = 8
     hot: int = 3  # so many experts share the redundant slots
+    most_replicas: int | None = None  # of an expert; None: any number
     k: int = 4
     groups: tuple[tuple[int, int], ...] = ((20, 3),)  # (tokens, padding) of each data-parallel rank
     even: bool = True
@@ -41,7 +42,11 @@ def random_map(random: np.random.Generator, case: Case) -> ExpertMap:
     slots = case.experts + case.redundant
     rows = []
     for _ in range(case.layers):
-        extra = random.integers(0, min(case.hot, case.experts), case.redundant)
+        hot = min(case.hot, case.experts)
+        if case.most_replicas is None:
+            extra = random.integers(0, hot, case.redundant)
+        else:
+            extra = random.permutation(np.repeat(np.arange(hot), case.most_replicas - 1))[: case.redundant]
         rows.append(random.permutation(np.concatenate([np.arange(case.experts), extra])))
     return ExpertMap(np.stack(rows).reshape(case.layers, slots), case.experts)
 
