@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.cpu_engine import tiny_models
+from tests.conftest import first_port
 from tests.server.harness import NUM_PROMPTS, OUTPUT_TOKENS, ServerCase, prompts, serve
 
 
@@ -35,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # EPLB_AFFINITY_TEST_PORT: the first to try, for several test runs on one machine.
-_PORTS = itertools.count(int(os.environ.get("EPLB_AFFINITY_TEST_PORT", "31300")), 7)
+_PORTS = itertools.count(first_port(int(os.environ.get("EPLB_AFFINITY_TEST_PORT", "31300"))), 7)
 
 
 @pytest.fixture
