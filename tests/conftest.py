@@ -1,4 +1,4 @@
-"""Tests marked `gpu` are skipped, with the reason printed, where there is no GPU; `make test` runs two files at a time."""
+"""Tests marked `gpu` are skipped, the reason printed, where there is no GPU; `make test` runs two groups at a time."""
 
 import os
 
