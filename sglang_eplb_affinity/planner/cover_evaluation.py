@@ -16,6 +16,17 @@ from sglang_eplb_affinity.planner.imbalance import SHIFT
 
 
 @kernel
+def locate_replicas(slot_expert, slots_per_gpu, home, replica_gpus, replicas, new_here):  # type: ignore[no-untyped-def]
+    """Fill in each expert's GPUs and their number, and how many experts of each GPU are new to it (all 0 before)."""
+    for s in range(slot_expert.shape[0]):
+        e = slot_expert[s]
+        g = s // slots_per_gpu
+        replica_gpus[e, replicas[e]] = g
+        replicas[e] += 1
+        new_here[g] += 1 - home[e, g]
+
+
+@kernel
 def pin_gpu(slot_expert, replicas, bits, item_load, slots_per_gpu, g, pinned, pinned_load):  # type: ignore[no-untyped-def]
     """Recompute the tokens and the load that GPU g must serve: its experts with one replica."""
     row = pinned[g]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_eplb_affinity._numba import kernel
-from sglang_eplb_affinity.planner.cover_evaluation import evaluate_cover, pin_gpu
+from sglang_eplb_affinity.planner.cover_evaluation import evaluate_cover, locate_replicas, pin_gpu
 from sglang_eplb_affinity.planner.imbalance import SHIFT
 from sglang_eplb_affinity.planner.random_steps import next_random
 
@@ -77,12 +77,7 @@ def search_cover(  # type: ignore[no-untyped-def]
     replicas = np.zeros(experts, np.int64)
     where = np.zeros((experts, gpus), np.int64)
     new_here = np.zeros(gpus, np.int64)
-    for s in range(slots):
-        e = slot_expert[s]
-        g = s // slots_per_gpu
-        where[e, replicas[e]] = g
-        replicas[e] += 1
-        new_here[g] += 1 - home[e, g]
+    locate_replicas(slot_expert, slots_per_gpu, home, where, replicas, new_here)
     pinned = np.zeros((gpus, words), np.uint64)
     pinned_load = np.zeros(gpus, np.int64)
     for g in range(gpus):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_eplb_affinity._numba import kernel
+from sglang_eplb_affinity.planner.cover_evaluation import locate_replicas
 
 HOTTEST = 3  # experts of the most loaded GPU that are tried in each step
 
@@ -70,13 +71,9 @@ def adapt_replicas(slot_expert, counts, slots_per_gpu, load_cap, home, max_moves
     replica_gpus = np.zeros((experts, slots), np.int64)
     holds = np.zeros((experts, gpus), np.int64)
     new_here = np.zeros(gpus, np.int64)
+    locate_replicas(slot_expert, slots_per_gpu, home, replica_gpus, replicas, new_here)
     for s in range(slots):
-        e = slot_expert[s]
-        g = s // slots_per_gpu
-        replica_gpus[e, replicas[e]] = g
-        replicas[e] += 1
-        holds[e, g] += 1
-        new_here[g] += 1 - home[e, g]
+        holds[slot_expert[s], s // slots_per_gpu] += 1
     load = np.zeros(gpus, np.int64)
     for e in range(experts):
         _shift_load(load, replica_gpus, replicas, counts, e, 1)
