@@ -1,6 +1,20 @@
-"""The flags that every server of the GPU comparisons has."""
+"""What the GPU comparisons have in common: flags of every server, and options that say when to measure."""
 
 from __future__ import annotations
+
+import argparse
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+# Servers that start beside each other: what one has not taken yet looks free to the others, so the pool is limited by
+# --max-total-tokens and not by a share of what is free.
+SHARED_MEMORY = ("--mem-fraction-static", "0.97")
+# While they load, the GPUs' free memory differs; SGLang takes that for somebody else's process and refuses to start.
+SHARED_ENVIRONMENT = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}
+HOLD_SECONDS = 300.0
 
 
 def deepep_flags(gpus: int) -> list[str]:
@@ -14,3 +28,50 @@ def deepep_flags(gpus: int) -> list[str]:
         "--disable-prefill-cuda-graph",
         "--disable-radix-cache",
     ]
+
+
+def gpu_gib() -> float:
+    """Memory of the first GPU in GiB."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
+
+
+def used_gib() -> list[float]:
+    """Memory in use on each GPU in GiB, of all processes together."""
+    import torch
+
+    found = [torch.cuda.mem_get_info(gpu) for gpu in range(torch.cuda.device_count())]
+    return [round((total - free) / 2**30, 1) for free, total in found]
+
+
+def wait_for(path: Path | None, seconds: float = HOLD_SECONDS) -> None:
+    """Return once ``path`` exists (None: at once), or after ``seconds``, saying so."""
+    deadline = time.monotonic() + seconds
+    while path is not None and not path.exists():
+        if time.monotonic() > deadline:
+            print(f"{path.name} did not come within {seconds:.0f} s; going on", flush=True)
+            return
+        time.sleep(0.2)
+
+
+def timing_options(parser: argparse.ArgumentParser, of: str) -> None:
+    """--seconds, --end-at and --hold, for what is measured on rented machines."""
+    parser.add_argument("--seconds", type=float, default=3600, help=f"of {of}, at most")
+    parser.add_argument(
+        "--end-at", type=float, default=math.inf, help="no load goes on after this Unix time"
+    )
+    parser.add_argument("--hold", type=Path, help="measure once this file exists; servers start meanwhile")
+
+
+def end_cleanly() -> None:
+    """SIGTERM stops the servers on the way out; else they would go on holding the GPUs."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def seconds_left(options: argparse.Namespace) -> float:
+    return float(min(options.seconds, options.end_at - time.time()))
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.engine import ROOT
 from bench.environment import now, provenance
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
@@ -226,12 +229,35 @@ def need_cuda(program: str) -> None:
         raise InputError(f"{program}: needs a CUDA GPU, but PyTorch sees none")
 
 
+def measure_sizes(wanted: Sequence[tuple[int, int, int]], out: Path, gpus: int) -> list[dict[str, Any]]:
+    """Cells of all sizes; with several GPUs each measures the sizes of some numbers of experts, in its own process."""
+    kinds = sorted({experts for _, experts, _ in wanted})
+    shares = [[size for size in wanted if kinds.index(size[1]) % gpus == gpu] for gpu in range(gpus)]
+    processes = []
+    for gpu, share in enumerate(shares):
+        part = out.with_name(f"{out.name}.gpu{gpu}")
+        command = [sys.executable, "-m", "bench.gpu.kernel_times", "--out", str(part), "--gpus", "1"]
+        command += [f"--only={'/'.join(map(str, size))}" for size in share]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[gpu]
+        if share:
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+            processes.append((part, subprocess.Popen(command, env=environment, cwd=ROOT)))
+    codes = [process.wait() for _, process in processes]
+    if any(codes):
+        raise RuntimeError(f"a process that measures ended with exit code {max(codes)}; see above")
+    cells = [cell for part, _ in processes for cell in json.loads(part.read_text())["cells"]]
+    for part, _ in processes:
+        part.unlink()
+    return sorted(cells, key=lambda cell: wanted.index((cell["tokens"], cell["experts"], cell["top_k"])))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.kernel_times", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="result file (JSON)")
     parser.add_argument(
         "--only", action="append", default=[], metavar="TOKENS/EXPERTS/TOPK", help="this size only; may be repeated"
     )
+    parser.add_argument("--gpus", type=int, default=1, help="share the sizes out to so many GPUs")
     options = parser.parse_args(arguments)
     try:
         wanted = sizes(options.only)
@@ -239,22 +265,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    cells = []
-    for tokens, experts, top_k in wanted:
+    cells = measure_sizes(wanted, options.out, options.gpus) if options.gpus > 1 else []
+    for tokens, experts, top_k in wanted if options.gpus == 1 else ():
         cells.append(measure_cell(tokens, experts, top_k))
         medians = {name: times["graph"]["median"] for name, times in cells[-1]["us"].items()}
         print(f"{tokens} tokens, {experts} experts, top-{top_k}, graph us: {medians}", flush=True)
-        result = {
-            "date": now(),
-            "provenance": provenance(),
-            "placement": {"gpus": GPUS, "nodes": NODES, "redundant": REDUNDANT},
-            "layers": LAYERS,
-            "ratios": ratios(cells),
-            "cells": cells,
-        }
-        write_atomically(options.out, json.dumps(result, indent=1).encode())
-    print(json.dumps(result["ratios"]))
+        _write(cells, options.out)  # what was measured before a time limit is kept
+    _write(cells, options.out)
+    print(json.dumps(ratios(cells)))
     return 0
+
+
+def _write(cells: Sequence[dict[str, Any]], out: Path) -> None:
+    result = {
+        "date": now(),
+        "provenance": provenance(),
+        "placement": {"gpus": GPUS, "nodes": NODES, "redundant": REDUNDANT},
+        "layers": LAYERS,
+        "ratios": ratios(cells),
+        "cells": cells,
+    }
+    write_atomically(out, json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

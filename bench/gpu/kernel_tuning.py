@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument("--experts", type=int, default=256, help="a multiple of 32")
     parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--rule", action="append", choices=DISPATCH_RULES, help="this rule only; may be repeated")
     options = parser.parse_args(arguments)
     found = []
     try:
@@ -100,10 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cell = Cell(tokens, options.experts, options.top_k)
                 empty = measure_graph(empty_kernel(), cell.restore)["median"]
                 print(f"{tokens} tokens, {options.experts} experts, top-{options.top_k}; empty {empty} us", flush=True)
-                for rule in DISPATCH_RULES:
+                for rule in options.rule or DISPATCH_RULES:
                     row = tune(cell, rule)
                     found.append({**row, "empty_us": empty})
-                    print("  {rule}: best {best} (default {default}), unrecorded {unrecorded_us}; {us}".format(**row))
+                    print(
+                        "  {rule}: best {best} (default {default}), unrecorded {unrecorded_us}; {us}".format(**row),
+                        flush=True,
+                    )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,15 +5,16 @@
 The protocol is vLLM's (pull request 24573): random prompts of 1000 tokens, 100 tokens out, no prefix cache, no
 redundant experts, no rearrangement; no EPLB, SGLang's EPLB, and ours, as servers side by side that take turns. A group
 is one set of servers with one model: DeepSeek-V3's layers in FP8 blocks, as many as fit beside each other (`large`), or
-a Qwen3Moe (`small`). `large.low_latency` also has our EPLB in normal and auto mode, and compares latencies of the
-three. Weights are random, so experts are chosen by `--ep-forced-routing balanced` in every arm: random routers would
-send all tokens to a few.
+a Qwen3Moe (`small`). `small` also has our EPLB in auto mode, and compares its latencies with those of the two modes it
+is made of. Weights are random, so experts are chosen by `--ep-forced-routing balanced` in every arm: random routers
+would send all tokens to a few.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,18 @@ from typing import Any
 
 from bench.environment import now, provenance
 from bench.gpu import deepseek_shaped, random_moe
-from bench.gpu.flags import deepep_flags
+from bench.gpu.flags import (
+    SHARED_MEMORY,
+    deepep_flags,
+    end_cleanly,
+    gpu_gib,
+    seconds_left,
+    timing_options,
+    used_gib,
+    wait_for,
+)
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
+from bench.gpu.serving_process import ServingProcess
 from bench.stats import Ratio, ratio_by_block
 from sglang_eplb_affinity.files import write_atomically
 
@@ -43,13 +54,18 @@ METRICS = ("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", 
 
 @dataclass(frozen=True)
 class Group:
-    """``moe_layers`` of the large model, 0 for the small one; ``modes`` whose overhead is measured; ``latencies``:
-    whether our EPLB is compared in all modes."""
+    """``moe_layers`` of the large model that fit 3 servers on GPUs of 80 and of 141 GB, None for the small model;
+    ``modes`` whose overhead is measured; ``latencies``: whether our EPLB is compared in all modes."""
 
     name: str
-    moe_layers: int
+    moe_layers: tuple[int, int] | None
     modes: tuple[str, ...]
+    requests: int = 1000
     latencies: bool = False
+
+    def layers_on(self, gpu_gib: float) -> int:
+        assert self.moe_layers is not None
+        return self.moe_layers[gpu_gib > 120]
 
     @property
     def arms(self) -> tuple[ResidentArm, ...]:
@@ -60,31 +76,32 @@ class Group:
 
     def loads(self, requests: int) -> dict[Load, list[str]]:
         """Each load and its arms. A throughput of one mode is a load of its own."""
+        requests = requests or self.requests
         found = {
-            Load(mode, requests or 1000, 256, 1000, 100, streams=False): [f"{eplb}-{mode}" for eplb in EPLB]
+            Load(mode, requests, 256, 1000, 100, streams=False): [f"{eplb}-{mode}" for eplb in EPLB]
             for mode in self.modes
         }
         if self.latencies:
-            found[Load("latency", (requests or 1000) // 4, 64, 1000, 100)] = [f"ours-{mode}" for mode in MODES]
+            found[Load("latency", 128, 64, 1000, 100)] = [f"ours-{mode}" for mode in MODES]
         return found
 
 
 GROUPS = (
-    Group("large.normal", 4, ("normal",)),
-    Group("large.low_latency", 2, ("low_latency",), latencies=True),
-    Group("small", 0, ("normal", "low_latency")),
+    Group("large.normal", (3, 5), ("normal",)),
+    Group("large.low_latency", (2, 4), ("low_latency",)),
+    Group("small", None, ("normal", "low_latency"), requests=512, latencies=True),
 )
 
 
 def mode_flags(mode: str) -> tuple[str, ...]:
     """Low-latency mode alone also prefills through its buffer, so its chunks are small."""
-    chunk = 2 * LOW_LATENCY_TOKENS if mode == "low_latency" else 16384
+    chunk = 2 * LOW_LATENCY_TOKENS if mode == "low_latency" else 8192
     return ("--deepep-mode", mode, "--chunked-prefill-size", str(chunk))
 
 
 def server_flags(gpus: int) -> list[str]:
     flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", "128"]
-    flags += ["--mem-fraction-static", "0.85", "--max-total-tokens", "200000", "--stream-interval", "1"]
+    flags += [*SHARED_MEMORY, "--max-total-tokens", "160000", "--stream-interval", "1"]
     return [*flags, "--max-running-requests", str(128 * gpus), "--ep-forced-routing", "balanced"]
 
 
@@ -92,24 +109,33 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     sizes: Any
     if group.moe_layers:
-        sizes = deepseek_shaped.DeepseekSizes(moe_layers=options.moe_layers or group.moe_layers)
+        layers = options.moe_layers or group.layers_on(gpu_gib())
+        sizes = deepseek_shaped.DeepseekSizes(moe_layers=layers)
         deepseek_shaped.write_config(folder / "model", sizes)
     else:
         sizes = SMALL
         random_moe.write_config(folder / "model", sizes)
     loads = group.loads(options.requests)
     flags = server_flags(options.gpus)
-    environment = {
-        "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS),
-        "NVSHMEM_QP_DEPTH": "8192",
-    }
-    with ResidentServers(
-        group.arms, folder / "model", flags, environment, folder / "servers", options.port, options.start_seconds
-    ) as servers:
-        print(f"{group.name}: ready {servers.seconds_to_ready} failed {servers.failed or 'none'}", flush=True)
+    environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS)}
+    servers_folder = folder / "servers"
+    with (
+        ServingProcess(servers_folder / "client.log", os.environ) as client,
+        ResidentServers(
+            group.arms, folder / "model", flags, environment, servers_folder, options.port, options.start_seconds
+        ) as servers,
+    ):
+        memory = used_gib()
+        print(
+            f"{group.name}: ready {servers.seconds_to_ready} failed {servers.failed or 'none'}, GPUs hold {memory} GiB",
+            flush=True,
+        )
+        if servers.failed:  # a comparison needs all arms, and device time is dear
+            raise RuntimeError("; ".join(f"{name} did not start: {why}" for name, why in servers.failed.items()))
+        wait_for(options.hold)
         arms_of = {load.name: arms for load, arms in loads.items()}
         began = time.monotonic()
-        rows = servers.run(list(loads), options.blocks, options.seconds, arms_of=arms_of)
+        rows = servers.run(list(loads), options.blocks, seconds_left(options), 0.5, arms_of, client)
         took = round(time.monotonic() - began, 1)
         rebalances = {name: len(server.summary().rebalances) for name, server in servers.servers.items()}
     return {
@@ -120,8 +146,8 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         "flags": flags,
         "arms": {arm.name: list(arm.flags) for arm in group.arms},
         "seconds_to_ready": servers.seconds_to_ready,
+        "gpu_gib_used": memory,
         "seconds_of_load": took,
-        "failed_servers": servers.failed,
         "rebalances": rebalances,
         "void": [
             *incomplete(rows, list(loads)),
@@ -217,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--requests", type=int, default=0, help="prompts of a load (default: as in vLLM's protocol)")
-    parser.add_argument("--moe-layers", type=int, default=0, help="of the large model (default: what fits 2 x 141 GB)")
-    parser.add_argument("--seconds", type=float, default=3600, help="of loads in one group, once its servers are ready")
+    parser.add_argument("--moe-layers", type=int, default=0, help="of the large model (default: what fits these GPUs)")
+    timing_options(parser, "loads in one group, once its servers are ready")
     parser.add_argument("--start-seconds", type=float, default=400, help="until servers must be ready")
     parser.add_argument("--port", type=int, default=31700)
     options = parser.parse_args(arguments)
@@ -229,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: --groups {name}: unknown; known are {', '.join(known)}", file=sys.stderr)
             return 2
     failed = False
+    end_cleanly()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         try:
@@ -237,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: failed: {error}", flush=True)
             failed = True
             continue
-        failed = failed or bool(result["failed_servers"] or result["void"])
+        failed = failed or bool(result["void"])
         write_atomically(options.out / f"overhead-{name}.json", json.dumps(result, indent=1).encode())
         shown = {
             key: result.get(key) for key in ("void", "unfinished", "seconds_of_load", "throughput_loss_pct", "ratios")

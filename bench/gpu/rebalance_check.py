@@ -2,10 +2,11 @@
 
     python -m bench.gpu.rebalance_check --out FILE.json
 
-A server with random weights, DeepEP's auto mode, redundant experts, `--ep-dispatch-algorithm cover`, decode CUDA graphs
-and layer-chunked rebalances. The same prompts are asked again and again. Two askings under one placement, one prompt at
-a time and all at once, show the noise: other batch sizes run other GEMM tiles. Askings under different placements may
-not differ by more. A lost or misplaced expert would, since the prompts use all of them.
+Two servers, one after the other: SGLang's own rebalances in chunks of layers, and `--eplb-async`, which also proves
+the weights of every slot after each round. Both have random weights, DeepEP's auto mode, redundant experts,
+`--ep-dispatch-algorithm cover` and decode CUDA graphs. The same prompts are asked again and again. Two askings under
+one placement, one prompt at a time and all at once, show the noise: other batch sizes run other GEMM tiles. Askings
+under different placements may not differ by more. A lost or misplaced expert would, since the prompts use all of them.
 """
 
 from __future__ import annotations
@@ -23,22 +24,28 @@ from typing import Any
 import numpy as np
 
 from bench.environment import now, provenance
-from bench.gpu.flags import deepep_flags
+from bench.gpu.flags import SHARED_MEMORY, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
 from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.resident import ResidentArm, ResidentServers
+from bench.gpu.stall_report import verification
 from bench.server import Server
 from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.rebalance import verify
 
 SIZES = MoeSizes(layers=4)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 160, 8
 ITERATIONS = 60
+ARMS = (
+    ResidentArm("sync", ("--eplb-rebalance-layers-per-chunk", "2")),
+    ResidentArm("async", ("--eplb-async", "--eplb-async-min-gain", "0"), {verify.ENVIRONMENT: "1"}),
+)
 
 
 def server_flags(gpus: int) -> list[str]:
     flags = [*deepep_flags(gpus), "--deepep-mode", "auto", "--cuda-graph-max-bs-decode", "32"]
-    flags += ["--mem-fraction-static", "0.85", "--max-total-tokens", "100000", "--chunked-prefill-size", "8192"]
+    flags += [*SHARED_MEMORY, "--max-total-tokens", "50000", "--chunked-prefill-size", "4096"]
     flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
-    return [*flags, "--eplb-rebalance-num-iterations", str(ITERATIONS), "--eplb-rebalance-layers-per-chunk", "2"]
+    return [*flags, "--eplb-rebalance-num-iterations", str(ITERATIONS)]
 
 
 class Asker:
@@ -130,6 +137,7 @@ def check(server: Server, rebalances: int, seconds: float) -> dict[str, Any]:
         "rebalances_that_moved_experts": log.moved,
         "rebalances": len(log.rebalances),
         "results": sorted({rebalance.result for rebalance in log.rebalances}),
+        "weights": verification(server.log_text()),
         "askings": len(noise) + skipped,
         "noise_same_placement": summarize(noise),
         "difference_after_rebalances": summarize(moved),
@@ -151,23 +159,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--rebalances", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=600, help="of asking, at most")
+    timing_options(parser, "asking each server")
     parser.add_argument("--work", type=Path, default=Path("/tmp/rebalance-check"), help="model and logs")
     parser.add_argument("--port", type=int, default=31900)
     options = parser.parse_args(arguments)
+    end_cleanly()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     build(options.work / "model", SIZES, "cuda")
     flags = server_flags(options.gpus)
     environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
-    arm = ResidentArm("ours")
+    found: dict[str, Any] = {"date": now(), "provenance": provenance(), "flags": flags}
     with ResidentServers(
-        [arm], options.work / "model", flags, environment, options.work / "servers", options.port
+        ARMS, options.work / "model", flags, environment, options.work / "servers", options.port
     ) as servers:
-        result = check(servers.servers["ours"], options.rebalances, options.seconds)
-    result = {"date": now(), "provenance": provenance(), "flags": flags, "within_noise": within_noise(result), **result}
-    write_atomically(options.out, json.dumps(result, indent=1).encode())
-    print(json.dumps({key: value for key, value in result.items() if key not in ("provenance", "flags")}, indent=1))
-    return 0 if result["within_noise"] and result["rebalances_that_moved_experts"] >= options.rebalances else 1
+        print(f"ready {servers.seconds_to_ready} failed {servers.failed or 'none'}", flush=True)
+        wait_for(options.hold)
+        for arm in ARMS:
+            try:
+                if arm.name in servers.failed:
+                    raise RuntimeError(servers.failed[arm.name])
+                result = check(servers.servers[arm.name], options.rebalances, seconds_left(options))
+            except Exception as error:
+                result = {"error": str(error)}
+            found[arm.name] = {"flags": list(arm.flags), **result, "passed": passed(result, options.rebalances)}
+            write_atomically(options.out, json.dumps(found, indent=1).encode())
+            print(json.dumps({arm.name: found[arm.name]}, indent=1), flush=True)
+    return 0 if all(found[arm.name]["passed"] for arm in ARMS) else 1
+
+
+def passed(result: dict[str, Any], rebalances: int) -> bool:
+    """Enough rebalances, differences within the noise, and no slot that held something else than its map said."""
+    if "error" in result or not within_noise(result) or result["weights"]["wrong"]:
+        return False
+    return bool(result["rebalances_that_moved_experts"] >= rebalances)
 
 
 if __name__ == "__main__":

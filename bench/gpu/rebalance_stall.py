@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ import numpy as np
 
 from bench.engine import cpu_environment
 from bench.environment import now, provenance
-from bench.gpu.flags import deepep_flags
-from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY, SIZES
-from bench.gpu.random_moe import TOKENIZER, write_config
+from bench.gpu.flags import SHARED_MEMORY, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
+from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY
+from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, spread, verification
@@ -35,9 +35,12 @@ from bench.schedule import williams_rows
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
+SIZES = MoeSizes(layers=6, hidden=4096, expert_width=1024, heads=32, kv_heads=4)  # six servers fit GPUs of 80 GB
 INTERVAL = 100
 NAMES = ("none", "sync", "async")
 VERIFIED = "verified"
+# Tokens that a rank prefills, and in low-latency mode dispatches, at once.
+CHUNK = 320
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,8 @@ CPU_SETTING = Setting((StallLoad(4, 2, 48, 2),), ("cpu",), 2, 4, 20)
 
 def gpu_flags(gpus: int) -> list[str]:
     flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", "256"]
-    flags += ["--mem-fraction-static", "0.92", "--max-total-tokens", "200000"]
-    flags += ["--max-running-requests", str(320 * gpus), "--chunked-prefill-size", str(4096 * gpus)]
+    flags += [*SHARED_MEMORY, "--max-total-tokens", "100000"]
+    flags += ["--max-running-requests", str(320 * gpus), "--chunked-prefill-size", str(CHUNK * gpus)]
     return [*flags, "--ep-forced-routing", REPLAY]
 
 
@@ -115,10 +118,11 @@ def cpu_flags() -> list[str]:
 
 
 def order_of(setting: Setting, blocks: int) -> list[tuple[int, StallLoad, str]]:
-    """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up."""
+    """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up, with one wave of each."""
     rows = williams_rows(len(NAMES))
-    found = [(-1, load, arm.name) for load in setting.loads for arm in setting.arms()]
-    found += [(-1, load, VERIFIED) for load in setting.loads]
+    warm_up = [replace(load, waves=1) for load in setting.loads]
+    found = [(-1, load, arm.name) for load in warm_up for arm in setting.arms()]
+    found += [(-1, load, VERIFIED) for load in warm_up]
     for block in range(blocks):
         for load in setting.loads if block % 2 == 0 else setting.loads[::-1]:
             for mode in setting.modes:
@@ -130,16 +134,17 @@ def run(
     setting: Setting, options: argparse.Namespace, model: Path, flags: list[str], environment: dict[str, str]
 ) -> Any:
     folder: Path = options.out
-    deadline = time.monotonic() + options.seconds
     cells: list[dict[str, Any]] = []
     everything = {**os.environ, **environment}
-    arms = setting.arms() if options.cpu else [*setting.arms(), setting.verified()]
+    arms = [*setting.arms(), setting.verified()] if options.verify else setting.arms()
     with (
-        ResidentServers(arms, model, flags, environment, folder / "servers", options.port) as servers,
         ServingProcess(folder / "measured.log", everything) as measured,
         ServingProcess(folder / "background.log", everything) as background,
+        ResidentServers(arms, model, flags, environment, folder / "servers", options.port) as servers,
     ):
-        print(f"ready after {servers.seconds_to_ready} s; failed: {servers.failed or 'none'}", flush=True)
+        print(f"ready {servers.seconds_to_ready} failed: {servers.failed or 'none'}", flush=True)
+        wait_for(options.hold)
+        deadline = time.monotonic() + seconds_left(options)
         measured.wait_until_ready(300)
         background.wait_until_ready(300)
         for number, (block, load, arm) in enumerate(order_of(setting, options.blocks)):
@@ -191,20 +196,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--modes", default="normal,auto", help="of DeepEP; auto decodes in low-latency mode")
+    parser.add_argument("--modes", default="normal,low_latency", help="of DeepEP")
+    parser.add_argument("--verify", action="store_true", help="one more server, which proves the weights of every slot")
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=3600, help="no load goes on after so many seconds")
+    timing_options(parser, "loads, once the servers are ready")
     parser.add_argument("--port", type=int, default=31700)
     options = parser.parse_args(arguments)
     if not options.cpu and options.gpus < 2:
         print(f"error: --gpus: {options.gpus}, but expert parallelism needs at least 2", file=sys.stderr)
         return 2
+    end_cleanly()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cpu:
         setting, model, flags, environment = CPU_SETTING, TOKENIZER, cpu_flags(), cpu_environment(2)
     else:
         setting, flags = gpu_setting(options.gpus, options.modes.split(",")), gpu_flags(options.gpus)
-        model, environment = options.out / "model", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "320"}
+        model, environment = options.out / "model", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(CHUNK)}
         write_config(model, SIZES)
     cells, logs, failed = run(setting, options, model, flags, environment)
     result = {

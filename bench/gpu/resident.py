@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from bench.engine import Engine
+from bench.gpu.flags import SHARED_ENVIRONMENT
 from bench.gpu.serving_process import ServingProcess
 from bench.process import last_error, scrub_file
 from bench.schedule import williams_rows
@@ -87,7 +88,8 @@ class ResidentServers:
         port: int,
         ready_timeout_s: float = 400.0,
     ) -> None:
-        self._model, self._folder, self._environment = model, folder, {**os.environ, **environment}
+        self._model, self._folder = model, folder
+        self._environment = {**os.environ, **SHARED_ENVIRONMENT, **environment}
         self.servers: dict[str, Server] = {}
         self.seconds_to_ready: dict[str, float] = {}
         self.failed: dict[str, str] = {}
@@ -131,14 +133,23 @@ class ResidentServers:
         timeout_s: float,
         warm_up: float = 0.25,
         arms_of: Mapping[str, Sequence[str]] | None = None,
+        client: ServingProcess | None = None,
     ) -> list[dict[str, Any]]:
         """Every load on every arm, ``blocks`` times, arms in Williams order within a block.
 
-        ``arms_of``: for loads that only some arms are to run, those arms, by the load's name.
+        ``arms_of``: for loads that only some arms are to run, those arms, by the load's name. ``client``: a load
+        generator that was started while the servers were; without one it starts now, which takes ten seconds.
         Returns bench_serving's rows with ``arm``, ``load`` and ``block`` added; block -1 is the warm-up. What was not
         done after ``timeout_s`` is missing. Raises ServerFailed if the client could not run at all.
         """
-        return self._run(self._order(list(loads), blocks, warm_up, arms_of), timeout_s)
+        order = self._order(list(loads), blocks, warm_up, arms_of)
+        log = self._folder / "client.log"
+        with ServingProcess(log, self._environment) if client is None else nullcontext(client) as client:
+            results = self._run(order, timeout_s, client)
+        scrub_file(client.log)
+        if not results:
+            raise ServerFailed(f"no load was completed: {last_error(client.log, 'no log')}")
+        return results
 
     def _order(
         self, loads: list[Load], blocks: int, warm_up: float, arms_of: Mapping[str, Sequence[str]] | None = None
@@ -155,30 +166,29 @@ class ResidentServers:
                 order += [(block, wanted[load.name][i], load) for i in of_load[block % len(of_load)]]
         return order
 
-    def _run(self, order: list[tuple[int, str, Load]], timeout_s: float) -> list[dict[str, Any]]:
-        log = self._folder / "client.log"
+    def _run(
+        self, order: list[tuple[int, str, Load]], timeout_s: float, client: ServingProcess
+    ) -> list[dict[str, Any]]:
         deadline = time.monotonic() + timeout_s
         results = []
-        with ServingProcess(log, self._environment) as client:
-            try:
-                client.wait_until_ready(timeout_s)
-            except RuntimeError as error:
-                raise ServerFailed(str(error)) from None
-            for number, (block, name, load) in enumerate(order):
-                if time.monotonic() > deadline:
-                    break
-                out = self._folder / f"load-{number:03}.jsonl"
-                out.unlink(missing_ok=True)
-                # The same requests for all arms of a block. A load that fails leaves no row; the others go on.
-                with suppress(RuntimeError, OSError):
-                    client.begin(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
-                    client.wait(max(deadline - time.monotonic(), 0))
-                    row = json.loads(out.read_text().splitlines()[-1])
-                    results.append({"arm": name, "load": load.name, "block": block, **row})
-                out.unlink(missing_ok=True)
-        scrub_file(log)
-        if not results:
-            raise ServerFailed(f"no load was completed: {last_error(log, 'no log')}")
+        try:
+            client.wait_until_ready(timeout_s)
+        except RuntimeError as error:
+            raise ServerFailed(str(error)) from None
+        for number, (block, name, load) in enumerate(order):
+            if time.monotonic() > deadline:
+                break
+            out = self._folder / f"load-{number:03}.jsonl"
+            out.unlink(missing_ok=True)
+            # The same requests for all arms of a block. A load that fails leaves no row; the others go on.
+            with suppress(RuntimeError, OSError):
+                began = time.monotonic()
+                client.begin(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
+                client.wait(max(deadline - time.monotonic(), 0))
+                row = json.loads(out.read_text().splitlines()[-1])
+                results.append({"arm": name, "load": load.name, "block": block, **row})
+                print(f"{name} {load.name} block {block}: {time.monotonic() - began:.1f} s", flush=True)
+            out.unlink(missing_ok=True)
         return results
 
 

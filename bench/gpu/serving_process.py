@@ -20,7 +20,8 @@ class ServingProcess:
     """Use as a context manager; ``begin`` one load, then ``wait`` for it. Its output goes to ``log``."""
 
     def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
-        self._log = log
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bench.client_process"],
@@ -45,14 +46,14 @@ class ServingProcess:
 
     def begin(self, arguments: Sequence[str]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(Job(list(arguments), str(self._log)).to_json().encode() + b"\n")
+        self._process.stdin.write(Job(list(arguments), str(self.log)).to_json().encode() + b"\n")
         self._process.stdin.flush()
 
     def wait(self, seconds: float) -> None:
         """Raises RuntimeError if the load failed or takes longer."""
         code = self._next("not done", seconds)["exit"]
         if code:
-            raise RuntimeError(f"bench_serving: exit code {code}; see {self._log.name}")
+            raise RuntimeError(f"bench_serving: exit code {code}; see {self.log.name}")
 
     def _next(self, otherwise: str, seconds: float) -> dict[str, Any]:
         try:
@@ -60,7 +61,7 @@ class ServingProcess:
         except queue.Empty:
             raise RuntimeError(f"bench_serving: {otherwise} after {seconds:.0f} s") from None
         if "ended" in reply:
-            raise RuntimeError(f"bench_serving: ended; see {self._log.name}")
+            raise RuntimeError(f"bench_serving: ended; see {self.log.name}")
         return reply
 
     def _read(self) -> None:

@@ -57,7 +57,7 @@ def test_a_load_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.Mo
 
     class Client:
         def __init__(self, log: Path, environment: object) -> None:
-            self.begun = 0
+            self.begun, self.log = 0, log
 
         def __enter__(self) -> Client:
             return self

@@ -1,11 +1,14 @@
 """The GPU overhead comparison: which flags its arms get, and what it makes of their values."""
 
+import argparse
 import json
+import time
 
 import pytest
 
 from bench.gpu import overhead
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
+from bench.gpu.flags import seconds_left, timing_options, wait_for
 from bench.gpu.rebalance_check import differences, summarize, within_noise
 
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
@@ -25,14 +28,21 @@ def test_arms_of_a_group_differ_in_eplb_only_and_never_rebalance() -> None:
 
 
 def test_the_modes_of_our_eplb_are_compared_beside_the_overhead() -> None:
-    group = overhead.GROUPS[1]
+    group = overhead.GROUPS[2]
     arms = {arm.name: arm.flags for arm in group.arms}
-    assert len(arms) == 5
-    (throughput, of_mode), (latency, of_ours) = group.loads(0).items()
-    assert (throughput.requests, throughput.input_tokens, throughput.output_tokens) == (1000, 1000, 100)
-    assert of_mode == ["none-low_latency", "upstream-low_latency", "ours-low_latency"] and latency.streams
+    assert len(arms) == 7
+    (_, normal), (_, low_latency), (latency, of_ours) = group.loads(0).items()
+    assert normal == ["none-normal", "upstream-normal", "ours-normal"]
+    assert low_latency == ["none-low_latency", "upstream-low_latency", "ours-low_latency"] and latency.streams
     assert [arms[name][arms[name].index("--deepep-mode") + 1] for name in of_ours] == list(overhead.MODES)
     assert all("affinity" in arms[name] for name in of_ours)
+
+
+def test_the_large_model_is_loaded_as_in_vllms_protocol_and_as_deep_as_fits() -> None:
+    for group in overhead.GROUPS[:2]:
+        ((load, _),) = group.loads(0).items()
+        assert (load.requests, load.input_tokens, load.output_tokens, load.streams) == (1000, 1000, 100, False)
+        assert 0 < group.layers_on(79.2) < group.layers_on(139.8)
 
 
 def test_losses_are_paired_by_block() -> None:
@@ -105,3 +115,17 @@ def test_low_latency_alone_prefills_in_chunks_that_fit_its_buffer(mode) -> None:
     flags = overhead.mode_flags(mode)
     chunk = int(flags[flags.index("--chunked-prefill-size") + 1])
     assert (chunk <= 2 * overhead.LOW_LATENCY_TOKENS) == (mode == "low_latency")
+
+
+def test_measuring_waits_for_its_file_and_ends_at_its_time(tmp_path, capsys) -> None:
+    parser = argparse.ArgumentParser()
+    timing_options(parser, "loads")
+    given = parser.parse_args(["--seconds", "50", "--end-at", str(time.time() + 20), "--hold", str(tmp_path / "go")])
+    assert 10 < seconds_left(given) <= 20
+    assert seconds_left(parser.parse_args(["--seconds", "50"])) == 50
+    wait_for(given.hold, 0.3)
+    assert "go did not come within" in capsys.readouterr().out
+    given.hold.touch()
+    wait_for(given.hold, 0)
+    wait_for(None, 0)
+    assert not capsys.readouterr().out
