@@ -58,9 +58,7 @@ def wait_for(path: Path | None, seconds: float = HOLD_SECONDS) -> None:
 def timing_options(parser: argparse.ArgumentParser, of: str) -> None:
     """--seconds, --end-at and --hold, for what is measured on rented machines."""
     parser.add_argument("--seconds", type=float, default=3600, help=f"of {of}, at most")
-    parser.add_argument(
-        "--end-at", type=float, default=math.inf, help="no load goes on after this Unix time"
-    )
+    parser.add_argument("--end-at", type=float, default=math.inf, help="no load goes on after this Unix time")
     parser.add_argument("--hold", type=Path, help="measure once this file exists; servers start meanwhile")
 
 

@@ -49,6 +49,7 @@ MODES = ("normal", "low_latency", "auto")
 SMALL = random_moe.MoeSizes(hidden=2048, layers=12)
 # Tokens that a rank may dispatch at once in low-latency mode; DeepEP's buffer grows with it.
 LOW_LATENCY_TOKENS = 256
+STAGGER_SECONDS = 10.0  # between two starts of the large model
 METRICS = ("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
 
 
@@ -122,7 +123,14 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
     with (
         ServingProcess(servers_folder / "client.log", os.environ) as client,
         ResidentServers(
-            group.arms, folder / "model", flags, environment, servers_folder, options.port, options.start_seconds
+            group.arms,
+            folder / "model",
+            flags,
+            environment,
+            servers_folder,
+            options.port,
+            options.start_seconds,
+            STAGGER_SECONDS if group.moe_layers else 0.0,
         ) as servers,
     ):
         memory = used_gib()

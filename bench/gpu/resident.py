@@ -75,7 +75,8 @@ class ResidentServers:
 
     An arm whose server does not start is left out and named in ``failed``; with none left, ServerFailed is raised.
     ``flags`` are common to all arms and must leave memory for them: limit the pool with --max-total-tokens and let
-    --mem-fraction-static be high, because a starting server takes what others use for memory that is gone.
+    --mem-fraction-static be high, because a starting server takes what others use for memory that is gone. Large dummy
+    weights take some GB more while they are drawn; ``stagger_s`` between two starts keeps these peaks apart.
     """
 
     def __init__(
@@ -87,13 +88,14 @@ class ResidentServers:
         folder: Path,
         port: int,
         ready_timeout_s: float = 400.0,
+        stagger_s: float = 0.0,
     ) -> None:
         self._model, self._folder = model, folder
         self._environment = {**os.environ, **SHARED_ENVIRONMENT, **environment}
         self.servers: dict[str, Server] = {}
         self.seconds_to_ready: dict[str, float] = {}
         self.failed: dict[str, str] = {}
-        self._stack = ExitStack()
+        self._stack, self._stagger_s = ExitStack(), stagger_s
         folder.mkdir(parents=True, exist_ok=True)
         for number, arm in enumerate(arms):
             at = port + PORT_STEP * number
@@ -104,7 +106,7 @@ class ResidentServers:
 
     def __enter__(self) -> ResidentServers:
         with ThreadPoolExecutor(len(self.servers)) as pool:
-            list(pool.map(self._start, list(self.servers)))
+            list(pool.map(self._start, list(self.servers), range(len(self.servers))))
         for name in self.failed:
             del self.servers[name]
         for server in self.servers.values():
@@ -118,7 +120,8 @@ class ResidentServers:
             list(pool.map(Server.stop, self.servers.values()))
         self._stack.close()
 
-    def _start(self, name: str) -> None:
+    def _start(self, name: str, place: int) -> None:
+        time.sleep(place * self._stagger_s)
         started = time.monotonic()
         try:
             self.servers[name].__enter__()
