@@ -14,6 +14,8 @@
 #   large.normal, large.low_latency, small     throughput without EPLB, with SGLang's, with ours (bench.gpu.overhead)
 #   stall             latency with and without rebalances (bench.gpu.rebalance_stall)
 #
+# Unpack the archive of caches of an earlier call into $HOME before this one.
+#
 # SECONDS_EACH (200): of load in a step, at most. BLOCKS (6). LIMIT (3600): seconds that all of it may take; no load
 # begins in the last 30 of them, and steps that still run then are ended.
 set -uo pipefail
@@ -21,7 +23,7 @@ out=${1:?usage: measure.sh OUT_DIR GROUP...}; shift
 mkdir -p "$out"
 work=${WORK:-/tmp/measure}; mkdir -p "$work"
 gpus=${GPUS:-2}; each=${SECONDS_EACH:-200}; blocks=${BLOCKS:-6}
-export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/inductor
+export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/inductor NUMBA_CACHE_DIR=$HOME/.cache/numba
 SECONDS=0; limit=${LIMIT:-3600}; end_at=$(($(date +%s) + limit - 30))
 bounded() { timeout -k 10 $((limit - 20 - SECONDS)) "$@"; }
 
@@ -41,8 +43,8 @@ run_step() { # NAME FILE: begin measuring when FILE is there (at once if it is e
             done ;;
     esac
     case $1 in
-        tests) timeout -k 10 150 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider tests/kernel tests/forced_routing \
-            tests/rebalance tests/bench/test_emulated_link.py ;;
+        tests) timeout -k 10 150 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider \
+            ${TESTS:-tests/kernel tests/forced_routing tests/rebalance tests/bench/test_emulated_link.py} ;;
         tuning)
             CUDA_VISIBLE_DEVICES=0 bounded python3 -m bench.gpu.kernel_tuning --rule cover \
                 --out "$work/tuning-cover.json" & local cover=$!
@@ -77,6 +79,8 @@ for group in "$@"; do
     (cd "$work" && find . \( -name '*.json' -o -name '*.log' \) -not -path '*/model/*' -print0 |
         tar -czf "$out/results.tar.gz" --null -T -)
 done
-(cd "$HOME" && tar -cf - --ignore-failed-read .cache .triton 2>/dev/null | xz -T0 -1 | split -b 15M - "$out/caches.tar.xz.")
+# Triton needs its binaries again, not what they were made from.
+(cd "$HOME" && tar --exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' --exclude='*.source' \
+    -cf - --ignore-failed-read .cache .triton 2>/dev/null | xz -T0 -6 >"$out/caches.tar.xz")
 ls -l "$out"
 exit $failed

@@ -46,7 +46,8 @@ EPLB: dict[str, tuple[str, ...]] = {
     "ours": ("--eplb-algorithm", "affinity", *NEVER),
 }
 MODES = ("normal", "low_latency", "auto")
-SMALL = random_moe.MoeSizes(hidden=2048, layers=12)
+SMALL = random_moe.MoeSizes(hidden=2048, layers=8)
+TOKENS = (1000, 100)  # in and out
 # Tokens that a rank may dispatch at once in low-latency mode; DeepEP's buffer grows with it.
 LOW_LATENCY_TOKENS = 256
 STAGGER_SECONDS = 10.0  # between two starts of the large model
@@ -56,12 +57,14 @@ METRICS = ("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", 
 @dataclass(frozen=True)
 class Group:
     """``moe_layers`` of the large model that fit 3 servers on GPUs of 80 and of 141 GB, None for the small model;
-    ``modes`` whose overhead is measured; ``latencies``: whether our EPLB is compared in all modes."""
+    ``modes`` whose overhead is measured, with so many requests, so many of them at once; ``latencies``: whether our
+    EPLB is compared in all modes."""
 
     name: str
     moe_layers: tuple[int, int] | None
     modes: tuple[str, ...]
-    requests: int = 1000
+    requests: int
+    concurrency: int
     latencies: bool = False
 
     def layers_on(self, gpu_gib: float) -> int:
@@ -79,31 +82,34 @@ class Group:
         """Each load and its arms. A throughput of one mode is a load of its own."""
         requests = requests or self.requests
         found = {
-            Load(mode, requests, 256, 1000, 100, streams=False): [f"{eplb}-{mode}" for eplb in EPLB]
+            Load(mode, requests, self.concurrency, *TOKENS, streams=False): [f"{eplb}-{mode}" for eplb in EPLB]
             for mode in self.modes
         }
         if self.latencies:
-            found[Load("latency", 128, 64, 1000, 100)] = [f"ours-{mode}" for mode in MODES]
+            found[Load("latency", 128, 64, *TOKENS)] = [f"ours-{mode}" for mode in MODES]
         return found
 
 
 GROUPS = (
-    Group("large.normal", (3, 5), ("normal",)),
-    Group("large.low_latency", (2, 4), ("low_latency",)),
-    Group("small", None, ("normal", "low_latency"), requests=512, latencies=True),
+    Group("large.normal", (3, 5), ("normal",), requests=1000, concurrency=500),
+    # Prefill goes through the small low-latency buffer there and takes most of the time.
+    Group("large.low_latency", (2, 4), ("low_latency",), requests=500, concurrency=250),
+    Group("small", None, ("normal", "low_latency"), requests=256, concurrency=128, latencies=True),
 )
 
 
 def mode_flags(mode: str) -> tuple[str, ...]:
     """Low-latency mode alone also prefills through its buffer, so its chunks are small."""
-    chunk = 2 * LOW_LATENCY_TOKENS if mode == "low_latency" else 8192
+    chunk = 2 * LOW_LATENCY_TOKENS if mode == "low_latency" else 8 * TOKENS[0]  # whole prompts
     return ("--deepep-mode", mode, "--chunked-prefill-size", str(chunk))
 
 
-def server_flags(gpus: int) -> list[str]:
-    flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", "128"]
-    flags += [*SHARED_MEMORY, "--max-total-tokens", "160000", "--stream-interval", "1"]
-    return [*flags, "--max-running-requests", str(128 * gpus), "--ep-forced-routing", "balanced"]
+def server_flags(gpus: int, concurrency: int) -> list[str]:
+    """The pool and the batch are a little larger than a rank's share of the requests."""
+    share = concurrency // gpus + 8
+    flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", str(share)]
+    flags += [*SHARED_MEMORY, "--max-total-tokens", str(share * sum(TOKENS)), "--stream-interval", "1"]
+    return [*flags, "--max-running-requests", str(share * gpus), "--ep-forced-routing", "balanced"]
 
 
 def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +123,7 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         sizes = SMALL
         random_moe.write_config(folder / "model", sizes)
     loads = group.loads(options.requests)
-    flags = server_flags(options.gpus)
+    flags = server_flags(options.gpus, group.concurrency)
     environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS)}
     servers_folder = folder / "servers"
     with (

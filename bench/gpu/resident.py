@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -184,13 +184,15 @@ class ResidentServers:
             out = self._folder / f"load-{number:03}.jsonl"
             out.unlink(missing_ok=True)
             # The same requests for all arms of a block. A load that fails leaves no row; the others go on.
-            with suppress(RuntimeError, OSError):
+            try:
                 began = time.monotonic()
                 client.begin(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
                 client.wait(max(deadline - time.monotonic(), 0))
                 row = json.loads(out.read_text().splitlines()[-1])
                 results.append({"arm": name, "load": load.name, "block": block, **row})
                 print(f"{name} {load.name} block {block}: {time.monotonic() - began:.1f} s", flush=True)
+            except (RuntimeError, OSError) as error:
+                print(f"{name} {load.name} block {block}: {error}", flush=True)
             out.unlink(missing_ok=True)
         return results
 

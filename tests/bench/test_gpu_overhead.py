@@ -41,8 +41,15 @@ def test_the_modes_of_our_eplb_are_compared_beside_the_overhead() -> None:
 def test_the_large_model_is_loaded_as_in_vllms_protocol_and_as_deep_as_fits() -> None:
     for group in overhead.GROUPS[:2]:
         ((load, _),) = group.loads(0).items()
-        assert (load.requests, load.input_tokens, load.output_tokens, load.streams) == (1000, 1000, 100, False)
+        assert (load.input_tokens, load.output_tokens, load.streams) == (1000, 100, False)
+        assert load.requests == 2 * load.concurrency
         assert 0 < group.layers_on(79.2) < group.layers_on(139.8)
+
+
+def test_the_pool_holds_every_request_of_a_rank() -> None:
+    flags = overhead.server_flags(2, 500)
+    values = {name: int(flags[flags.index(name) + 1]) for name in ("--max-total-tokens", "--max-running-requests")}
+    assert values["--max-total-tokens"] >= 250 * 1100 and values["--max-running-requests"] >= 500
 
 
 def test_losses_are_paired_by_block() -> None:

@@ -43,7 +43,7 @@ from sglang_eplb_affinity.rebalance.window_exchange import WindowExchange, Windo
 from sglang_eplb_affinity.topology import Topology
 
 LAYERS, EXPERTS, TOP_K, SAMPLE = 3, 16, 2, 64
-LOCAL_SLOTS = 6
+SLOTS = 18  # on all ranks together
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,17 @@ class Rank:
     def __init__(self, scenario: Scenario, rank: int) -> None:
         self.scenario, self.rank = scenario, rank
         self.records: list[RoundRecord] = []
-        self.slots_of_ranks = LOCAL_SLOTS * scenario.ranks
+        self.slots_of_ranks, local_slots = SLOTS, SLOTS // scenario.ranks
+        self.own_slots = slice(rank * local_slots, (rank + 1) * local_slots)
         device = torch.device("cpu")
         if scenario.device == "cuda":
             device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
         self.device = device
         start = ExpertMap.contiguous(LAYERS, EXPERTS, self.slots_of_ranks)
-        own = start.physical_to_logical[:, rank * LOCAL_SLOTS : (rank + 1) * LOCAL_SLOTS]
+        own = start.physical_to_logical[:, self.own_slots]
         self.tensors = {layer: self.weights_of(layer, row) for layer, row in enumerate(own)}
-        weights = {layer: LayerWeights.of(layer, tensors, LOCAL_SLOTS) for layer, tensors in self.tensors.items()}
+        weights = {layer: LayerWeights.of(layer, tensors, local_slots) for layer, tensors in self.tensors.items()}
         self.slots = torch.from_numpy(start.physical_to_logical.astype(np.int64)).to(device)
         host_table = torch.full((LAYERS, EXPERTS, self.slots_of_ranks), -1)
         table = start.logical_to_all_physical()
@@ -118,14 +119,14 @@ class Rank:
         limit = scenario.phase_limit_seconds
         if scenario.through_host:
             self.transfer: ExpertTransfer = HostStagedTransfer(
-                weights, rank, lambda r: r, move, device, rows=LOCAL_SLOTS, row_bytes=row_bytes, limit_seconds=limit
+                weights, rank, lambda r: r, move, device, rows=local_slots, row_bytes=row_bytes, limit_seconds=limit
             )
         else:
-            self.transfer = make_transfer(weights, members, move, device, LOCAL_SLOTS, row_bytes, limit)
+            self.transfer = make_transfer(weights, members, move, device, local_slots, row_bytes, limit)
         self.window = Recorder(rank)
         shape = WindowShape(LAYERS, EXPERTS, TOP_K, SAMPLE)
         topology = Topology(scenario.ranks)
-        settings = PlanSettings("affinity", PlannerConfig(dispatch="dynamic"), topology, 0.0, LOCAL_SLOTS)
+        settings = PlanSettings("affinity", PlannerConfig(dispatch="dynamic"), topology, 0.0, local_slots)
         self.planner = PlannerProcess(settings, scenario.phase_limit_seconds) if rank == 0 else None
         if self.planner is not None:
             assert self.planner.wait_until_ready(120)
@@ -138,7 +139,7 @@ class Rank:
                 plan=exchange.plan,
                 transfer=self.transfer,
                 committer=LayerCommitter(weights, tables, device),
-                staging=tuple(StagingBuffer(LOCAL_SLOTS, row_bytes, device) for _ in range(2)),
+                staging=tuple(StagingBuffer(local_slots, row_bytes, device) for _ in range(2)),
                 agreement=GlooAgreement(agree),
                 bytes_per_expert={layer: of_layer.bytes_per_expert for layer, of_layer in weights.items()},
                 report=(lambda record, in_force: self.records.append(record)) if rank == 0 else None,
@@ -172,7 +173,7 @@ class Rank:
         """On the device, without waiting for it: the kernels of a pass read weights and maps in stream order."""
         if not hasattr(self, "_wrong"):
             self._wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        own = self.slots[:, self.rank * LOCAL_SLOTS : (self.rank + 1) * LOCAL_SLOTS]
+        own = self.slots[:, self.own_slots]
         for layer, tensors in self.tensors.items():
             for number, tensor in enumerate(tensors):
                 expected = (layer * 64 + own[layer] * 2 + number).to(tensor.dtype).view(-1, 1, 1)
