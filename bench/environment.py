@@ -30,13 +30,14 @@ def now() -> str:
 def provenance() -> dict[str, Any]:
     """What every record of the store carries: hardware, versions, commit, patches."""
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    given = os.environ.get("SOURCE_COMMIT")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ":!results")
     return {
         "hardware": hardware(),
         "versions": versions(),
         # A copy on a GPU host has no .git, or an old one: whoever copied it says what it is.
-        "commit": os.environ.get("SOURCE_COMMIT") or commit or "unknown",
-        "uncommitted_changes": bool(changed),
+        "commit": given or commit or "unknown",
+        "uncommitted_changes": bool(changed) and not given,
         "patches_sha256": patches_digest(ROOT / "patches"),
     }
 

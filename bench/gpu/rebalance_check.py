@@ -33,8 +33,9 @@ from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
 SIZES = MoeSizes(layers=4)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 160, 8
-ITERATIONS = 60
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 160, 4
+# Passes between rebalances: three times what two askings take, so that most pairs are of one placement.
+ITERATIONS = 120
 ARMS = (
     ResidentArm("sync", ("--eplb-rebalance-layers-per-chunk", "2")),
     ResidentArm("async", ("--eplb-async", "--eplb-async-min-gain", "0"), {verify.ENVIRONMENT: "1"}),

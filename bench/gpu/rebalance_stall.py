@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ SIZES = MoeSizes(layers=6, hidden=4096, expert_width=1024, heads=32, kv_heads=4)
 INTERVAL = 100
 NAMES = ("none", "sync", "async")
 VERIFIED = "verified"
+Cells = list[dict[str, Any]]
 # Tokens that a rank prefills, and in low-latency mode dispatches, at once.
 CHUNK = 320
 
@@ -61,27 +62,28 @@ class StallLoad:
         return Load(self.name, self.streams * self.waves, self.streams, self.input_tokens, self.output_tokens)
 
     def background(self) -> Load:
-        """One wave more, so that the measured requests end under full load."""
+        """More waves, of requests that are three quarters as long and end one after another: the measured requests
+        begin a second later and end under full load, and no wave of admissions hides a stall."""
         rest = self.concurrency - self.streams
-        return Load(self.name, rest * (self.waves + 1), rest, self.input_tokens, self.output_tokens, streams=False)
+        waves = rest * (self.waves + 2)
+        return Load(self.name, waves, rest, self.input_tokens, self.output_tokens, streams=False, shortest=0.5)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``modes``: DeepEP's, or ``cpu``."""
+    """``loads`` of each mode (DeepEP's, or ``cpu``)."""
 
-    loads: tuple[StallLoad, ...]
-    modes: tuple[str, ...]
+    loads: Mapping[str, tuple[StallLoad, ...]]
     ranks: int
     redundant: int
     interval: int
 
     def arms(self) -> list[ResidentArm]:
-        return [self._arm(mode, name) for mode in self.modes for name in NAMES]
+        return [self._arm(mode, name) for mode in self.loads for name in NAMES]
 
     def verified(self) -> ResidentArm:
         """Loaded but not measured: after each round it proves that every slot holds what the map says."""
-        arm = self._arm(self.modes[-1], "async")
+        arm = self._arm(list(self.loads)[-1], "async")
         return ResidentArm(VERIFIED, arm.flags, {verify.ENVIRONMENT: "1"})
 
     def _arm(self, mode: str, name: str) -> ResidentArm:
@@ -97,11 +99,13 @@ class Setting:
 
 
 def gpu_setting(gpus: int, modes: Sequence[str]) -> Setting:
-    loads = (StallLoad(128, 32, 256, 2), StallLoad(512, 32, 256, 2))
-    return Setting(loads, tuple(modes), gpus, REDUNDANT_PER_GPU * gpus, INTERVAL)
+    """Normal mode decodes without CUDA graphs, several times slower: its requests are shorter."""
+    tokens = {mode: 64 if mode == "normal" else 256 for mode in modes}
+    loads = {mode: tuple(StallLoad(c, 32, tokens[mode], 2) for c in (128, 512)) for mode in modes}
+    return Setting(loads, gpus, REDUNDANT_PER_GPU * gpus, INTERVAL)
 
 
-CPU_SETTING = Setting((StallLoad(4, 2, 48, 2),), ("cpu",), 2, 4, 20)
+CPU_SETTING = Setting({"cpu": (StallLoad(4, 2, 48, 2),)}, 2, 4, 20)
 
 
 def gpu_flags(gpus: int) -> list[str]:
@@ -120,21 +124,28 @@ def cpu_flags() -> list[str]:
 def order_of(setting: Setting, blocks: int) -> list[tuple[int, StallLoad, str]]:
     """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up, with one wave of each."""
     rows = williams_rows(len(NAMES))
-    warm_up = [replace(load, waves=1) for load in setting.loads]
-    found = [(-1, load, arm.name) for load in warm_up for arm in setting.arms()]
-    found += [(-1, load, VERIFIED) for load in warm_up]
+    found = []
+    for mode, loads in setting.loads.items():
+        found += [(-1, replace(load, waves=1), f"{mode}-{name}") for load in loads for name in NAMES]
+    found += [(-1, replace(load, waves=1), VERIFIED) for load in loads]
     for block in range(blocks):
-        for load in setting.loads if block % 2 == 0 else setting.loads[::-1]:
-            for mode in setting.modes:
+        for mode, loads in setting.loads.items():
+            for load in loads if block % 2 == 0 else loads[::-1]:
                 found += [(block, load, f"{mode}-{NAMES[i]}") for i in rows[block % len(rows)]]
     return found
 
 
 def run(
-    setting: Setting, options: argparse.Namespace, model: Path, flags: list[str], environment: dict[str, str]
-) -> Any:
+    setting: Setting,
+    options: argparse.Namespace,
+    model: Path,
+    flags: list[str],
+    environment: dict[str, str],
+    save: Callable[[Cells, dict[str, str], dict[str, str]], None],
+) -> None:
+    """Measure everything; ``save`` gets the cells, the logs and the servers that failed, after every block."""
     folder: Path = options.out
-    cells: list[dict[str, Any]] = []
+    cells: Cells = []
     everything = {**os.environ, **environment}
     arms = [*setting.arms(), setting.verified()] if options.verify else setting.arms()
     with (
@@ -147,10 +158,14 @@ def run(
         deadline = time.monotonic() + seconds_left(options)
         measured.wait_until_ready(300)
         background.wait_until_ready(300)
+        previous = -1
         for number, (block, load, arm) in enumerate(order_of(setting, options.blocks)):
             left = deadline - time.monotonic()
             if arm not in servers.servers or left < 5:
                 continue
+            if block != previous:
+                save(cells, servers.logs(), servers.failed)
+                previous = block
             try:
                 cell = _cell(load, servers.servers[arm].port, model, folder, number, block, measured, background, left)
             except RuntimeError as error:
@@ -158,9 +173,7 @@ def run(
                 break
             cells.append({"arm": arm, "load": load.name, "block": block, **cell})
             print(json.dumps(cells[-1]), flush=True)
-        logs = {name: server.log.read_text(errors="replace") for name, server in servers.servers.items()}
-        failed = servers.failed
-    return cells, logs, failed
+        save(cells, servers.logs(), servers.failed)
 
 
 def _cell(
@@ -213,28 +226,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting, flags = gpu_setting(options.gpus, options.modes.split(",")), gpu_flags(options.gpus)
         model, environment = options.out / "model", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(CHUNK)}
         write_config(model, SIZES)
-    cells, logs, failed = run(setting, options, model, flags, environment)
-    result = {
-        "provenance": provenance(),
-        "date": now(),
-        "command": f"{name} --out FOLDER" + (" --cpu" if options.cpu else ""),
-        "flags": flags,
-        "arms": {arm.name: list(arm.flags) for arm in setting.arms()},
-        "loads": [asdict(load) for load in setting.loads],
-        "failed_servers": failed,
-        "ratios_to_no_rebalancing": ratios(cells),
-        "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("-none")},
-        "verified": verification(logs.get(VERIFIED, "")),
-        "cells": cells,
-    }
-    result["entries"] = [] if options.cpu else entries(result)
-    write_atomically(options.out / "result.json", json.dumps(result, indent=1, default=float).encode())
-    print(
-        json.dumps(
-            {key: result[key] for key in ("ratios_to_no_rebalancing", "rounds", "verified")}, indent=1, default=float
+    source, command = provenance(), f"{name} --out FOLDER" + (" --cpu" if options.cpu else "")
+    result: dict[str, Any] = {}
+
+    def save(cells: Cells, logs: dict[str, str], failed: dict[str, str]) -> None:
+        result.update(
+            {
+                "provenance": source,
+                "date": now(),
+                "command": command,
+                "model": asdict(SIZES),
+                "flags": flags,
+                "arms": {arm.name: list(arm.flags) for arm in setting.arms()},
+                "loads": {mode: [asdict(load) for load in loads] for mode, loads in setting.loads.items()},
+                "failed_servers": failed,
+                "ratios_to_no_rebalancing": ratios(cells),
+                "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("-none")},
+                "verified": verification(logs.get(VERIFIED, "")),
+                "cells": cells,
+            }
         )
-    )
-    return 1 if failed or not cells or result["verified"]["wrong"] else 0
+        result["entries"] = [] if options.cpu else entries(result)
+        write_atomically(options.out / "result.json", json.dumps(result, indent=1, default=float).encode())
+
+    run(setting, options, model, flags, environment, save)
+    shown = {key: result[key] for key in ("ratios_to_no_rebalancing", "rounds", "verified")}
+    print(json.dumps(shown, indent=1, default=float))
+    return 1 if result["failed_servers"] or not result["cells"] or result["verified"]["wrong"] else 0
 
 
 if __name__ == "__main__":

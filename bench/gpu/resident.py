@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,7 +40,8 @@ class ResidentArm:
 class Load:
     """One closed loop of sglang.bench_serving on random token ids; ``streams`` only where latencies are read.
 
-    A stream costs the client and the detokenizer a message a token, which hides the GPUs' throughput.
+    A stream costs the client and the detokenizer a message a token, which hides the GPUs' throughput. ``shortest``:
+    lengths are uniform from this part of ``input_tokens`` and ``output_tokens`` on, so that requests end one by one.
     """
 
     name: str
@@ -49,25 +50,26 @@ class Load:
     input_tokens: int
     output_tokens: int
     streams: bool = True
+    shortest: float = 1.0
 
     def arguments(self, model: Path, port: int, seed: int, out: Path) -> list[str]:
         arguments = ["--backend", "sglang", "--host", HOST, "--port", str(port), "--model", str(model)]
         arguments += ["--dataset-name", "random-ids", "--num-prompts", str(self.requests), "--tokenize-prompt"]
         arguments += ["--random-input-len", str(self.input_tokens), "--random-output-len", str(self.output_tokens)]
-        arguments += ["--random-range-ratio", "1.0", "--max-concurrency", str(self.concurrency), "--seed", str(seed)]
+        arguments += [
+            "--random-range-ratio",
+            str(self.shortest),
+            "--max-concurrency",
+            str(self.concurrency),
+            "--seed",
+            str(seed),
+        ]
         arguments += ["--warmup-requests", "0", "--disable-tqdm", "--output-file", str(out)]
         return arguments if self.streams else [*arguments, "--disable-stream"]
 
     def shortened(self, factor: float) -> Load:
         """The same load with fewer requests, for warming up; never fewer than run at once."""
-        return Load(
-            self.name,
-            max(self.concurrency, round(self.requests * factor)),
-            self.concurrency,
-            self.input_tokens,
-            self.output_tokens,
-            self.streams,
-        )
+        return replace(self, requests=max(self.concurrency, round(self.requests * factor)))
 
 
 class ResidentServers:
@@ -128,6 +130,10 @@ class ResidentServers:
             self.seconds_to_ready[name] = round(time.monotonic() - started, 1)
         except Exception as error:
             self.failed[name] = str(error)
+
+    def logs(self) -> dict[str, str]:
+        """What the servers have logged so far."""
+        return {name: server.log.read_text(errors="replace") for name, server in self.servers.items()}
 
     def run(
         self,
