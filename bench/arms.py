@@ -36,7 +36,8 @@ _ARMS = (
     Arm("affinity", "affinity EPLB", _AFFINITY, True, True),
     # The same server twice: what differs between `vanilla` and `vanilla-again` is noise (the A/A floor).
     Arm("vanilla-again", "vanilla EPLB (A/A)", _VANILLA, True, True),
-    Arm("async", "affinity EPLB, async", (*_AFFINITY, "--eplb-async"), True, True),
+    # Paused beside other servers, a round may last longer than its limit allows.
+    Arm("async", "affinity EPLB, async", (*_AFFINITY, "--eplb-async", "--eplb-async-phase-limit", "3600"), True, True),
     # Perfectly balanced routing without EPLB: what balance alone could gain. Its outputs are not the model's.
     Arm("balanced", "balanced routing", (_RECORDER, "--ep-forced-routing", "balanced")),
 )

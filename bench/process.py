@@ -33,12 +33,22 @@ def stop_group(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> No
     """Ask the leader to end and take its workers along; then kill whatever is left of the group."""
     if process.poll() is None:
         process.terminate()
+        resume_group(process)  # one that is paused would not hear it
         with suppress(subprocess.TimeoutExpired):
             process.wait(patience_s)
     deadline = time.monotonic() + patience_s
     while _signal_group(process.pid, signal.SIGKILL) and time.monotonic() < deadline:
         process.poll()  # reaps the leader, so that an empty group is seen as gone
         time.sleep(0.05)
+
+
+def pause_group(process: subprocess.Popen[bytes]) -> None:
+    """Stop all processes of the group where they are, until :func:`resume_group`."""
+    _signal_group(process.pid, signal.SIGSTOP)
+
+
+def resume_group(process: subprocess.Popen[bytes]) -> None:
+    _signal_group(process.pid, signal.SIGCONT)
 
 
 def _signal_group(group: int, sign: int) -> bool:

@@ -6,7 +6,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from bench.arms import ARMS
@@ -19,7 +19,17 @@ from bench.probe import DUMP_FOLDER_VARIABLE, Placement, ProbeFailed, probe_plac
 from bench.record import Measured, record_cell
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey, Sitting
-from bench.server import PORT_STEP, Server, ServerFailed, commands_of_hosts, free_port, server_command
+from bench.server import (
+    PORT_STEP,
+    SIDE_BY_SIDE_ENVIRONMENT,
+    SIDE_BY_SIDE_FLAGS,
+    Server,
+    ServerFailed,
+    commands_of_hosts,
+    free_port,
+    give_turn,
+    server_command,
+)
 from bench.sharegpt import Turn
 from bench.sitting import Budget, Preparation, measure_cell, warm_up_server
 from bench.store import CellRecord
@@ -92,6 +102,7 @@ class Runner:
                     why = arms.failed.get(cell.arm, "server ended before this cell")
                     self._record(measured, LoadResult({}, None, why), server, 0, None)
                     continue
+                give_turn(arms.servers, cell.arm)
                 meter, start = ContentionMeter(), server.log_size()
                 show = partial(self._show, cell, work.requests)
                 with budget.measuring(cell.concurrency):
@@ -103,10 +114,12 @@ class Runner:
         """Start the sitting's servers, all at once."""
         config, arms = self.plan.profile.server, Arms()
         together = len(sitting.arms) > 1
+        if together:
+            engine = replace(engine, environment={**engine.environment, **SIDE_BY_SIDE_ENVIRONMENT})
         for place, name in enumerate(sitting.arms):
             command = server_command(config, ARMS[name], engine.model, place)
             if together and not config.other_hosts:  # each looks for free ports by itself, and two find the same
-                command += ["--nccl-port", str(free_port())]
+                command += ["--nccl-port", str(free_port()), *SIDE_BY_SIDE_FLAGS]
             command, *others = commands_of_hosts(config, command, engine, place)
             log = self.folder.path / "server" / f"{name if together else sitting.name}.log"
             port = config.port + PORT_STEP * place
@@ -140,6 +153,7 @@ class Runner:
         """Warm the servers up, in turn, and measure the placement of those that will never log it."""
         for name, server in arms.servers.items():
             self.progress.say(f"{sitting.name}: warming up {ARMS[name].title}")
+            give_turn(arms.servers, name)
             try:
                 warm_up_server(server, ARMS[name], works, self.plan, prepared.model, client, budget, self.folder)
                 if not ARMS[name].uses_eplb:

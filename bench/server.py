@@ -10,18 +10,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from bench.arms import Arm
 from bench.engine import ROOT, Engine
-from bench.process import last_error, scrub_file, start_group, stop_group
+from bench.process import last_error, pause_group, resume_group, scrub_file, start_group, stop_group
 from bench.profile import ServerConfig
 from bench.rebalance_log import LogSummary, parse_log
 
 HOST = "127.0.0.1"
+# Servers side by side are paused while another has its turn; their watchdogs must not take that for a hang.
+SIDE_BY_SIDE_FLAGS = ("--watchdog-timeout", "7200")
+SIDE_BY_SIDE_ENVIRONMENT = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "7200"}
 PORT_STEP = 25  # a server with data-parallel attention takes a dozen ports that follow from its first
 
 
@@ -111,6 +114,15 @@ class Server:
         for number in range(1, len(self.followers) + 1):
             scrub_file(self.log.with_name(f"{self.log.stem}-host{number}.log"))
 
+    def pause(self) -> None:
+        """Stop its processes, if all of them are on this host; it keeps its memory."""
+        if self.process is not None and not self.followers:
+            pause_group(self.process)
+
+    def resume(self) -> None:
+        if self.process is not None:
+            resume_group(self.process)
+
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -152,6 +164,19 @@ class Server:
     def summary(self, start: int | None = None) -> LogSummary:
         """Rebalances since byte ``start`` of the log; None: since this server was started."""
         return parse_log(self.log_text(start))
+
+
+def give_turn(servers: Mapping[str, Server], name: str) -> None:
+    """Let one of the servers beside each other run and pause the others.
+
+    An idle SGLang server launches no kernel, but its schedulers poll: a core each, which is a lot for a server whose
+    passes wait for the CPU.
+    """
+    for other, server in servers.items():
+        if other != name:
+            server.pause()
+    if name in servers:
+        servers[name].resume()
 
 
 def free_port() -> int:

@@ -28,7 +28,7 @@ from bench.gpu.flags import SHARED_MEMORY, deepep_flags, end_cleanly, seconds_le
 from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import verification
-from bench.server import Server
+from bench.server import Server, give_turn
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
@@ -36,9 +36,10 @@ SIZES = MoeSizes(layers=4)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 160, 4
 # Passes between rebalances: three times what two askings take, so that most pairs are of one placement.
 ITERATIONS = 120
+ASYNC = ("--eplb-async", "--eplb-async-min-gain", "0", "--eplb-async-phase-limit", "3600")
 ARMS = (
     ResidentArm("sync", ("--eplb-rebalance-layers-per-chunk", "2")),
-    ResidentArm("async", ("--eplb-async", "--eplb-async-min-gain", "0"), {verify.ENVIRONMENT: "1"}),
+    ResidentArm("async", ASYNC, {verify.ENVIRONMENT: "1"}),
 )
 
 
@@ -179,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 if arm.name in servers.failed:
                     raise RuntimeError(servers.failed[arm.name])
+                give_turn(servers.servers, arm.name)
                 result = check(servers.servers[arm.name], options.rebalances, seconds_left(options))
             except Exception as error:
                 result = {"error": str(error)}

@@ -32,6 +32,7 @@ from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, spread, verification
 from bench.schedule import williams_rows
+from bench.server import give_turn
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
@@ -94,7 +95,8 @@ class Setting:
             flags += ["--expert-distribution-recorder-buffer-size", str(self.interval)]
             flags += ["--eplb-algorithm", "deepseek" if name == "sync" else "affinity"]
         if name == "async":
-            flags += ["--eplb-async", "--eplb-async-min-gain", "0"]
+            # Paused while others have their turn, a round lasts as long as they do.
+            flags += ["--eplb-async", "--eplb-async-min-gain", "0", "--eplb-async-phase-limit", "3600"]
         return ResidentArm(f"{mode}-{name}", tuple(flags))
 
 
@@ -166,6 +168,7 @@ def run(
             if block != previous:
                 save(cells, servers.logs(), servers.failed)
                 previous = block
+            give_turn(servers.servers, arm)
             try:
                 cell = _cell(load, servers.servers[arm].port, model, folder, number, block, measured, background, left)
             except RuntimeError as error:

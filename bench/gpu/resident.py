@@ -1,8 +1,8 @@
 """Several servers side by side on the same GPUs, loaded one at a time in balanced order.
 
 Interleaving arms by restarting servers costs a minute or more a start. Arms that fit the memory together are started
-once, at the same time, and take turns: an idle SGLang server launches no kernel (its ranks agree over gloo on the CPU),
-so what is left to disturb the arm under load is the CPU time of the others' scheduler loops.
+once, at the same time, and take turns; the others' processes are paused meanwhile, so they disturb the arm under load
+neither on the GPUs nor on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from bench.gpu.flags import SHARED_ENVIRONMENT
 from bench.gpu.serving_process import ServingProcess
 from bench.process import last_error, scrub_file
 from bench.schedule import williams_rows
-from bench.server import HOST, PORT_STEP, Server, ServerFailed, free_port
+from bench.server import (
+    HOST,
+    PORT_STEP,
+    SIDE_BY_SIDE_ENVIRONMENT,
+    SIDE_BY_SIDE_FLAGS,
+    Server,
+    ServerFailed,
+    free_port,
+    give_turn,
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class ResidentServers:
         stagger_s: float = 0.0,
     ) -> None:
         self._model, self._folder = model, folder
-        self._environment = {**os.environ, **SHARED_ENVIRONMENT, **environment}
+        self._environment = {**os.environ, **SIDE_BY_SIDE_ENVIRONMENT, **SHARED_ENVIRONMENT, **environment}
         self.servers: dict[str, Server] = {}
         self.seconds_to_ready: dict[str, float] = {}
         self.failed: dict[str, str] = {}
@@ -102,7 +111,7 @@ class ResidentServers:
         for number, arm in enumerate(arms):
             at = port + PORT_STEP * number
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
-            command += ["--port", str(at), "--nccl-port", str(free_port()), *flags, *arm.flags]
+            command += ["--port", str(at), "--nccl-port", str(free_port()), *SIDE_BY_SIDE_FLAGS, *flags, *arm.flags]
             engine = Engine(str(model), {**self._environment, **arm.environment})
             self.servers[arm.name] = Server(command, engine, folder / f"server-{arm.name}.log", at, ready_timeout_s)
 
@@ -192,6 +201,7 @@ class ResidentServers:
             # The same requests for all arms of a block. A load that fails leaves no row; the others go on.
             try:
                 began = time.monotonic()
+                give_turn(self.servers, name)
                 client.begin(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
                 client.wait(max(deadline - time.monotonic(), 0))
                 row = json.loads(out.read_text().splitlines()[-1])

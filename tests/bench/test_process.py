@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.engine import ROOT
-from bench.process import last_error, scrub, start_group, stop_group
+from bench.process import last_error, pause_group, resume_group, scrub, start_group, stop_group
 
 # A leader that ignores SIGTERM and has a child that does so too, as a hanging server would.
 STUBBORN = """
@@ -35,6 +35,33 @@ def test_nothing_of_a_stubborn_group_is_left(tmp_path: Path) -> None:
         time.sleep(0.05)
     child = int(log.read_text())
     stop_group(process, patience_s=0.5)
+    assert process.returncode is not None and gone(child)
+
+
+def comes_to(pid: int, state: str, seconds: float = 10) -> bool:
+    """Whether a process is in this state soon; a signal takes a moment."""
+    deadline = time.monotonic() + seconds
+    while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != state:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_a_paused_group_stands_still_with_its_workers_and_can_be_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    busy = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+    process = start_group([sys.executable, "-c", busy + "print(child.pid, flush=True)\nchild.wait()"], log, os.environ)
+    deadline = time.monotonic() + 20
+    while not log.read_text().strip() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = int(log.read_text())
+    pause_group(process)
+    assert comes_to(child, "T") and comes_to(process.pid, "T")
+    resume_group(process)
+    assert comes_to(child, "R")
+    pause_group(process)
+    stop_group(process, patience_s=5)
     assert process.returncode is not None and gone(child)
 
 

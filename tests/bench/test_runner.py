@@ -37,15 +37,23 @@ class Bench:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.trouble: Callable[[str], None] = lambda name: None
+        self.servers: list[FakeServer] = []
 
     def server(self, command: list[str], engine: Engine, log: Path, port: int, *_: Any) -> FakeServer:
-        return FakeServer(self, command, log.stem, port)
+        self.servers.append(FakeServer(self, command, log.stem, port))
+        return self.servers[-1]
 
 
 class FakeServer:
     def __init__(self, bench: Bench, command: list[str], name: str, port: int) -> None:
         self.bench, self.command, self.name, self.port = bench, command, name, port
-        self.alive = False
+        self.alive = self.paused = False
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
 
     def __enter__(self) -> FakeServer:
         self.bench.trouble(self.name)
@@ -82,6 +90,7 @@ class FakeClient:
         self.bench.trouble(folder.name)
         self.bench.events.append(("cell", folder.name))
         assert arguments[arguments.index("--port") + 1] == str(server.port)
+        assert [other.name for other in self.bench.servers if other.alive and not other.paused] == [server.name]
         level = int(arguments[arguments.index("--max-concurrency") + 1])
         return LoadResult({}, closed_loop(level, [r.output_tokens for r in requests_of(work.path)]))
 
@@ -292,7 +301,7 @@ def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
             asked.append((arguments[arguments.index("--max-concurrency") + 1], work.path.name))
             return super().run(arguments, work, *rest)
 
-    running = FakeServer(bench, [], "vanilla", 1).__enter__()
+    running = bench.server([], Engine("model", {}), Path("vanilla.log"), 1).__enter__()
     running.summary = lambda: parse_log(MOVED)  # type: ignore[attr-defined]
     arm, budget = ARMS["vanilla"], sitting_module.Budget(None)
     rounds = sitting_module.warm_up_server(running, arm, works, plan, "model", Client(bench), budget, folder)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 
 from bench.engine import ROOT, Engine
 from bench.profile import Profile, ServerConfig
-from bench.server import PORT_STEP, Server, ServerFailed, commands_of_hosts, free_port
+from bench.server import PORT_STEP, Server, ServerFailed, commands_of_hosts, free_port, give_turn
 from sglang_eplb_affinity.errors import InputError
 
 CONFIG = ServerConfig(model="m", ranks=16, other_hosts=("n1", "n2"), dist_init_addr="n0:5000")
@@ -68,3 +68,24 @@ def test_processes_of_other_hosts_start_and_end_with_the_server(tmp_path: Path) 
 def _pids(folder: Path) -> list[int]:
     file = folder / "pids"
     return [int(line) for line in file.read_text().split()] if file.is_file() else []
+
+
+def test_only_the_server_whose_turn_it_is_runs(tmp_path: Path) -> None:
+    import os
+
+    engine = Engine("m", dict(os.environ))
+    ports = [free_port() for _ in range(2)]
+    servers = {
+        name: Server([sys.executable, "-c", HEALTHY, str(port)], engine, tmp_path / f"{name}.log", port, 60)
+        for name, port in zip("ab", ports, strict=True)
+    }
+    with servers["a"] as first, servers["b"] as second:
+        for name in ("a", "b", "a"):
+            give_turn(servers, name)
+            assert servers[name].healthy()
+            other = servers["b" if name == "a" else "a"].process
+            assert other is not None
+            deadline = time.monotonic() + 10
+            while (state := psutil.Process(other.pid).status()) != psutil.STATUS_STOPPED:
+                assert time.monotonic() < deadline, state
+    assert not first.alive and not second.alive
