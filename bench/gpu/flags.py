@@ -30,6 +30,13 @@ def deepep_flags(gpus: int) -> list[str]:
     ]
 
 
+def cpu_flags() -> list[str]:
+    """The CPU engine on two ranks: every comparison can be rehearsed where there is no GPU (its times mean nothing)."""
+    flags = ["--device", "cpu", "--tp", "2", "--ep", "2", "--attention-backend", "torch_native", "--disable-cuda-graph"]
+    flags += ["--max-total-tokens", "8192", "--context-length", "2048", "--dtype", "float32"]
+    return [*flags, "--max-running-requests", "16", "--disable-radix-cache"]
+
+
 def gpu_gib() -> float:
     """Memory of the first GPU in GiB."""
     import torch

@@ -17,15 +17,15 @@
 # Unpack the archive of caches of an earlier call into $HOME before this one.
 #
 # SECONDS_EACH (200): of load in a step, at most. BLOCKS (6). LIMIT (3600): seconds that all of it may take; no load
-# begins in the last 30 of them, and steps that still run then are ended.
+# goes on in the last 45 of them, and steps that still run then are ended.
 set -uo pipefail
 out=${1:?usage: measure.sh OUT_DIR GROUP...}; shift
 mkdir -p "$out"
 work=${WORK:-/tmp/measure}; mkdir -p "$work"
 gpus=${GPUS:-2}; each=${SECONDS_EACH:-200}; blocks=${BLOCKS:-6}
 export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/inductor NUMBA_CACHE_DIR=$HOME/.cache/numba
-SECONDS=0; limit=${LIMIT:-3600}; end_at=$(($(date +%s) + limit - 30))
-bounded() { timeout -k 10 $((limit - 20 - SECONDS)) "$@"; }
+SECONDS=0; limit=${LIMIT:-3600}; end_at=$(($(date +%s) + limit - 45))
+bounded() { timeout -k 5 $((limit - 20 - SECONDS)) "$@"; }
 
 # Until a command succeeds, for five minutes at most.
 await() { local tries=1500; until "$@" || ((--tries == 0)); do sleep 0.2; done; }

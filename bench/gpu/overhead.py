@@ -7,7 +7,7 @@ redundant experts, no rearrangement; no EPLB, SGLang's EPLB, and ours, as server
 is one set of servers with one model: DeepSeek-V3's layers in FP8 blocks, as many as fit beside each other (`large`), or
 a Qwen3Moe (`small`). `small` also has our EPLB in auto mode, and compares its latencies with those of the two modes it
 is made of. Weights are random, so experts are chosen by `--ep-forced-routing balanced` in every arm: random routers
-would send all tokens to a few.
+would send all tokens to a few. `--groups cpu` rehearses all of it on the CPU engine; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.engine import cpu_environment
 from bench.environment import now, provenance
 from bench.gpu import deepseek_shaped, random_moe
 from bench.gpu.flags import (
     SHARED_MEMORY,
+    cpu_flags,
     deepep_flags,
     end_cleanly,
     gpu_gib,
@@ -81,8 +83,9 @@ class Group:
     def loads(self, requests: int) -> dict[Load, list[str]]:
         """Each load and its arms. A throughput of one mode is a load of its own."""
         requests = requests or self.requests
+        tokens = (16, 16) if self.name == "cpu" else TOKENS
         found = {
-            Load(mode, requests, self.concurrency, *TOKENS, streams=False): [f"{eplb}-{mode}" for eplb in EPLB]
+            Load(mode, requests, self.concurrency, *tokens, streams=False): [f"{eplb}-{mode}" for eplb in EPLB]
             for mode in self.modes
         }
         if self.latencies:
@@ -98,8 +101,14 @@ GROUPS = (
 )
 
 
+# A rehearsal, not among those that are run unasked.
+CPU = Group("cpu", None, ("cpu",), requests=6, concurrency=2)
+
+
 def mode_flags(mode: str) -> tuple[str, ...]:
     """Low-latency mode alone also prefills through its buffer, so its chunks are small."""
+    if mode == "cpu":
+        return ()
     chunk = 2 * LOW_LATENCY_TOKENS if mode == "low_latency" else 8 * TOKENS[0]  # whole prompts
     return ("--deepep-mode", mode, "--chunked-prefill-size", str(chunk))
 
@@ -113,66 +122,69 @@ def server_flags(gpus: int, concurrency: int) -> list[str]:
 
 
 def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one group and write its result beside ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes: Any
-    if group.moe_layers:
-        layers = options.moe_layers or group.layers_on(gpu_gib())
-        sizes = deepseek_shaped.DeepseekSizes(moe_layers=layers)
-        deepseek_shaped.write_config(folder / "model", sizes)
-    else:
-        sizes = SMALL
-        random_moe.write_config(folder / "model", sizes)
-    loads = group.loads(options.requests)
+    model = folder / "model"
     flags = server_flags(options.gpus, group.concurrency)
     environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS)}
-    servers_folder = folder / "servers"
-    with (
-        ServingProcess(servers_folder / "client.log", os.environ) as client,
-        ResidentServers(
-            group.arms,
-            folder / "model",
-            flags,
-            environment,
-            servers_folder,
-            options.port,
-            options.start_seconds,
-            STAGGER_SECONDS if group.moe_layers else 0.0,
-        ) as servers,
-    ):
-        memory = used_gib()
-        print(
-            f"{group.name}: ready {servers.seconds_to_ready} failed {servers.failed or 'none'}, GPUs hold {memory} GiB",
-            flush=True,
-        )
+    if group == CPU:
+        sizes, model, flags, environment = SMALL, random_moe.TOKENIZER, cpu_flags(), cpu_environment(2)
+    elif group.moe_layers:
+        sizes = deepseek_shaped.DeepseekSizes(moe_layers=options.moe_layers or group.layers_on(gpu_gib()))
+        deepseek_shaped.write_config(model, sizes)
+    else:
+        sizes = SMALL
+        random_moe.write_config(model, sizes)
+    loads = group.loads(options.requests)
+    arms_of = {load.name: arms for load, arms in loads.items()}
+    log = folder / "servers" / "client.log"
+    servers = ResidentServers(
+        group.arms,
+        model,
+        flags,
+        environment,
+        log.parent,
+        options.port,
+        options.start_seconds,
+        STAGGER_SECONDS if group.moe_layers else 0.0,
+    )
+    with ServingProcess(log, {**os.environ, **environment}) as client, servers:
+        ready, memory = servers.seconds_to_ready, used_gib()
+        print(f"{group.name}: ready {ready} failed {servers.failed or 'none'}, GPUs hold {memory} GiB", flush=True)
         if servers.failed:  # a comparison needs all arms, and device time is dear
             raise RuntimeError("; ".join(f"{name} did not start: {why}" for name, why in servers.failed.items()))
         wait_for(options.hold)
-        arms_of = {load.name: arms for load, arms in loads.items()}
         began = time.monotonic()
         rows = servers.run(list(loads), options.blocks, seconds_left(options), 0.5, arms_of, client)
         took = round(time.monotonic() - began, 1)
         rebalances = {name: len(server.summary().rebalances) for name, server in servers.servers.items()}
-    return {
-        "group": group.name,
-        "date": now(),
-        "model": asdict(sizes),
-        "loads": [asdict(load) for load in loads],
-        "flags": flags,
-        "arms": {arm.name: list(arm.flags) for arm in group.arms},
-        "seconds_to_ready": servers.seconds_to_ready,
-        "gpu_gib_used": memory,
-        "seconds_of_load": took,
-        "rebalances": rebalances,
-        "void": [
-            *incomplete(rows, list(loads)),
-            *(f"{name} rebalanced" for name, count in rebalances.items() if count),
-        ],
-        "unfinished": unfinished(rows, loads, options.blocks),
-        "values": {
-            load.name: {arm: {metric: by_block(rows, arm, load.name, metric) for metric in METRICS} for arm in arms}
-            for load, arms in loads.items()
-        },
-    }
+        result = {
+            "group": group.name,
+            "date": now(),
+            "model": asdict(sizes),
+            "loads": [asdict(load) for load in loads],
+            "flags": flags,
+            "arms": {arm.name: list(arm.flags) for arm in group.arms},
+            "seconds_to_ready": ready,
+            "gpu_gib_used": {"ready": memory, "after": used_gib()},
+            "seconds_of_load": took,
+            "rebalances": rebalances,
+            "void": [
+                *incomplete(rows, list(loads)),
+                *(f"{name} rebalanced" for name, count in rebalances.items() if count),
+            ],
+            "unfinished": unfinished(rows, loads, options.blocks),
+            "values": {
+                load.name: {arm: {metric: by_block(rows, arm, load.name, metric) for metric in METRICS} for arm in arms}
+                for load, arms in loads.items()
+            },
+        }
+        result = finish(result)
+        # Before the servers are stopped, which takes a while, and time may be up.
+        path = folder.parent / f"overhead-{group.name}.json"
+        write_atomically(path, json.dumps(result, indent=1).encode())
+    return result
 
 
 def unfinished(rows: Sequence[Mapping[str, Any]], loads: Mapping[Load, Sequence[str]], blocks: int) -> list[str]:
@@ -207,7 +219,7 @@ def losses(values: Values, mode: str) -> dict[str, dict[str, Any]]:
 def finish(result: dict[str, Any]) -> dict[str, Any]:
     """The comparisons of one group, from its values."""
     values = result["values"]
-    result["throughput_loss_pct"] = {mode: losses(values[mode], mode) for mode in MODES if mode in values}
+    result["throughput_loss_pct"] = {mode: losses(values[mode], mode) for mode in values if mode != "latency"}
     if "latency" in values:
         result["ratios"] = {
             f"auto / {base}": {
@@ -231,7 +243,7 @@ def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> 
         found.append({**entry, "date": result["date"], "command": "python -m bench.gpu.overhead --out FOLDER"})
 
     for result in results:
-        if result["void"]:
+        if result["void"] or result["group"] == CPU.name:
             continue
         size = "" if result["group"].startswith("large") else f"{result['group']}."
         for mode, of_mode in result["throughput_loss_pct"].items():
@@ -262,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start-seconds", type=float, default=400, help="until servers must be ready")
     parser.add_argument("--port", type=int, default=31700)
     options = parser.parse_args(arguments)
-    known = {group.name: group for group in GROUPS}
+    known = {group.name: group for group in (*GROUPS, CPU)}
     wanted = options.groups.split(",")
     for name in wanted:
         if name not in known:
@@ -273,13 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         try:
-            result = finish(run_group(known[name], options.out / name, options))
+            result = run_group(known[name], options.out / name, options)
         except Exception as error:
             print(f"{name}: failed: {error}", flush=True)
             failed = True
             continue
         failed = failed or bool(result["void"])
-        write_atomically(options.out / f"overhead-{name}.json", json.dumps(result, indent=1).encode())
         shown = {
             key: result.get(key) for key in ("void", "unfinished", "seconds_of_load", "throughput_loss_pct", "ratios")
         }

@@ -7,6 +7,7 @@ the weights of every slot after each round. Both have random weights, DeepEP's a
 `--ep-dispatch-algorithm cover` and decode CUDA graphs. The same prompts are asked again and again. Two askings under
 one placement, one prompt at a time and all at once, show the noise: other batch sizes run other GEMM tiles. Askings
 under different placements may not differ by more. A lost or misplaced expert would, since the prompts use all of them.
+`--cpu` rehearses it on the CPU engine.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.engine import cpu_environment
 from bench.environment import now, provenance
-from bench.gpu.flags import SHARED_MEMORY, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
+from bench.gpu.flags import SHARED_MEMORY, cpu_flags, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
 from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import verification
@@ -36,6 +38,8 @@ SIZES = MoeSizes(layers=4)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 160, 4
 # Passes between rebalances: three times what two askings take, so that most pairs are of one placement.
 ITERATIONS = 120
+INTERVAL = ("--eplb-rebalance-num-iterations", str(ITERATIONS))
+CPU_SIZES = MoeSizes(layers=3, hidden=64, expert_width=32, heads=2, kv_heads=1, head_dim=32)
 ASYNC = ("--eplb-async", "--eplb-async-min-gain", "0", "--eplb-async-phase-limit", "3600")
 ARMS = (
     ResidentArm("sync", ("--eplb-rebalance-layers-per-chunk", "2")),
@@ -43,11 +47,14 @@ ARMS = (
 )
 
 
-def server_flags(gpus: int) -> list[str]:
+def server_flags(gpus: int, cpu: bool = False) -> list[str]:
+    """The CPU engine has no DeepEP; replicas are chosen there as it chooses by default."""
+    if cpu:
+        return [*cpu_flags(), "--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", *INTERVAL]
     flags = [*deepep_flags(gpus), "--deepep-mode", "auto", "--cuda-graph-max-bs-decode", "32"]
     flags += [*SHARED_MEMORY, "--max-total-tokens", "50000", "--chunked-prefill-size", "4096"]
     flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
-    return [*flags, "--eplb-rebalance-num-iterations", str(ITERATIONS)]
+    return [*flags, *INTERVAL]
 
 
 class Asker:
@@ -147,10 +154,14 @@ def check(server: Server, rebalances: int, seconds: float) -> dict[str, Any]:
 
 
 def within_noise(result: dict[str, Any]) -> bool:
-    """Means and 99th percentiles at most half as much again as the noise's."""
+    """Means at most half as much again as the noise's; so the 99th percentiles, or no more than the noise's largest.
+
+    Differences come in steps of the last bit, so a percentile of few values jumps."""
     noise, moved = result["noise_same_placement"], result["difference_after_rebalances"]
     return all(
-        moved[phase][key] <= 1.5 * noise[phase][key] for phase in ("prefill", "decode") for key in ("mean", "p99")
+        moved[phase]["mean"] <= 1.5 * noise[phase]["mean"]
+        and moved[phase]["p99"] <= max(1.5 * noise[phase]["p99"], noise[phase]["max"])
+        for phase in ("prefill", "decode")
     )
 
 
@@ -160,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--rebalances", type=int, default=50)
     timing_options(parser, "asking each server")
     parser.add_argument("--work", type=Path, default=Path("/tmp/rebalance-check"), help="model and logs")
@@ -167,9 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     end_cleanly()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    build(options.work / "model", SIZES, "cuda")
-    flags = server_flags(options.gpus)
-    environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
+    build(options.work / "model", CPU_SIZES if options.cpu else SIZES, "cpu" if options.cpu else "cuda")
+    flags = server_flags(options.gpus, options.cpu)
+    environment = cpu_environment(2) if options.cpu else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
     found: dict[str, Any] = {"date": now(), "provenance": provenance(), "flags": flags}
     with ResidentServers(
         ARMS, options.work / "model", flags, environment, options.work / "servers", options.port

@@ -3,8 +3,8 @@
     python -m bench.gpu.rebalance_stall --out FOLDER            (all GPUs of this host, DeepEP)
     python -m bench.gpu.rebalance_stall --out FOLDER --cpu      (a smoke run on the CPU engine: its times mean nothing)
 
-All arms run side by side on the same GPUs and take turns, in every block each. A closed loop keeps N requests running;
-inter-token latency is measured on some of them that stream (all of them streaming would measure the client). Expert
+All arms run side by side on the same GPUs and take turns, in every block each. N requests decode together; inter-token
+latency is measured on some of them that stream (all of them streaming would measure the client). Expert
 weights are random, routing is replayed from the small trained model's test trace: skew and co-activation are real.
 Rebalances come every 100 passes, far more often than in production, and move layers however small the gain is.
 """
@@ -25,7 +25,7 @@ import numpy as np
 
 from bench.engine import cpu_environment
 from bench.environment import now, provenance
-from bench.gpu.flags import SHARED_MEMORY, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
+from bench.gpu.flags import SHARED_MEMORY, cpu_flags, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
 from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY
 from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
@@ -36,7 +36,7 @@ from bench.server import give_turn
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
-SIZES = MoeSizes(layers=6, hidden=4096, expert_width=1024, heads=32, kv_heads=4)  # six servers fit GPUs of 80 GB
+SIZES = MoeSizes(layers=6, hidden=4096, expert_width=1024, heads=32, kv_heads=2)  # six servers fit GPUs of 80 GB
 INTERVAL = 100
 NAMES = ("none", "sync", "async")
 VERIFIED = "verified"
@@ -47,12 +47,13 @@ CHUNK = 320
 
 @dataclass(frozen=True)
 class StallLoad:
-    """``concurrency`` requests at once, ``streams`` of them streaming and measured, in ``waves`` of equal length."""
+    """``concurrency`` requests at once, ``streams`` of them streaming and measured; the others, the background, begin a
+    second earlier and are longer. Nobody is admitted in between, so a pass that takes long is a stall."""
 
     concurrency: int
     streams: int
     output_tokens: int
-    waves: int
+    background_tokens: int
     input_tokens: int = 16
 
     @property
@@ -60,14 +61,14 @@ class StallLoad:
         return f"c{self.concurrency}"
 
     def measured(self) -> Load:
-        return Load(self.name, self.streams * self.waves, self.streams, self.input_tokens, self.output_tokens)
+        return Load(self.name, self.streams, self.streams, self.input_tokens, self.output_tokens)
 
     def background(self) -> Load:
-        """More waves, of requests that are three quarters as long and end one after another: the measured requests
-        begin a second later and end under full load, and no wave of admissions hides a stall."""
         rest = self.concurrency - self.streams
-        waves = rest * (self.waves + 2)
-        return Load(self.name, waves, rest, self.input_tokens, self.output_tokens, streams=False, shortest=0.5)
+        return Load(self.name, rest, rest, self.input_tokens, self.background_tokens, streams=False)
+
+    def shortened(self) -> StallLoad:
+        return replace(self, output_tokens=self.output_tokens // 4, background_tokens=self.background_tokens // 2)
 
 
 @dataclass(frozen=True)
@@ -101,35 +102,31 @@ class Setting:
 
 
 def gpu_setting(gpus: int, modes: Sequence[str]) -> Setting:
-    """Normal mode decodes without CUDA graphs, several times slower: its requests are shorter."""
-    tokens = {mode: 64 if mode == "normal" else 256 for mode in modes}
-    loads = {mode: tuple(StallLoad(c, 32, tokens[mode], 2) for c in (128, 512)) for mode in modes}
+    """Normal mode decodes without CUDA graphs, several times slower: its requests are shorter. The background covers
+    the second or two until the streams run, in passes of each mode and size."""
+    normal = (StallLoad(128, 32, 200, 320), StallLoad(512, 32, 200, 320))
+    graphs = (StallLoad(128, 32, 400, 900), StallLoad(512, 32, 400, 700))
+    loads = {mode: normal if mode == "normal" else graphs for mode in modes}
     return Setting(loads, gpus, REDUNDANT_PER_GPU * gpus, INTERVAL)
 
 
-CPU_SETTING = Setting({"cpu": (StallLoad(4, 2, 48, 2),)}, 2, 4, 20)
+CPU_SETTING = Setting({"cpu": (StallLoad(4, 2, 40, 80),)}, 2, 4, 20)
 
 
 def gpu_flags(gpus: int) -> list[str]:
     flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", "256"]
-    flags += [*SHARED_MEMORY, "--max-total-tokens", "100000"]
+    flags += [*SHARED_MEMORY, "--max-total-tokens", "190000"]
     flags += ["--max-running-requests", str(320 * gpus), "--chunked-prefill-size", str(CHUNK * gpus)]
     return [*flags, "--ep-forced-routing", REPLAY]
 
 
-def cpu_flags() -> list[str]:
-    flags = ["--device", "cpu", "--tp", "2", "--ep", "2", "--attention-backend", "torch_native", "--disable-cuda-graph"]
-    flags += ["--max-total-tokens", "8192", "--context-length", "2048", "--dtype", "float32"]
-    return [*flags, "--max-running-requests", "16", "--disable-radix-cache"]
-
-
 def order_of(setting: Setting, blocks: int) -> list[tuple[int, StallLoad, str]]:
-    """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up, with one wave of each."""
+    """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up, briefly."""
     rows = williams_rows(len(NAMES))
     found = []
     for mode, loads in setting.loads.items():
-        found += [(-1, replace(load, waves=1), f"{mode}-{name}") for load in loads for name in NAMES]
-    found += [(-1, replace(load, waves=1), VERIFIED) for load in loads]
+        found += [(-1, load.shortened(), f"{mode}-{name}") for load in loads for name in NAMES]
+    found += [(-1, load.shortened(), VERIFIED) for load in loads]
     for block in range(blocks):
         for mode, loads in setting.loads.items():
             for load in loads if block % 2 == 0 else loads[::-1]:
@@ -183,7 +180,7 @@ def _cell(
     load: StallLoad, port: int, model: Path, folder: Path, number: int, block: int,
     measured: ServingProcess, background: ServingProcess, seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """One arm under one load: latencies of the streams, throughput of the rest."""
+    """One arm under one load: latencies of the streams, and tokens/s of all while they run."""
     outputs = [folder / f"cell-{number:03}-{kind}.jsonl" for kind in ("measured", "background")]
     for path in outputs:
         path.unlink(missing_ok=True)
@@ -196,11 +193,12 @@ def _cell(
     of_streams, of_rest = (json.loads(path.read_text().splitlines()[-1]) for path in outputs)
     for path in outputs:
         path.unlink()
-    itl = 1000 * np.concatenate([np.asarray(values) for values in of_streams["itls"]])
+    streams = [1000 * np.asarray(values) for values in of_streams["itls"]]
     return {
         "completed": [of_streams["completed"], of_rest["completed"]],
-        "itl_ms": {name: round(float(value), 3) for name, value in spread(itl).items()},
-        "output_throughput": round(float(of_rest["output_throughput"]), 1),
+        "itl_ms": {name: round(float(value), 3) for name, value in spread(np.concatenate(streams)).items()},
+        # All requests get a token a pass, so the streams' pace is that of all of them.
+        "decode_throughput": round(float(load.concurrency * np.mean([1000 / itl.mean() for itl in streams])), 1),
     }
 
 

@@ -49,8 +49,7 @@ class ResidentArm:
 class Load:
     """One closed loop of sglang.bench_serving on random token ids; ``streams`` only where latencies are read.
 
-    A stream costs the client and the detokenizer a message a token, which hides the GPUs' throughput. ``shortest``:
-    lengths are uniform from this part of ``input_tokens`` and ``output_tokens`` on, so that requests end one by one.
+    A stream costs the client and the detokenizer a message a token, which hides the GPUs' throughput.
     """
 
     name: str
@@ -59,20 +58,12 @@ class Load:
     input_tokens: int
     output_tokens: int
     streams: bool = True
-    shortest: float = 1.0
 
     def arguments(self, model: Path, port: int, seed: int, out: Path) -> list[str]:
         arguments = ["--backend", "sglang", "--host", HOST, "--port", str(port), "--model", str(model)]
         arguments += ["--dataset-name", "random-ids", "--num-prompts", str(self.requests), "--tokenize-prompt"]
         arguments += ["--random-input-len", str(self.input_tokens), "--random-output-len", str(self.output_tokens)]
-        arguments += [
-            "--random-range-ratio",
-            str(self.shortest),
-            "--max-concurrency",
-            str(self.concurrency),
-            "--seed",
-            str(seed),
-        ]
+        arguments += ["--random-range-ratio", "1.0", "--max-concurrency", str(self.concurrency), "--seed", str(seed)]
         arguments += ["--warmup-requests", "0", "--disable-tqdm", "--output-file", str(out)]
         return arguments if self.streams else [*arguments, "--disable-stream"]
 

@@ -22,7 +22,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 METRICS = {
     "p99_itl": lambda cell: cell["itl_ms"]["p99"],
     "max_itl": lambda cell: cell["itl_ms"]["max"],
-    "throughput": lambda cell: cell["output_throughput"],
+    "throughput": lambda cell: cell["decode_throughput"],
 }
 
 

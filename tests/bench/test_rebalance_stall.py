@@ -2,7 +2,7 @@
 
 import json
 
-from bench.gpu.rebalance_stall import CPU_SETTING, StallLoad, gpu_setting, order_of
+from bench.gpu.rebalance_stall import CPU_SETTING, INTERVAL, StallLoad, gpu_flags, gpu_setting, order_of
 from bench.gpu.stall_report import entries, ratios, rounds, verification
 from bench.summary import parse_figures
 
@@ -25,19 +25,22 @@ def test_arms_differ_in_their_flags_only_by_what_is_compared() -> None:
     assert flags["cpu-async"] - flags["cpu-sync"] == ours
 
 
-def test_measured_requests_end_under_full_load() -> None:
-    load = StallLoad(128, 32, 256, 2)
-    measured, background = load.measured(), load.background()
+def test_streams_run_beside_longer_requests_and_all_fit_the_pool() -> None:
+    measured, background = (load := StallLoad(128, 32, 256, 400)).measured(), load.background()
     assert measured.streams and not background.streams
-    assert (measured.requests, measured.concurrency, background.concurrency) == (64, 32, 96)
-    shortest, longest = background.shortest * background.output_tokens, background.output_tokens
-    passes = background.requests / background.concurrency * (shortest + longest) / 2
-    assert passes >= 1.25 * measured.output_tokens * measured.requests / measured.concurrency
+    assert (measured.requests, background.requests) == (measured.concurrency, background.concurrency) == (32, 96)
+    flags = gpu_flags(2)
+    pool = int(flags[flags.index("--max-total-tokens") + 1])
+    for loads in gpu_setting(2, ["normal", "low_latency"]).loads.values():
+        for load in loads:
+            assert load.output_tokens < load.background_tokens
+            assert load.concurrency / 2 * (load.input_tokens + load.background_tokens) < pool
+            assert load.output_tokens >= 2 * INTERVAL  # at least one rebalance falls into it
 
 
 def cell(arm: str, block: int, p99: float, most: float, throughput: float) -> dict:
     itl = {"p50": 1.0, "p99": p99, "max": most}
-    return {"arm": arm, "load": "c4", "block": block, "itl_ms": itl, "output_throughput": throughput}
+    return {"arm": arm, "load": "c4", "block": block, "itl_ms": itl, "decode_throughput": throughput}
 
 
 def test_ratios_are_paired_by_block_and_leave_the_warm_up_out() -> None:

@@ -1,20 +1,13 @@
 """The stall comparison as a smoke check: the same three arms, client and figures as on GPUs, on the CPU engine."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from bench.engine import ROOT
 
 
-@pytest.mark.skipif(
-    "EPLB_AFFINITY_STALL_COMPARISON" not in os.environ,
-    reason="three servers at once need more than two cores: set EPLB_AFFINITY_STALL_COMPARISON=1 to run it",
-)
 def test_three_arms_side_by_side_under_load(tmp_path: Path, port: int) -> None:
     command = [sys.executable, "-m", "bench.gpu.rebalance_stall", "--cpu", "--out", str(tmp_path), "--blocks", "1"]
     done = subprocess.run([*command, "--port", str(port)], cwd=ROOT, capture_output=True, text=True, timeout=1200)
@@ -22,7 +15,7 @@ def test_three_arms_side_by_side_under_load(tmp_path: Path, port: int) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     measured = {cell["arm"]: cell for cell in result["cells"] if cell["block"] == 0}
     assert set(measured) == {"cpu-none", "cpu-sync", "cpu-async"}
-    assert all(cell["completed"] == [4, 6] for cell in measured.values())
+    assert all(cell["completed"] == [2, 2] for cell in measured.values())
     assert set(result["ratios_to_no_rebalancing"]) == {"cpu-sync c4", "cpu-async c4"}
     assert result["rounds"]["cpu-sync"]["upstream_rebalances"] >= 3
     rounds = result["rounds"]["cpu-async"]
