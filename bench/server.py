@@ -24,7 +24,11 @@ from bench.rebalance_log import LogSummary, parse_log
 HOST = "127.0.0.1"
 # Servers side by side are paused while another has its turn; their watchdogs must not take that for a hang.
 SIDE_BY_SIDE_FLAGS = ("--watchdog-timeout", "7200")
-SIDE_BY_SIDE_ENVIRONMENT = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "7200"}
+SIDE_BY_SIDE_ENVIRONMENT = {
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "7200",
+    # While others load, the GPUs' free memory differs; SGLang takes that for a stranger's process and does not start.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",
+}
 PORT_STEP = 25  # a server with data-parallel attention takes a dozen ports that follow from its first
 
 

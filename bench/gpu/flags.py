@@ -12,8 +12,6 @@ from types import FrameType
 # Servers that start beside each other: what one has not taken yet looks free to the others, so the pool is limited by
 # --max-total-tokens and not by a share of what is free.
 SHARED_MEMORY = ("--mem-fraction-static", "0.99")
-# While they load, the GPUs' free memory differs; SGLang takes that for somebody else's process and refuses to start.
-SHARED_ENVIRONMENT = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}
 HOLD_SECONDS = 300.0
 
 

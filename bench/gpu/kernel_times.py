@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,6 +208,35 @@ def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def entries(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Summary entries: the largest ratios of all sizes, and those of single rules."""
+    source = result["provenance"]
+    common = {
+        "kind": "measured",
+        **{key: source[key] for key in ("hardware", "versions", "commit")},
+        "date": result["date"],
+        "command": "python -m bench.gpu.kernel_times --out FILE",
+    }
+    to_upstream, to_empty = result["ratios"]["to_upstream"], result["ratios"]["to_empty_up_to_128_tokens"]
+    found = []
+
+    def add(name: str, value: float | None, unit: str) -> None:
+        if value is not None:
+            found.append({"name": name, "value": value, "lower": value, "upper": value, "unit": unit, **common})
+
+    everything = {(pair, mode): ratio for pair, modes in to_upstream.items() for mode, ratio in modes.items()}
+    pair, mode = max(everything, key=lambda key: everything[key] or 0)
+    where = f"{pair}, {'in a graph' if mode == 'graph' else 'launched one by one'}"
+    add("kernel.time_ratio_to_upstream.max", everything[pair, mode], f"ratio to SGLang's path, largest: {where}")
+    for mode, name in (("graph", "time"), ("eager", "eager_time")):
+        ratio = to_upstream["ours_static / upstream_static"][mode]
+        add(f"kernel.static.{name}_ratio_to_upstream.max", ratio, "ratio to SGLang's path (static), largest over sizes")
+    for rule in DISPATCH_RULES:
+        ratio = to_empty[f"ours_{rule}"]["graph"]
+        add(f"kernel.{rule}.time_ratio_to_empty.max", ratio, "ratio to an empty kernel in a graph, up to 128 tokens")
+    return found
+
+
 def sizes(only: Sequence[str] = ()) -> list[tuple[int, int, int]]:
     """(tokens, experts, top-k) to measure: all, or those given as TOKENS/EXPERTS/TOPK."""
     if not only:
@@ -285,6 +314,7 @@ def _write(cells: Sequence[dict[str, Any]], out: Path) -> None:
         "ratios": ratios(cells),
         "cells": cells,
     }
+    result["entries"] = entries(result)
     write_atomically(out, json.dumps(result, indent=1).encode())
 
 

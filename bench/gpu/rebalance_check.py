@@ -29,7 +29,7 @@ from bench.environment import now, provenance
 from bench.gpu.flags import SHARED_MEMORY, cpu_flags, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
 from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.resident import ResidentArm, ResidentServers
-from bench.gpu.stall_report import verification
+from bench.gpu.stall_report import rounds, verification
 from bench.server import Server, give_turn
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
@@ -147,6 +147,7 @@ def check(server: Server, rebalances: int, seconds: float) -> dict[str, Any]:
         "rebalances": len(log.rebalances),
         "results": sorted({rebalance.result for rebalance in log.rebalances}),
         "weights": verification(server.log_text()),
+        "rounds": rounds(server.log_text()),
         "askings": len(noise) + skipped,
         "noise_same_placement": summarize(noise),
         "difference_after_rebalances": summarize(moved),
@@ -197,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception as error:
                 result = {"error": str(error)}
             found[arm.name] = {"flags": list(arm.flags), **result, "passed": passed(result, options.rebalances)}
-            write_atomically(options.out, json.dumps(found, indent=1).encode())
-            print(json.dumps({arm.name: found[arm.name]}, indent=1), flush=True)
+            write_atomically(options.out, json.dumps(found, indent=1, default=float).encode())
+            print(json.dumps({arm.name: found[arm.name]}, indent=1, default=float), flush=True)
     return 0 if all(found[arm.name]["passed"] for arm in ARMS) else 1
 
 

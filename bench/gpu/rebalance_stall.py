@@ -89,10 +89,13 @@ class Setting:
         return ResidentArm(VERIFIED, arm.flags, {verify.ENVIRONMENT: "1"})
 
     def _arm(self, mode: str, name: str) -> ResidentArm:
+        """Without rebalancing the slots are as many, and replicas are chosen by the same rule: with redundant experts
+        there are more weights to read, which is not what rebalancing costs."""
         flags = [] if mode == "cpu" else ["--deepep-mode", mode]
+        flags += ["--ep-num-redundant-experts", str(self.redundant)]
+        flags += ["--ep-dispatch-algorithm", "dynamic" if mode == "cpu" else "static"]
         if name != "none":
-            flags += ["--enable-eplb", "--ep-num-redundant-experts", str(self.redundant)]
-            flags += ["--eplb-rebalance-num-iterations", str(self.interval)]
+            flags += ["--enable-eplb", "--eplb-rebalance-num-iterations", str(self.interval)]
             flags += ["--expert-distribution-recorder-buffer-size", str(self.interval)]
             flags += ["--eplb-algorithm", "deepseek" if name == "sync" else "affinity"]
         if name == "async":

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any
 
 from bench.engine import Engine
-from bench.gpu.flags import SHARED_ENVIRONMENT
 from bench.gpu.serving_process import ServingProcess
 from bench.process import last_error, scrub_file
 from bench.schedule import williams_rows
@@ -93,7 +92,7 @@ class ResidentServers:
         stagger_s: float = 0.0,
     ) -> None:
         self._model, self._folder = model, folder
-        self._environment = {**os.environ, **SIDE_BY_SIDE_ENVIRONMENT, **SHARED_ENVIRONMENT, **environment}
+        self._environment = {**os.environ, **SIDE_BY_SIDE_ENVIRONMENT, **environment}
         self.servers: dict[str, Server] = {}
         self.seconds_to_ready: dict[str, float] = {}
         self.failed: dict[str, str] = {}

@@ -3,6 +3,7 @@
 import pytest
 
 from bench.gpu import kernel_times, kernel_tuning
+from bench.summary import parse_figures
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.launch_shape import LaunchShape, default_shapes
@@ -30,6 +31,22 @@ def test_ratios_of_large_sizes_alone_say_nothing_about_small_ones() -> None:
     found = kernel_times.ratios([{"tokens": 8192, "us": us}])
     assert found["to_upstream"]["ours_static / upstream_static"]["graph"] == 0.25
     assert found["to_empty_up_to_128_tokens"]["ours_cover"]["graph"] is None
+
+
+def test_headline_figures_are_the_largest_ratios() -> None:
+    times = {"ours_dynamic": 1.0, "ours_static": 1.0, "ours_cover": 3.0, "empty": 1.0}
+    times |= {"upstream_dynamic": 10.0, "upstream_static": 5.0}
+    us = {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()}
+    source = {"hardware": "1 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
+    cells = [{"tokens": 16, "us": us}]
+    result = {"provenance": source, "date": "2026-01-01", "ratios": kernel_times.ratios(cells)}
+    found = {figure.name: figure for figure in parse_figures(kernel_times.entries(result), "test")}
+    assert found["kernel.time_ratio_to_upstream.max"].value == 0.3
+    assert "ours_cover" in found["kernel.time_ratio_to_upstream.max"].unit
+    assert found["kernel.static.eager_time_ratio_to_upstream.max"].value == 0.2
+    assert found["kernel.cover.time_ratio_to_empty.max"].value == 3.0
+    large = {**result, "ratios": kernel_times.ratios([{"tokens": 8192, "us": us}])}
+    assert not any("empty" in entry["name"] for entry in kernel_times.entries(large))
 
 
 def test_sizes_are_all_or_those_asked_for() -> None:

@@ -20,7 +20,11 @@ def test_every_arm_has_every_load_in_every_block_and_modes_stay_together() -> No
 
 def test_arms_differ_in_their_flags_only_by_what_is_compared() -> None:
     flags = {arm.name: set(arm.flags) for arm in CPU_SETTING.arms()}
-    assert not flags["cpu-none"]
+    assert not any("eplb" in flag for flag in flags["cpu-none"])
+    for mode in ("normal", "low_latency"):
+        arms = {arm.name: arm.flags for arm in gpu_setting(2, [mode]).arms()}
+        common = arms[f"{mode}-none"]
+        assert "--ep-num-redundant-experts" in common and all(arm[: len(common)] == common for arm in arms.values())
     ours = {"affinity", "--eplb-async", "--eplb-async-min-gain", "0", "--eplb-async-phase-limit", "3600"}
     assert flags["cpu-async"] - flags["cpu-sync"] == ours
 
