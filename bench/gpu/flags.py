@@ -28,6 +28,12 @@ def deepep_flags(gpus: int) -> list[str]:
     ]
 
 
+def decode_graphs(largest: int) -> list[str]:
+    """CUDA graphs of a few batch sizes: capturing all that SGLang would takes as long as measuring with them."""
+    sizes = [size for size in (1, 8, 32, 64, 128) if size < largest]
+    return ["--cuda-graph-bs-decode", *map(str, [*sizes, largest])]
+
+
 def cpu_flags() -> list[str]:
     """The CPU engine on two ranks: every comparison can be rehearsed where there is no GPU (its times mean nothing)."""
     flags = ["--device", "cpu", "--tp", "2", "--ep", "2", "--attention-backend", "torch_native", "--disable-cuda-graph"]

@@ -28,6 +28,7 @@ from bench.gpu import deepseek_shaped, random_moe
 from bench.gpu.flags import (
     SHARED_MEMORY,
     cpu_flags,
+    decode_graphs,
     deepep_flags,
     end_cleanly,
     gpu_gib,
@@ -116,7 +117,7 @@ def mode_flags(mode: str) -> tuple[str, ...]:
 def server_flags(gpus: int, concurrency: int) -> list[str]:
     """The pool and the batch are a little larger than a rank's share of the requests."""
     share = concurrency // gpus + 8
-    flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", str(share)]
+    flags = [*deepep_flags(gpus), "--load-format", "dummy", *decode_graphs(share)]
     flags += [*SHARED_MEMORY, "--max-total-tokens", str(share * sum(TOKENS)), "--stream-interval", "1"]
     return [*flags, "--max-running-requests", str(share * gpus), "--ep-forced-routing", "balanced"]
 

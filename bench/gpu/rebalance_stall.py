@@ -25,7 +25,16 @@ import numpy as np
 
 from bench.engine import cpu_environment
 from bench.environment import now, provenance
-from bench.gpu.flags import SHARED_MEMORY, cpu_flags, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
+from bench.gpu.flags import (
+    SHARED_MEMORY,
+    cpu_flags,
+    decode_graphs,
+    deepep_flags,
+    end_cleanly,
+    seconds_left,
+    timing_options,
+    wait_for,
+)
 from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY
 from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
@@ -117,7 +126,7 @@ CPU_SETTING = Setting({"cpu": (StallLoad(4, 2, 40, 80),)}, 2, 4, 20)
 
 
 def gpu_flags(gpus: int) -> list[str]:
-    flags = [*deepep_flags(gpus), "--load-format", "dummy", "--cuda-graph-max-bs-decode", "256"]
+    flags = [*deepep_flags(gpus), "--load-format", "dummy", *decode_graphs(256)]
     flags += [*SHARED_MEMORY, "--max-total-tokens", "190000"]
     flags += ["--max-running-requests", str(320 * gpus), "--chunked-prefill-size", str(CHUNK * gpus)]
     return [*flags, "--ep-forced-routing", REPLAY]

@@ -8,7 +8,7 @@ import pytest
 
 from bench.gpu import overhead
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
-from bench.gpu.flags import seconds_left, timing_options, wait_for
+from bench.gpu.flags import decode_graphs, seconds_left, timing_options, wait_for
 from bench.gpu.rebalance_check import differences, summarize, within_noise
 
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
@@ -50,6 +50,9 @@ def test_the_pool_holds_every_request_of_a_rank() -> None:
     flags = overhead.server_flags(2, 500)
     values = {name: int(flags[flags.index(name) + 1]) for name in ("--max-total-tokens", "--max-running-requests")}
     assert values["--max-total-tokens"] >= 250 * 1100 and values["--max-running-requests"] >= 500
+    at = flags.index("--cuda-graph-bs-decode") + 1
+    assert flags[at : at + 6] == ["1", "8", "32", "64", "128", "258"]
+    assert decode_graphs(60) == ["--cuda-graph-bs-decode", "1", "8", "32", "60"]
 
 
 def test_losses_are_paired_by_block() -> None:
