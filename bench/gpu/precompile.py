@@ -11,6 +11,7 @@ compiled there as ever. DeepGEMM's and Triton's kernels need a GPU; bench/gpu/me
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import sys
@@ -18,7 +19,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+
+from bench.engine import STAND_INS
 
 _FP8 = ("bfloat16", "float8_e4m3fn", 128)
 # Module below sglang.kernels.ops, function, arguments (`bf16` and the like are torch dtypes): of the models that
@@ -36,6 +40,7 @@ KERNELS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("quantization.per_token_group_quant", "_jit_module", (*_FP8, False, False, True, False, False, True)),
     ("quantization.per_token_group_quant", "_jit_module", (*_FP8, False, True, True, False, False, True)),
 )
+TOOLKIT = Path("/usr/local/cuda")
 ARCH = re.compile(r"(\d+)\.(\d)([af]?)")
 
 
@@ -43,6 +48,10 @@ def compile_kernel(number: int, arch: str | None) -> str:
     """One of KERNELS; returns its line."""
     import torch
 
+    if (
+        TOOLKIT.is_dir()
+    ):  # tvm-ffi would take the folder above whatever nvcc is first on PATH, and link with its library
+        os.environ.setdefault("CUDA_HOME", str(TOOLKIT))
     module, function, arguments = KERNELS[number]
     if arch:
         _pretend(arch)
@@ -51,7 +60,7 @@ def compile_kernel(number: int, arch: str | None) -> str:
     try:
         getattr(import_module(f"sglang.kernels.ops.{module}"), function)(*given)
         result = "compiled or there"
-    except Exception as error:  # compiled, but what it links may be missing where there is no GPU
+    except Exception as error:
         result = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return f"{function}{arguments}: {result}, {time.monotonic() - began:.1f} s"
 
@@ -74,8 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.arch is not None and not ARCH.fullmatch(options.arch):
         print(f"error: --arch {options.arch}: not MAJOR.MINOR with a or f behind it, such as 9.0a", file=sys.stderr)
         return 2
+    if find_spec("triton") is None:  # SGLang imports with what stands in for it and others on the CPU engine
+        sys.path.insert(0, str(STAND_INS))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH", "")]))
     count = len(KERNELS)
-    with ProcessPoolExecutor(min(options.jobs, count)) as pool:
+    with ProcessPoolExecutor(min(options.jobs, count), multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(compile_kernel, range(count), [options.arch] * count):
             print(line, flush=True)
     folder = Path(os.environ.get("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi")).expanduser()
