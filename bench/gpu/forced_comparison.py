@@ -50,7 +50,7 @@ class ForcedArm:
         return ResidentArm(self.name, tuple(flags))
 
 
-REPLAY = f"replay:{TEST}"
+REPLAY = f"replay:{TEST.relative_to(ROOT)}"  # servers run in the root of the checkout
 ARMS = (
     ForcedArm("recorded", REPLAY),
     ForcedArm("balanced", "balanced"),

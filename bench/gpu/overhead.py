@@ -8,6 +8,8 @@ is one set of servers with one model: DeepSeek-V3's layers in FP8 blocks, as man
 a Qwen3Moe (`small`). `small` also has our EPLB in auto mode, and compares its latencies with those of the two modes it
 is made of. Weights are random, so experts are chosen by `--ep-forced-routing balanced` in every arm: random routers
 would send all tokens to a few. `--groups cpu` rehearses all of it on the CPU engine; its figures mean nothing.
+
+Where FOLDER has results of the same servers on the same hardware, the new blocks are added to them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 from bench.engine import cpu_environment
 from bench.environment import now, provenance
 from bench.gpu import deepseek_shaped, random_moe
+from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
     SHARED_MEMORY,
     cpu_flags,
@@ -139,6 +142,16 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         random_moe.write_config(model, sizes)
     loads = group.loads(options.requests)
     arms_of = {load.name: arms for load, arms in loads.items()}
+    path = folder.parent / f"overhead-{group.name}.json"
+    identity = {
+        "group": group.name,
+        "hardware": provenance()["hardware"],
+        "model": asdict(sizes),
+        "loads": [asdict(load) for load in loads],
+        "flags": flags,
+        "arms": {arm.name: list(arm.flags) for arm in group.arms},
+    }
+    before = earlier(path, identity)
     log = folder / "servers" / "client.log"
     servers = ResidentServers(
         group.arms,
@@ -157,46 +170,56 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
             raise RuntimeError("; ".join(f"{name} did not start: {why}" for name, why in servers.failed.items()))
         wait_for(options.hold)
         began = time.monotonic()
-        rows = servers.run(list(loads), options.blocks, seconds_left(options), 0.5, arms_of, client)
+        blocks = range(first := before.get("blocks", 0), first + options.blocks)
+        rows = servers.run(list(loads), options.blocks, seconds_left(options), 0.5, arms_of, client, first)
         took = round(time.monotonic() - began, 1)
         rebalances = {name: len(server.summary().rebalances) for name, server in servers.servers.items()}
-        result = {
-            "group": group.name,
+        sitting = {
             "date": now(),
-            "model": asdict(sizes),
-            "loads": [asdict(load) for load in loads],
-            "flags": flags,
-            "arms": {arm.name: list(arm.flags) for arm in group.arms},
+            "commit": provenance()["commit"],
+            "blocks": [first, first + options.blocks],
             "seconds_to_ready": ready,
             "gpu_gib_used": {"ready": memory, "after": used_gib()},
             "seconds_of_load": took,
             "rebalances": rebalances,
-            "void": [
-                *incomplete(rows, list(loads)),
-                *(f"{name} rebalanced" for name, count in rebalances.items() if count),
-            ],
-            "unfinished": unfinished(rows, loads, options.blocks),
-            "values": {
-                load.name: {arm: {metric: by_block(rows, arm, load.name, metric) for metric in METRICS} for arm in arms}
-                for load, arms in loads.items()
-            },
+        }
+        void = [*incomplete(rows, list(loads)), *(f"{name} rebalanced" for name, count in rebalances.items() if count)]
+        result = {
+            **identity,
+            "date": sitting["date"],
+            "blocks": first + options.blocks,
+            "sittings": [*before.get("sittings", []), sitting],
+            "void": [*before.get("void", []), *void],
+            "unfinished": [*before.get("unfinished", []), *unfinished(rows, loads, blocks)],
+            "values": {load.name: values_of(rows, load.name, arms, before) for load, arms in loads.items()},
         }
         result = finish(result)
         # Before the servers are stopped, which takes a while, and time may be up.
-        path = folder.parent / f"overhead-{group.name}.json"
         write_atomically(path, json.dumps(result, indent=1).encode())
     return result
 
 
-def unfinished(rows: Sequence[Mapping[str, Any]], loads: Mapping[Load, Sequence[str]], blocks: int) -> list[str]:
+def values_of(
+    rows: Sequence[Mapping[str, Any]], load: str, arms: Sequence[str], before: Mapping[str, Any]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Each arm's metrics by block, those of earlier sittings first."""
+
+    def known(arm: str, metric: str) -> dict[int, float]:
+        found = before.get("values", {}).get(load, {}).get(arm, {}).get(metric, {})
+        return {int(block): value for block, value in found.items()}
+
+    return {arm: {m: {**known(arm, m), **by_block(rows, arm, load, m)} for m in METRICS} for arm in arms}
+
+
+def unfinished(rows: Sequence[Mapping[str, Any]], loads: Mapping[Load, Sequence[str]], blocks: range) -> list[str]:
     """Which arms did not get through all their blocks in the time given."""
     done = {(row["arm"], row["load"], row["block"]) for row in rows}
     found = []
     for load, arms in loads.items():
         for arm in arms:
-            missing = sum((arm, load.name, block) not in done for block in range(blocks))
+            missing = sum((arm, load.name, block) not in done for block in blocks)
             if missing:
-                found.append(f"{arm}, {load.name}: {missing} of {blocks} blocks not done in the time given")
+                found.append(f"{arm}, {load.name}: {missing} of {len(blocks)} blocks not done in the time given")
     return found
 
 
@@ -292,9 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed = True
             continue
         failed = failed or bool(result["void"])
-        shown = {
-            key: result.get(key) for key in ("void", "unfinished", "seconds_of_load", "throughput_loss_pct", "ratios")
-        }
+        shown = {key: result.get(key) for key in ("void", "unfinished", "throughput_loss_pct", "ratios")}
         print(f"{name}: {json.dumps(shown)}", flush=True)
     source = provenance()
     results = [json.loads(path.read_text()) for path in sorted(options.out.glob("overhead-*.json"))]

@@ -7,6 +7,8 @@ All arms run side by side on the same GPUs and take turns, in every block each. 
 latency is measured on some of them that stream (all of them streaming would measure the client). Expert
 weights are random, routing is replayed from the small trained model's test trace: skew and co-activation are real.
 Rebalances come every 100 passes, far more often than in production, and move layers however small the gain is.
+
+Where FOLDER has results of the same servers on the same hardware, the new blocks are added to them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 
 from bench.engine import cpu_environment
 from bench.environment import now, provenance
+from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
     SHARED_MEMORY,
     cpu_flags,
@@ -42,6 +45,7 @@ from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, spread, verification
 from bench.schedule import williams_rows
 from bench.server import give_turn
+from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
@@ -132,14 +136,14 @@ def gpu_flags(gpus: int) -> list[str]:
     return [*flags, "--ep-forced-routing", REPLAY]
 
 
-def order_of(setting: Setting, blocks: int) -> list[tuple[int, StallLoad, str]]:
+def order_of(setting: Setting, blocks: range) -> list[tuple[int, StallLoad, str]]:
     """(block, load, arm), arms in Williams order within a block and mode; block -1 warms up, briefly."""
     rows = williams_rows(len(NAMES))
     found = []
     for mode, loads in setting.loads.items():
         found += [(-1, load.shortened(), f"{mode}-{name}") for load in loads for name in NAMES]
     found += [(-1, load.shortened(), VERIFIED) for load in loads]
-    for block in range(blocks):
+    for block in blocks:
         for mode, loads in setting.loads.items():
             for load in loads if block % 2 == 0 else loads[::-1]:
                 found += [(block, load, f"{mode}-{NAMES[i]}") for i in rows[block % len(rows)]]
@@ -153,10 +157,12 @@ def run(
     flags: list[str],
     environment: dict[str, str],
     save: Callable[[Cells, dict[str, str], dict[str, str]], None],
+    cells: Cells,
 ) -> None:
-    """Measure everything; ``save`` gets the cells, the logs and the servers that failed, after every block."""
+    """Measure everything; ``save`` gets the cells, the logs and the servers that failed, after every block. ``cells``:
+    those of earlier sittings, to which this one adds."""
     folder: Path = options.out
-    cells: Cells = []
+    first = 1 + max((cell["block"] for cell in cells), default=-1)
     everything = {**os.environ, **environment}
     arms = [*setting.arms(), setting.verified()] if options.verify else setting.arms()
     with (
@@ -170,7 +176,7 @@ def run(
         measured.wait_until_ready(300)
         background.wait_until_ready(300)
         previous = -1
-        for number, (block, load, arm) in enumerate(order_of(setting, options.blocks)):
+        for number, (block, load, arm) in enumerate(order_of(setting, range(first, first + options.blocks))):
             left = deadline - time.monotonic()
             if arm not in servers.servers or left < 5:
                 continue
@@ -240,29 +246,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, environment = options.out / "model", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(CHUNK)}
         write_config(model, SIZES)
     source, command = provenance(), f"{name} --out FOLDER" + (" --cpu" if options.cpu else "")
-    result: dict[str, Any] = {}
+    identity = {
+        "command": command,
+        "hardware": source["hardware"],
+        "model": asdict(SIZES),
+        "flags": flags,
+        "arms": {arm.name: list(arm.flags) for arm in setting.arms()},
+        "loads": {mode: [asdict(load) for load in loads] for mode, loads in setting.loads.items()},
+    }
+    path = options.out / "result.json"
+    try:
+        before = earlier(path, identity)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {**identity, "sittings": [*before.get("sittings", []), {}]}
 
     def save(cells: Cells, logs: dict[str, str], failed: dict[str, str]) -> None:
-        result.update(
-            {
-                "provenance": source,
-                "date": now(),
-                "command": command,
-                "model": asdict(SIZES),
-                "flags": flags,
-                "arms": {arm.name: list(arm.flags) for arm in setting.arms()},
-                "loads": {mode: [asdict(load) for load in loads] for mode, loads in setting.loads.items()},
-                "failed_servers": failed,
-                "ratios_to_no_rebalancing": ratios(cells),
-                "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("-none")},
-                "verified": verification(logs.get(VERIFIED, "")),
-                "cells": cells,
-            }
-        )
+        sitting = {
+            "date": now(),
+            "commit": source["commit"],
+            "failed_servers": failed,
+            "rounds": {arm: rounds(log) for arm, log in logs.items() if not arm.endswith("-none")},
+            "verified": verification(logs.get(VERIFIED, "")),
+        }
+        result["sittings"][-1] = sitting
+        result.update(sitting, provenance=source, ratios_to_no_rebalancing=ratios(cells), cells=cells)
         result["entries"] = [] if options.cpu else entries(result)
-        write_atomically(options.out / "result.json", json.dumps(result, indent=1, default=float).encode())
+        write_atomically(path, json.dumps(result, indent=1, default=float).encode())
 
-    run(setting, options, model, flags, environment, save)
+    run(setting, options, model, flags, environment, save, [c for c in before.get("cells", []) if c["block"] >= 0])
     shown = {key: result[key] for key in ("ratios_to_no_rebalancing", "rounds", "verified")}
     print(json.dumps(shown, indent=1, default=float))
     return 1 if result["failed_servers"] or not result["cells"] or result["verified"]["wrong"] else 0

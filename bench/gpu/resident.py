@@ -142,15 +142,17 @@ class ResidentServers:
         warm_up: float = 0.25,
         arms_of: Mapping[str, Sequence[str]] | None = None,
         client: ServingProcess | None = None,
+        first_block: int = 0,
     ) -> list[dict[str, Any]]:
         """Every load on every arm, ``blocks`` times, arms in Williams order within a block.
 
         ``arms_of``: for loads that only some arms are to run, those arms, by the load's name. ``client``: a load
         generator that was started while the servers were; without one it starts now, which takes ten seconds.
+        ``first_block``: the number of the first, where an earlier sitting did others.
         Returns bench_serving's rows with ``arm``, ``load`` and ``block`` added; block -1 is the warm-up. What was not
         done after ``timeout_s`` is missing. Raises ServerFailed if the client could not run at all.
         """
-        order = self._order(list(loads), blocks, warm_up, arms_of)
+        order = self._order(list(loads), range(first_block, first_block + blocks), warm_up, arms_of)
         log = self._folder / "client.log"
         with ServingProcess(log, self._environment) if client is None else nullcontext(client) as client:
             results = self._run(order, timeout_s, client)
@@ -160,7 +162,7 @@ class ResidentServers:
         return results
 
     def _order(
-        self, loads: list[Load], blocks: int, warm_up: float, arms_of: Mapping[str, Sequence[str]] | None = None
+        self, loads: list[Load], blocks: range, warm_up: float, arms_of: Mapping[str, Sequence[str]] | None = None
     ) -> list[tuple[int, str, Load]]:
         only = arms_of or {}
         wanted = {load.name: [n for n in self.servers if n in only.get(load.name, self.servers)] for load in loads}
@@ -168,7 +170,7 @@ class ResidentServers:
         order = []
         if warm_up:
             order = [(-1, name, load.shortened(warm_up)) for load in loads for name in wanted[load.name]]
-        for block in range(blocks):
+        for block in blocks:
             for load in loads if block % 2 == 0 else loads[::-1]:
                 of_load = rows[load.name]
                 order += [(block, wanted[load.name][i], load) for i in of_load[block % len(of_load)]]

@@ -28,7 +28,7 @@ def servers(folder: Path, *names: str) -> ResidentServers:
 
 
 def test_each_arm_takes_each_place_equally_often(tmp_path: Path) -> None:
-    order = servers(tmp_path, "a", "b", "c", "d")._order(list(LOADS), 4, 0.5)
+    order = servers(tmp_path, "a", "b", "c", "d")._order(list(LOADS), range(4), 0.5)
     warm_up, measured = order[:8], order[8:]
     assert {step[0] for step in warm_up} == {-1} and len(measured) == 4 * 2 * 4
     assert all(load.requests == max(load.concurrency, 32 if load.name == "prefill" else 8) for *_, load in warm_up)

@@ -8,8 +8,10 @@ import pytest
 
 from bench.gpu import overhead
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
+from bench.gpu.earlier import earlier
 from bench.gpu.flags import decode_graphs, seconds_left, timing_options, wait_for
 from bench.gpu.rebalance_check import differences, summarize, within_noise
+from sglang_eplb_affinity.errors import InputError
 
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
 
@@ -90,8 +92,8 @@ def test_entries_of_modes_compare_auto_with_the_mode_it_should_beat() -> None:
 def test_arms_that_ran_out_of_time_are_named() -> None:
     (load, arms), *_ = overhead.GROUPS[0].loads(0).items()
     rows = [{"arm": arm, "load": load.name, "block": block} for arm in arms for block in (-1, 0, 1)]
-    assert overhead.unfinished(rows, {load: arms}, 2) == []
-    found = overhead.unfinished(rows[:-1], {load: arms}, 2)
+    assert overhead.unfinished(rows, {load: arms}, range(2)) == []
+    found = overhead.unfinished(rows[:-1], {load: arms}, range(2))
     assert found == ["ours-normal, normal: 1 of 2 blocks not done in the time given"]
 
 
@@ -139,3 +141,20 @@ def test_measuring_waits_for_its_file_and_ends_at_its_time(tmp_path, capsys) -> 
     wait_for(given.hold, 0)
     wait_for(None, 0)
     assert not capsys.readouterr().out
+
+
+def test_blocks_of_sittings_add_up() -> None:
+    before = {"values": {"normal": {"none-normal": {"total_throughput": {"0": 100.0, "1": 101.0}}}}}
+    rows = [{"arm": "none-normal", "load": "normal", "block": 2, **dict.fromkeys(overhead.METRICS, 7.0)}]
+    found = overhead.values_of(rows, "normal", ["none-normal"], before)["none-normal"]
+    assert found["total_throughput"] == {0: 100.0, 1: 101.0, 2: 7.0} and found["mean_ttft_ms"] == {2: 7.0}
+    assert overhead.values_of(rows, "normal", ["none-normal"], {})["none-normal"]["total_throughput"] == {2: 7.0}
+
+
+def test_sittings_on_other_hardware_do_not(tmp_path) -> None:
+    path = tmp_path / "overhead-small.json"
+    assert earlier(path, {"hardware": "2 x A"}) == {}
+    path.write_text(json.dumps({"hardware": "2 x A", "arms": {"none": ["--x"]}, "blocks": 3}))
+    assert earlier(path, {"hardware": "2 x A", "arms": {"none": ("--x",)}})["blocks"] == 3
+    with pytest.raises(InputError, match="another hardware than this sitting"):
+        earlier(path, {"hardware": "2 x B"})

@@ -9,7 +9,7 @@ from bench.summary import parse_figures
 
 def test_every_arm_has_every_load_in_every_block_and_modes_stay_together() -> None:
     setting = gpu_setting(2, ["normal", "auto"])
-    order = order_of(setting, 3)
+    order = order_of(setting, range(3))
     assert len(order) == (3 + 1) * 2 * 6 + 2  # and the verified arm, which only warms up
     for block in range(3):
         cells = [(load.name, arm) for b, load, arm in order if b == block]
