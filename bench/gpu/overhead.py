@@ -43,6 +43,7 @@ from bench.gpu.flags import (
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.gpu.serving_process import ServingProcess
 from bench.stats import Ratio, ratio_by_block
+from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 
 NEVER = ("--eplb-rebalance-num-iterations", "100000000", "--expert-distribution-recorder-buffer-size", "1000")
@@ -310,6 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in wanted:
         try:
             result = run_group(known[name], options.out / name, options)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         except Exception as error:
             print(f"{name}: failed: {error}", flush=True)
             failed = True
