@@ -17,7 +17,10 @@ def earlier(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text())
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"--out: {path} is not a result of this comparison ({error}); give another folder") from None
     for key, value in identity.items():
         if found.get(key) != json.loads(json.dumps(value)):
             raise InputError(f"--out: {path} has another {key} than this sitting; give another folder")

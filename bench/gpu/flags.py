@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from sglang_eplb_affinity.errors import InputError
+
 # Servers that start beside each other: what one has not taken yet looks free to the others, so the pool is limited by
 # --max-total-tokens and not by a share of what is free.
 SHARED_MEMORY = ("--mem-fraction-static", "0.99")
@@ -39,6 +41,17 @@ def cpu_flags() -> list[str]:
     flags = ["--device", "cpu", "--tp", "2", "--ep", "2", "--attention-backend", "torch_native", "--disable-cuda-graph"]
     flags += ["--max-total-tokens", "8192", "--context-length", "2048", "--dtype", "float32"]
     return [*flags, "--max-running-requests", "16", "--disable-radix-cache"]
+
+
+def need_gpus(program: str, gpus: int = 1) -> None:
+    """Raise InputError where there are fewer, or none is asked for."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if not found:
+        raise InputError(f"{program}: needs a CUDA GPU, but PyTorch sees none")
+    if not 0 < gpus <= found:
+        raise InputError(f"{program}: --gpus {gpus}, but this host has {found}")
 
 
 def gpu_gib() -> float:

@@ -24,6 +24,7 @@ import torch
 
 from bench.engine import ROOT
 from bench.environment import now, provenance
+from bench.gpu.flags import need_gpus
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
@@ -253,11 +254,6 @@ def sizes(only: Sequence[str] = ()) -> list[tuple[int, int, int]]:
     return found
 
 
-def need_cuda(program: str) -> None:
-    if not torch.cuda.is_available():
-        raise InputError(f"{program}: needs a CUDA GPU, but PyTorch sees none")
-
-
 def measure_sizes(wanted: Sequence[tuple[int, int, int]], out: Path, gpus: int) -> list[dict[str, Any]]:
     """Cells of all sizes; with several GPUs each measures the sizes of some numbers of experts, in its own process."""
     kinds = sorted({experts for _, experts, _ in wanted})
@@ -290,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         wanted = sizes(options.only)
-        need_cuda("bench.gpu.kernel_times")
+        need_gpus("bench.gpu.kernel_times", options.gpus)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

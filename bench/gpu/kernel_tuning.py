@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from bench.environment import now, provenance
-from bench.gpu.kernel_times import LAYERS, TOKENS, Cell, empty_kernel, measure_graph, need_cuda
+from bench.gpu.flags import need_gpus
+from bench.gpu.kernel_times import LAYERS, TOKENS, Cell, empty_kernel, measure_graph
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import write_atomically
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = []
     try:
-        need_cuda("bench.gpu.kernel_tuning")
+        need_gpus("bench.gpu.kernel_tuning")
         with torch.inference_mode():
             for tokens in TOKENS:
                 cell = Cell(tokens, options.experts, options.top_k)

@@ -55,7 +55,7 @@ run_step() { # NAME FILE: begin measuring when FILE is there (at once if it is e
         check) bounded python3 -m bench.gpu.rebalance_check --out "$work/check.json" --gpus "$gpus" \
             --work "$work/check" --seconds "${CHECK_SECONDS:-60}" --end-at $end_at --port $port "${hold[@]}" ;;
         stall) bounded python3 -m bench.gpu.rebalance_stall --out "$work/stall" --gpus "$gpus" \
-            --end-at $end_at --blocks "${STALL_BLOCKS:-3}" --port $port ${STALL_OPTIONS:-} ;;
+            --end-at $end_at --blocks "${STALL_BLOCKS:-3}" --port $port "${hold[@]}" ${STALL_OPTIONS:-} ;;
         *) bounded python3 -m bench.gpu.overhead --out "$work/overhead" --groups "$1" --gpus "$gpus" \
             --seconds "$each" --end-at $end_at --blocks "$blocks" --port $port "${hold[@]}" ${SERVE_OPTIONS:-} ;;
     esac

@@ -35,6 +35,7 @@ from bench.gpu.flags import (
     deepep_flags,
     end_cleanly,
     gpu_gib,
+    need_gpus,
     seconds_left,
     timing_options,
     used_gib,
@@ -153,6 +154,9 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         "arms": {arm.name: list(arm.flags) for arm in group.arms},
     }
     before = earlier(path, identity)
+    if before.get("void"):
+        print(f"{path}: {before['void'][0]}; its blocks do not count and are measured again", flush=True)
+        before = {}
     log = folder / "servers" / "client.log"
     servers = ResidentServers(
         group.arms,
@@ -190,7 +194,7 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
             "date": sitting["date"],
             "blocks": first + options.blocks,
             "sittings": [*before.get("sittings", []), sitting],
-            "void": [*before.get("void", []), *void],
+            "void": void,
             "unfinished": [*before.get("unfinished", []), *unfinished(rows, loads, blocks)],
             "values": {load.name: values_of(rows, load.name, arms, before) for load, arms in loads.items()},
         }
@@ -310,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         try:
+            if known[name] != CPU:
+                need_gpus("bench.gpu.overhead", options.gpus)
             result = run_group(known[name], options.out / name, options)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)

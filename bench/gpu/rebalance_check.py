@@ -26,11 +26,21 @@ import numpy as np
 
 from bench.engine import cpu_environment
 from bench.environment import now, provenance
-from bench.gpu.flags import SHARED_MEMORY, cpu_flags, deepep_flags, end_cleanly, seconds_left, timing_options, wait_for
+from bench.gpu.flags import (
+    SHARED_MEMORY,
+    cpu_flags,
+    deepep_flags,
+    end_cleanly,
+    need_gpus,
+    seconds_left,
+    timing_options,
+    wait_for,
+)
 from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import rounds, verification
 from bench.server import Server, give_turn
+from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
@@ -178,6 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/rebalance-check"), help="model and logs")
     parser.add_argument("--port", type=int, default=31900)
     options = parser.parse_args(arguments)
+    try:
+        if not options.cpu:
+            need_gpus("bench.gpu.rebalance_check", options.gpus)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     end_cleanly()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     build(options.work / "model", CPU_SIZES if options.cpu else SIZES, "cpu" if options.cpu else "cuda")

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from bench.gpu import overhead
+from bench.gpu import kernel_times, overhead, rebalance_check, rebalance_stall
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
 from bench.gpu.earlier import earlier
-from bench.gpu.flags import decode_graphs, seconds_left, timing_options, wait_for
+from bench.gpu.flags import decode_graphs, need_gpus, seconds_left, timing_options, wait_for
 from bench.gpu.rebalance_check import differences, summarize, within_noise
 from sglang_eplb_affinity.errors import InputError
 
@@ -158,3 +158,30 @@ def test_sittings_on_other_hardware_do_not(tmp_path) -> None:
     assert earlier(path, {"hardware": "2 x A", "arms": {"none": ("--x",)}})["blocks"] == 3
     with pytest.raises(InputError, match="another hardware than this sitting"):
         earlier(path, {"hardware": "2 x B"})
+    path.write_text("cut sho")
+    with pytest.raises(InputError, match="is not a result of this comparison"):
+        earlier(path, {})
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (overhead.main, ["--groups", "small"]),
+        (rebalance_check.main, []),
+        (kernel_times.main, []),
+        (rebalance_stall.main, ["--gpus", "1"]),
+    ],
+)
+def test_too_few_gpus_are_one_line_and_exit_code_2(main, arguments, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(["--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and ("GPU" in error or "--gpus" in error)
+
+
+def test_more_gpus_than_there_are_is_named(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    need_gpus("x", 2)
+    for gpus in (0, 3):
+        with pytest.raises(InputError, match=f"--gpus {gpus}, but this host has 2"):
+            need_gpus("x", gpus)
