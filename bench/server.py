@@ -29,6 +29,9 @@ SIDE_BY_SIDE_ENVIRONMENT = {
     # While others load, the GPUs' free memory differs; SGLang takes that for a stranger's process and does not start.
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",
 }
+# What a server still does after its last answer (a pass that was launched ahead, the rest of a rebalance) is over by
+# then. Paused in the middle of a collective, its kernel on one GPU would wait for its peer, and keep that GPU busy.
+SETTLE_SECONDS = 0.4
 PORT_STEP = 25  # a server with data-parallel attention takes a dozen ports that follow from its first
 
 
@@ -79,6 +82,7 @@ class Server:
     ready_timeout_s: float
     followers: Sequence[Sequence[str]] = ()  # commands that start its other hosts
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    paused: bool = field(default=False, init=False)
     log_start: int = field(default=0, init=False)
     _following: list[subprocess.Popen[bytes]] = field(default_factory=list, init=False)
 
@@ -122,14 +126,21 @@ class Server:
         """Stop its processes, if all of them are on this host; it keeps its memory."""
         if self.process is not None and not self.followers:
             pause_group(self.process)
+            self.paused = True
 
     def resume(self) -> None:
         if self.process is not None:
             resume_group(self.process)
+            self.paused = False
 
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+    @property
+    def ended(self) -> bool:
+        """It was started, and is over without having been stopped."""
+        return self.process is not None and self.process.poll() is not None
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.ready_timeout_s
@@ -174,11 +185,13 @@ def give_turn(servers: Mapping[str, Server], name: str) -> None:
     """Let one of the servers beside each other run and pause the others.
 
     An idle SGLang server launches no kernel, but its schedulers poll: a core each, which is a lot for a server whose
-    passes wait for the CPU.
+    passes wait for the CPU. ``name`` of none of them: all are paused.
     """
-    for other, server in servers.items():
-        if other != name:
-            server.pause()
+    others = [server for other, server in servers.items() if other != name and not server.paused]
+    if others:
+        time.sleep(SETTLE_SECONDS)
+    for server in others:
+        server.pause()
     if name in servers:
         servers[name].resume()
 

@@ -43,6 +43,7 @@ from bench.gpu.flags import (
 )
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.gpu.serving_process import ServingProcess
+from bench.server import give_turn
 from bench.stats import Ratio, ratio_by_block
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
@@ -95,15 +96,15 @@ class Group:
             for mode in self.modes
         }
         if self.latencies:
-            found[Load("latency", 128, 64, *TOKENS)] = [f"ours-{mode}" for mode in MODES]
+            found[Load("latency", 64, 64, *TOKENS)] = [f"ours-{mode}" for mode in MODES]
         return found
 
 
 GROUPS = (
     Group("large.normal", (3, 5), ("normal",), requests=1000, concurrency=500),
     # Prefill goes through the small low-latency buffer there and takes most of the time.
-    Group("large.low_latency", (2, 4), ("low_latency",), requests=500, concurrency=250),
-    Group("small", None, ("normal", "low_latency"), requests=256, concurrency=128, latencies=True),
+    Group("large.low_latency", (2, 4), ("low_latency",), requests=256, concurrency=256),
+    Group("small", None, ("normal", "low_latency"), requests=128, concurrency=128, latencies=True),
 )
 
 
@@ -173,6 +174,8 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         print(f"{group.name}: ready {ready} failed {servers.failed or 'none'}, GPUs hold {memory} GiB", flush=True)
         if servers.failed:  # a comparison needs all arms, and device time is dear
             raise RuntimeError("; ".join(f"{name} did not start: {why}" for name, why in servers.failed.items()))
+        if options.hold:
+            give_turn(servers.servers, "")  # not beside what is measured before
         wait_for(options.hold)
         began = time.monotonic()
         blocks = range(first := before.get("blocks", 0), first + options.blocks)

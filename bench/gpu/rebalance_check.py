@@ -46,8 +46,8 @@ from sglang_eplb_affinity.rebalance import verify
 
 SIZES = MoeSizes(layers=4)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 160, 4
-# Passes between rebalances: three times what two askings take, so that most pairs are of one placement.
-ITERATIONS = 120
+# Passes between rebalances: twice what two askings take, so that every other pair is of one placement.
+ITERATIONS = 80
 INTERVAL = ("--eplb-rebalance-num-iterations", str(ITERATIONS))
 CPU_SIZES = MoeSizes(layers=3, hidden=64, expert_width=32, heads=2, kv_heads=1, head_dim=32)
 ASYNC = ("--eplb-async", "--eplb-async-min-gain", "0", "--eplb-async-phase-limit", "3600")

@@ -171,6 +171,8 @@ def run(
         ResidentServers(arms, model, flags, environment, folder / "servers", options.port) as servers,
     ):
         print(f"ready {servers.seconds_to_ready} failed: {servers.failed or 'none'}", flush=True)
+        if options.hold:
+            give_turn(servers.servers, "")  # not beside what is measured before
         wait_for(options.hold)
         deadline = time.monotonic() + seconds_left(options)
         measured.wait_until_ready(300)

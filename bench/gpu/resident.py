@@ -74,7 +74,8 @@ class Load:
 class ResidentServers:
     """All arms of a comparison, started at the same time; use as a context manager.
 
-    An arm whose server does not start is left out and named in ``failed``; with none left, ServerFailed is raised.
+    An arm whose server does not start is tried once more when the others are there; if it fails again it is left out
+    and named in ``failed``; with none left, ServerFailed is raised.
     ``flags`` are common to all arms and must leave memory for them: limit the pool with --max-total-tokens and let
     --mem-fraction-static be high, because a starting server takes what others use for memory that is gone. Large dummy
     weights take some GB more while they are drawn; ``stagger_s`` between two starts keeps these peaks apart.
@@ -108,6 +109,10 @@ class ResidentServers:
     def __enter__(self) -> ResidentServers:
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(self._start, list(self.servers), range(len(self.servers))))
+        if len(self.failed) < len(self.servers):
+            for name in list(self.failed):
+                print(f"{name}: {self.failed.pop(name)}; started again", flush=True)
+                self._start(name, 0)
         for name in self.failed:
             del self.servers[name]
         for server in self.servers.values():
@@ -201,6 +206,8 @@ class ResidentServers:
                 print(f"{name} {load.name} block {block}: {time.monotonic() - began:.1f} s", flush=True)
             except (RuntimeError, OSError) as error:
                 print(f"{name} {load.name} block {block}: {error}", flush=True)
+                if self.servers[name].ended:  # without one arm there is nothing to compare with
+                    break
             out.unlink(missing_ok=True)
         return results
 

@@ -12,7 +12,7 @@ from bench.deepep import cases
 from bench.deepep.summary import local_to_spread
 from bench.gpu.forced_comparison import ARMS, entries, gains, loads, main, write_maps
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
-from bench.server import ServerFailed
+from bench.server import Server, ServerFailed
 from bench.summary import parse_figures
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
@@ -52,30 +52,55 @@ def test_a_comparison_without_any_server_says_why(tmp_path: Path, monkeypatch: p
         pass
 
 
+def test_a_server_that_fails_beside_others_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: Counter[str] = Counter()
+
+    def start(server: Server) -> Server:
+        starts[server.log.stem] += 1
+        if (server.log.stem == "server-b" and starts["server-b"] < 2) or server.log.stem == "server-c":
+            raise ServerFailed("out of memory")
+        return server
+
+    monkeypatch.setattr(Server, "__enter__", start)
+    with servers(tmp_path, "a", "b", "c") as started:
+        assert list(started.servers) == ["a", "b"] and started.failed == {"c": "out of memory"}
+    assert starts == {"server-a": 1, "server-b": 2, "server-c": 2}
+
+
+def test_nothing_goes_on_without_a_server_that_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient(tmp_path / "log", None)
+    group = servers(tmp_path, "a", "b")
+    monkeypatch.setattr(Server, "ended", property(lambda server: server.log.stem == "server-b"))
+    assert [row["arm"] for row in group.run(LOADS[:1], 3, timeout_s=60, warm_up=0, client=client)] == ["a"]  # type: ignore[arg-type]
+
+
+class FakeClient:
+    """The second load fails."""
+
+    def __init__(self, log: Path, environment: object) -> None:
+        self.begun, self.log = 0, log
+
+    def __enter__(self) -> FakeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_until_ready(self, seconds: float) -> None: ...
+
+    def begin(self, arguments: list[str]) -> None:
+        self.begun += 1
+        if self.begun != 2:
+            Path(arguments[arguments.index("--output-file") + 1]).write_text(json.dumps({"completed": self.begun}))
+
+    def wait(self, seconds: float) -> None:
+        if self.begun == 2:
+            raise RuntimeError("failed")
+
+
 def test_a_load_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bench.gpu.resident as resident
 
-    class Client:
-        def __init__(self, log: Path, environment: object) -> None:
-            self.begun, self.log = 0, log
-
-        def __enter__(self) -> Client:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def wait_until_ready(self, seconds: float) -> None: ...
-
-        def begin(self, arguments: list[str]) -> None:
-            self.begun += 1
-            if self.begun != 2:
-                Path(arguments[arguments.index("--output-file") + 1]).write_text(json.dumps({"completed": self.begun}))
-
-        def wait(self, seconds: float) -> None:
-            if self.begun == 2:
-                raise RuntimeError("failed")
-
-    monkeypatch.setattr(resident, "ServingProcess", Client)
+    monkeypatch.setattr(resident, "ServingProcess", FakeClient)
     rows = servers(tmp_path, "a", "b").run(LOADS, 1, timeout_s=60, warm_up=0)
     assert [(row["arm"], row["load"], row["completed"]) for row in rows] == [
         ("a", "prefill", 1),
