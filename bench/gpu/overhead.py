@@ -59,6 +59,9 @@ SMALL = random_moe.MoeSizes(hidden=2048, layers=8)
 TOKENS = (1000, 100)  # in and out
 # Tokens that a rank may dispatch at once in low-latency mode; DeepEP's buffer grows with it.
 LOW_LATENCY_TOKENS = 256
+# Triton's MLA decode holds float32 results [requests, heads, splits, 512], with as many splits as the longest context
+# could use: for DeepSeek's 160k tokens 64 MB a request.
+CONTEXT = ("--context-length", "1280", "--triton-attention-split-tile-size", "160")  # 8 splits
 STAGGER_SECONDS = 10.0  # between two starts of the large model
 METRICS = ("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
 
@@ -123,7 +126,7 @@ def mode_flags(mode: str) -> tuple[str, ...]:
 def server_flags(gpus: int, concurrency: int) -> list[str]:
     """The pool and the batch are a little larger than a rank's share of the requests."""
     share = concurrency // gpus + 8
-    flags = [*deepep_flags(gpus), "--load-format", "dummy", *decode_graphs(share)]
+    flags = [*deepep_flags(gpus), "--load-format", "dummy", *decode_graphs(share), *CONTEXT]
     flags += [*SHARED_MEMORY, "--max-total-tokens", str(share * sum(TOKENS)), "--stream-interval", "1"]
     return [*flags, "--max-running-requests", str(share * gpus), "--ep-forced-routing", "balanced"]
 

@@ -4,13 +4,16 @@ import argparse
 import json
 import time
 
+import numpy as np
 import pytest
 
 from bench.gpu import kernel_times, overhead, rebalance_check, rebalance_stall
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import decode_graphs, need_gpus, seconds_left, timing_options, wait_for
-from bench.gpu.rebalance_check import differences, summarize, within_noise
+from bench.gpu.random_moe import build
+from bench.gpu.rebalance_check import CPU_SIZES, Answer, differences, summarize, within_noise
+from bench.gpu.reference import Reference
 from sglang_eplb_affinity.errors import InputError
 
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
@@ -44,7 +47,7 @@ def test_the_large_model_is_loaded_as_in_vllms_protocol_and_as_deep_as_fits() ->
     for group in overhead.GROUPS[:2]:
         ((load, _),) = group.loads(0).items()
         assert (load.input_tokens, load.output_tokens, load.streams) == (1000, 100, False)
-        assert load.requests == 2 * load.concurrency
+        assert load.requests % load.concurrency == 0  # whole waves
         assert 0 < group.layers_on(79.2) < group.layers_on(139.8)
 
 
@@ -110,16 +113,34 @@ def test_the_deepseek_shape_is_readable_by_transformers(tmp_path) -> None:
 
 
 def test_differences_stop_where_decoded_tokens_part() -> None:
-    import numpy as np
+    a = Answer(np.array([[1.0, 2.0]]), [[7, 8, 9]], np.array([[0.5, 0.5, 0.1]]))
+    b = Answer(np.array([[1.0, 2.5]]), [[7, 3, 9]], np.array([[0.25, 0.5, 0.1]]))
+    found = differences(a, b)
+    assert found["prefill"].tolist() == [0.0, 0.5] and found["decode"].tolist() == [0.25]
+    assert summarize([found, found])["prefill"] == {"values": 4, "mean": 0.25, "p99": 0.5, "max": 0.5}
 
-    a = (np.array([[1.0, 2.0]]), [[(0.5, 7), (0.5, 8), (0.1, 9)]])
-    b = (np.array([[1.0, 2.5]]), [[(0.25, 7), (0.5, 3), (0.1, 9)]])
-    assert differences(a, b) == {"prefill": [0.0, 0.5], "decode": [0.25]}
-    small, large = summarize([differences(a, b)]), summarize([differences(a, b)])
-    result = {"noise_same_placement": small, "difference_after_rebalances": large}
-    assert within_noise(result)
-    large["prefill"]["mean"] *= 2
-    assert not within_noise(result)
+
+@pytest.mark.parametrize(
+    ("after", "fault", "right"), [(0.01, 0.05, True), (0.014, 0.05, False), (0.01, 0.011, False)], ids=str
+)
+def test_errors_may_not_grow_and_a_fault_must_show(after, fault, right) -> None:
+    def of(mean: float) -> dict[str, dict[str, float]]:
+        return {"prefill": {"mean": mean}, "decode": {"mean": 0.01}}
+
+    result = {"error_before_rebalances": of(0.01), "error_after_rebalances": of(after)}
+    assert within_noise({**result, "error_with_two_experts_of_a_layer_exchanged": of(fault)}) is right
+
+
+def test_the_reference_sees_two_experts_exchanged(tmp_path) -> None:
+    build(tmp_path, CPU_SIZES, "cpu")
+    reference = Reference(tmp_path, "cpu")
+    sequences = np.random.default_rng(0).integers(10, 4096, (4, 40)).tolist()
+    right = reference.logprobs(sequences)
+    assert right.shape == (4, 39) and (right < 0).all()
+    with reference.swapped(1, 0, 1):
+        assert np.abs(reference.logprobs(sequences) - right).mean() > 1e-3
+    assert (reference.logprobs(sequences[:2]) == right[:2]).all()
+    assert np.allclose(Reference(tmp_path, "cpu").logprobs(sequences[2:]), right[2:])
 
 
 @pytest.mark.parametrize("mode", ["normal", "low_latency", "auto"])
