@@ -57,8 +57,8 @@ EPLB: dict[str, tuple[str, ...]] = {
 MODES = ("normal", "low_latency", "auto")
 SMALL = random_moe.MoeSizes(hidden=2048, layers=8)
 TOKENS = (1000, 100)  # in and out
-# Tokens that a rank may dispatch at once in low-latency mode; DeepEP's buffer grows with it.
-LOW_LATENCY_TOKENS = 256
+# Tokens that a rank may dispatch at once in low-latency mode; DeepEP's buffer and the experts' outputs grow with it.
+LOW_LATENCY_TOKENS = 128
 # Triton's MLA decode holds float32 results [requests, heads, splits, 512], with as many splits as the longest context
 # could use: for DeepSeek's 160k tokens 64 MB a request.
 CONTEXT = ("--context-length", "1280", "--triton-attention-split-tile-size", "160")  # 8 splits
@@ -106,7 +106,7 @@ class Group:
 GROUPS = (
     Group("large.normal", (3, 5), ("normal",), requests=1000, concurrency=500),
     # Prefill goes through the small low-latency buffer there and takes most of the time.
-    Group("large.low_latency", (2, 4), ("low_latency",), requests=256, concurrency=256),
+    Group("large.low_latency", (2, 4), ("low_latency",), requests=200, concurrency=200),
     Group("small", None, ("normal", "low_latency"), requests=128, concurrency=128, latencies=True),
 )
 

@@ -206,3 +206,10 @@ def test_more_gpus_than_there_are_is_named(monkeypatch) -> None:
     for gpus in (0, 3):
         with pytest.raises(InputError, match=f"--gpus {gpus}, but this host has 2"):
             need_gpus("x", gpus)
+
+
+def test_a_ranks_share_of_decoding_fits_the_low_latency_buffer() -> None:
+    for group in overhead.GROUPS:
+        if "low_latency" in group.modes:
+            flags = overhead.server_flags(2, group.concurrency)
+            assert int(flags[flags.index("--max-running-requests") + 1]) // 2 <= overhead.LOW_LATENCY_TOKENS
