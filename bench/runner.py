@@ -137,6 +137,10 @@ class Runner:
         began = time.monotonic()
         with ThreadPoolExecutor(len(sitting.arms)) as pool:
             list(pool.map(start, sitting.arms))
+        if len(arms.failed) < len(arms.servers):  # beside others one may have been short of memory for a moment
+            for name in list(arms.failed):
+                self.progress.say(f"{ARMS[name].title}: {arms.failed.pop(name)}; started again")
+                start(name)
         arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}
         self.progress.say(f"{sitting.name}: {len(arms.servers)} ready after {time.monotonic() - began:.0f} s")
         return arms

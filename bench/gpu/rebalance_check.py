@@ -234,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build(options.work / "model", CPU_SIZES if options.cpu else SIZES, device)
     flags = server_flags(options.gpus, options.cpu)
     environment = cpu_environment(2) if options.cpu else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
-    found: dict[str, Any] = {"date": now(), "provenance": provenance(), "flags": flags}
+    command = "python -m bench.gpu.rebalance_check --out FILE.json" + (" --cpu" if options.cpu else "")
+    found: dict[str, Any] = {"date": now(), "command": command, "provenance": provenance(), "flags": flags}
     with ResidentServers(
         ARMS, options.work / "model", flags, environment, options.work / "servers", options.port
     ) as servers:

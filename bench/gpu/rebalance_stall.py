@@ -42,7 +42,7 @@ from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY
 from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
-from bench.gpu.stall_report import entries, ratios, rounds, spread, verification
+from bench.gpu.stall_report import entries, ratios, rounds, settled, spread, verification
 from bench.schedule import williams_rows
 from bench.server import give_turn
 from sglang_eplb_affinity.errors import InputError
@@ -120,8 +120,8 @@ class Setting:
 def gpu_setting(gpus: int, modes: Sequence[str]) -> Setting:
     """Normal mode decodes without CUDA graphs, several times slower: its requests are shorter. The background covers
     the second or two until the streams run, in passes of each mode and size."""
-    normal = (StallLoad(128, 32, 200, 320), StallLoad(512, 32, 200, 320))
-    graphs = (StallLoad(128, 32, 400, 900), StallLoad(512, 32, 400, 700))
+    normal = (StallLoad(128, 32, 200, 270), StallLoad(512, 32, 200, 270))
+    graphs = (StallLoad(128, 32, 400, 700), StallLoad(512, 32, 400, 600))
     loads = {mode: normal if mode == "normal" else graphs for mode in modes}
     return Setting(loads, gpus, REDUNDANT_PER_GPU * gpus, INTERVAL)
 
@@ -213,7 +213,7 @@ def _cell(
     of_streams, of_rest = (json.loads(path.read_text().splitlines()[-1]) for path in outputs)
     for path in outputs:
         path.unlink()
-    streams = [1000 * np.asarray(values) for values in of_streams["itls"]]
+    streams = [settled(1000 * np.asarray(values)) for values in of_streams["itls"]]
     return {
         "completed": [of_streams["completed"], of_rest["completed"]],
         "itl_ms": {name: round(float(value), 3) for name, value in spread(np.concatenate(streams)).items()},

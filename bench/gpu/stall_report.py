@@ -15,6 +15,15 @@ _ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})")
 _UPSTREAM = re.compile(r"TP0.*\[EPLBManager\] rebalance end time=([\d.]+)s")
 
 
+# While the streams are admitted, passes that prefill the later ones hold up the first.
+ADMISSION_MS = 500.0
+
+
+def settled(itl_ms: np.ndarray) -> np.ndarray:
+    """One stream's inter-token latencies without its first half second, or first quarter if it is short."""
+    return itl_ms[np.cumsum(itl_ms) > min(ADMISSION_MS, itl_ms.sum() / 4)]
+
+
 def spread(values: np.ndarray) -> dict[str, float]:
     return {"p50": np.percentile(values, 50), "p99": np.percentile(values, 99), "max": values.max()}
 

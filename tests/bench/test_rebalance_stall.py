@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
+
 from bench.gpu.rebalance_stall import CPU_SETTING, INTERVAL, StallLoad, gpu_flags, gpu_setting, order_of
-from bench.gpu.stall_report import entries, ratios, rounds, verification
+from bench.gpu.stall_report import entries, ratios, rounds, settled, verification
 from bench.summary import parse_figures
 
 
@@ -45,6 +47,12 @@ def test_streams_run_beside_longer_requests_and_all_fit_the_pool() -> None:
 def cell(arm: str, block: int, p99: float, most: float, throughput: float) -> dict:
     itl = {"p50": 1.0, "p99": p99, "max": most}
     return {"arm": arm, "load": "c4", "block": block, "itl_ms": itl, "decode_throughput": throughput}
+
+
+def test_latencies_of_a_streams_first_half_second_do_not_count() -> None:
+    assert settled(np.full(200, 10.0)).size == 150
+    assert settled(np.array([400.0, 90.0, 20.0, 30.0, 2000.0])).tolist() == [20.0, 30.0, 2000.0]
+    assert settled(np.full(8, 10.0)).size == 6
 
 
 def test_ratios_are_paired_by_block_and_leave_the_warm_up_out() -> None:
