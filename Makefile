@@ -61,7 +61,7 @@ report: setup  ## build table, notebook and page of a run again
 	@$(PYTHON) -m bench report $(ARGS)
 
 test: apply lint  ## all tests that need no GPU
-	@$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-matrix: apply  ## the server tests in every combination (about an hour on 2 cores)
 	@EPLB_AFFINITY_FULL_MATRIX=1 $(PYTHON) -m pytest tests/server/test_outputs.py $(ARGS)

@@ -23,7 +23,7 @@ TEXT = (
     "one two three four five six seven eight nine ten hello world expert parallel load balancing in mixture of models"
 )
 WORDS = (TEXT + " the quick brown fox jumps over a lazy dog").split(" ")
-OUTPUT_TOKENS = 64
+OUTPUT_TOKENS = 48
 NUM_PROMPTS = 28
 
 
