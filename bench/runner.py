@@ -24,6 +24,7 @@ from bench.server import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
     Server,
+    ServerEnded,
     ServerFailed,
     commands_of_hosts,
     free_port,
@@ -127,18 +128,22 @@ class Runner:
         titles = ", ".join(ARMS[name].title for name in sitting.arms)
         self.progress.say(f"{sitting.name}: starting {'servers' if together else 'the server'} ({titles})")
 
+        ended: list[str] = []
+
         def start(name: str) -> None:
             try:
                 arms.servers[name].__enter__()
             except (ServerFailed, OSError) as error:
                 arms.failed[name] = str(error)
+                if isinstance(error, ServerEnded):
+                    ended.append(name)
 
         stack.callback(_stop_all, list(arms.servers.values()))
         began = time.monotonic()
         with ThreadPoolExecutor(len(sitting.arms)) as pool:
             list(pool.map(start, sitting.arms))
-        if len(arms.failed) < len(arms.servers):  # beside others one may have been short of memory for a moment
-            for name in list(arms.failed):
+        if len(arms.failed) < len(arms.servers):
+            for name in tuple(ended):
                 self.progress.say(f"{ARMS[name].title}: {arms.failed.pop(name)}; started again")
                 start(name)
         arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}

@@ -39,6 +39,10 @@ class ServerFailed(RuntimeError):
     """The server ended or was not ready in time; the message is the one line that says why."""
 
 
+class ServerEnded(ServerFailed):
+    """It ended while it started. Beside others one may have been short of memory for a moment."""
+
+
 def server_command(config: ServerConfig, arm: Arm, model: str, place: int = 0) -> list[str]:
     """The command of one arm. Arms differ only in ``arm.flags`` and, if they use EPLB, ``config.eplb_flags``.
 
@@ -98,6 +102,7 @@ class Server:
             except OSError:
                 raise ServerFailed(f"port {self.port} is in use; choose another with --port") from None
         self.log_start = self.log.stat().st_size if self.log.is_file() else 0
+        self.paused = False
         self.process = start_group(self.command, self.log, self.engine.environment)
         try:
             for number, follower in enumerate(self.followers, 1):
@@ -146,7 +151,7 @@ class Server:
         deadline = time.monotonic() + self.ready_timeout_s
         while time.monotonic() < deadline:
             if not self.alive:
-                raise ServerFailed(f"server ended while starting: {last_error(self.log, 'its log is empty')}")
+                raise ServerEnded(f"server ended while starting: {last_error(self.log, 'its log is empty')}")
             if self.healthy():
                 return
             time.sleep(0.5)

@@ -29,6 +29,7 @@ from bench.server import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
     Server,
+    ServerEnded,
     ServerFailed,
     free_port,
     give_turn,
@@ -74,8 +75,8 @@ class Load:
 class ResidentServers:
     """All arms of a comparison, started at the same time; use as a context manager.
 
-    An arm whose server does not start is tried once more when the others are there; if it fails again it is left out
-    and named in ``failed``; with none left, ServerFailed is raised.
+    An arm whose server ends while it starts is tried once more when the others are there. One that does not start is
+    left out and named in ``failed``; with none left, ServerFailed is raised.
     ``flags`` are common to all arms and must leave memory for them: limit the pool with --max-total-tokens and let
     --mem-fraction-static be high, because a starting server takes what others use for memory that is gone. Large dummy
     weights take some GB more while they are drawn; ``stagger_s`` between two starts keeps these peaks apart.
@@ -108,9 +109,9 @@ class ResidentServers:
 
     def __enter__(self) -> ResidentServers:
         with ThreadPoolExecutor(len(self.servers)) as pool:
-            list(pool.map(self._start, list(self.servers), range(len(self.servers))))
+            ended = list(pool.map(self._start, list(self.servers), range(len(self.servers))))
         if len(self.failed) < len(self.servers):
-            for name in list(self.failed):
+            for name in [name for name, again in zip(self.servers, ended, strict=True) if again]:
                 print(f"{name}: {self.failed.pop(name)}; started again", flush=True)
                 self._start(name, 0)
         for name in self.failed:
@@ -126,7 +127,8 @@ class ResidentServers:
             list(pool.map(Server.stop, self.servers.values()))
         self._stack.close()
 
-    def _start(self, name: str, place: int) -> None:
+    def _start(self, name: str, place: int) -> bool:
+        """Whether it ended, which may be worth another try."""
         time.sleep(place * self._stagger_s)
         started = time.monotonic()
         try:
@@ -134,6 +136,8 @@ class ResidentServers:
             self.seconds_to_ready[name] = round(time.monotonic() - started, 1)
         except Exception as error:
             self.failed[name] = str(error)
+            return isinstance(error, ServerEnded)
+        return False
 
     def logs(self) -> dict[str, str]:
         """What the servers have logged so far."""

@@ -12,7 +12,7 @@ from bench.deepep import cases
 from bench.deepep.summary import local_to_spread
 from bench.gpu.forced_comparison import ARMS, entries, gains, loads, main, write_maps
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
-from bench.server import Server, ServerFailed
+from bench.server import Server, ServerEnded, ServerFailed
 from bench.summary import parse_figures
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
@@ -58,13 +58,15 @@ def test_a_server_that_fails_beside_others_is_started_again(tmp_path: Path, monk
     def start(server: Server) -> Server:
         starts[server.log.stem] += 1
         if (server.log.stem == "server-b" and starts["server-b"] < 2) or server.log.stem == "server-c":
-            raise ServerFailed("out of memory")
+            raise ServerEnded("out of memory")
+        if server.log.stem == "server-d":  # took all its time: it would take it again
+            raise ServerFailed("not ready")
         return server
 
     monkeypatch.setattr(Server, "__enter__", start)
-    with servers(tmp_path, "a", "b", "c") as started:
-        assert list(started.servers) == ["a", "b"] and started.failed == {"c": "out of memory"}
-    assert starts == {"server-a": 1, "server-b": 2, "server-c": 2}
+    with servers(tmp_path, "a", "b", "c", "d") as started:
+        assert list(started.servers) == ["a", "b"] and started.failed == {"c": "out of memory", "d": "not ready"}
+    assert starts == {"server-a": 1, "server-b": 2, "server-c": 2, "server-d": 1}
 
 
 def test_nothing_goes_on_without_a_server_that_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
