@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from bench.engine import ROOT, cpu_environment
@@ -83,6 +85,15 @@ class RunningServer:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(one, prompts))
 
+    def generate_until(self, done: Callable[[], bool], count: int, seconds: float = 240) -> None:
+        """Batches of ``count`` prompts until ``done``, at least one: rounds beside serving take what time they take."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self.generate(prompts(count))
+            if done():
+                return
+            assert time.monotonic() < deadline, f"not seen within {seconds:.0f} s: {last_error(self.log, 'no log')}"
+
 
 def prompts(count: int, seed: int = 0) -> list[str]:
     """Word salads of 5 to 60 words; the mix of words drifts, so that the best placement does too."""
@@ -112,7 +123,7 @@ def serve(
     command += ["--host", "127.0.0.1", "--port", str(port), "--attention-backend", "torch_native"]
     command += ["--disable-cuda-graph", "--max-total-tokens", "8192", "--context-length", "2048", "--dtype", "float32"]
     command += ["--max-running-requests", "16", "--disable-radix-cache", "--random-seed", "1", *flags]
-    env = {**os.environ, **cpu_environment(ranks), **environment}
+    env = {**os.environ, **cpu_environment(ranks), "SGLANG_DISABLED_MODEL_ARCHS": _other_models(), **environment}
     env["PYTHONPATH"] = os.pathsep.join([*python_path, env["PYTHONPATH"]])
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -124,6 +135,14 @@ def serve(
         yield server
     finally:
         stop_group(process, 1)
+
+
+@cache
+def _other_models() -> str:
+    """SGLang's model files but those of the tests' models: each rank would import all of them, for 2 s of a core."""
+    (package,) = importlib.util.find_spec("sglang").submodule_search_locations or ()
+    names = {path.stem for path in Path(package, "srt", "models").glob("*.py")}
+    return ",".join(sorted(names - {"qwen3_moe", "deepseek_v2"}))
 
 
 def _wait_until_ready(server: RunningServer, seconds: float) -> None:

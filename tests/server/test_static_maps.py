@@ -39,7 +39,7 @@ def recorded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             case = RECORDING[model]
             flags = [*case.flags, "--eplb-record-map", str(path), "--enable-metrics"]
             with serve(models / model, flags, folder / "log", port=free_port(), ranks=2) as server:
-                server.generate(prompts(COUNT))
+                server.generate_until(lambda: len(lines(server.log, "rebalance")) >= 2 and path.is_file(), COUNT)
                 with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
                     (folder / "metrics").write_bytes(response.read())
             files[model] = path

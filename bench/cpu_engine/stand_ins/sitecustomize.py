@@ -14,7 +14,7 @@ if _sglang is not None and importlib.util.find_spec("triton") is None:
 
 
 def _fork_from_a_process_that_has_imported_sglang() -> None:
-    """SGLang spawns each process anew, and importing it takes each some 10 s of a core; a fork server imports once.
+    """SGLang spawns each process anew, and importing it takes each some 10 s of a core; a fork server needs no import.
 
     Only on the CPU: a process that has touched CUDA can't be forked.
     """
@@ -24,8 +24,10 @@ def _fork_from_a_process_that_has_imported_sglang() -> None:
 
     def with_fork_server(method, force=False):
         if method == "spawn":
+            import sglang_cpu_engine_fork
+
+            sglang_cpu_engine_fork.install()
             method = "forkserver"
-            multiprocessing.set_forkserver_preload(["sglang_cpu_engine_preload"])
         set_start_method(method, force)
 
     multiprocessing.set_start_method = with_fork_server
