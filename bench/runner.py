@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,19 +18,16 @@ from bench.probe import DUMP_FOLDER_VARIABLE, Placement, ProbeFailed, probe_plac
 from bench.record import Measured, record_cell
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey, Sitting
-from bench.server import (
-    PORT_STEP,
+from bench.server import PORT_STEP, Server, commands_of_hosts, server_command
+from bench.sharegpt import Turn
+from bench.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
-    Server,
-    ServerEnded,
-    ServerFailed,
-    commands_of_hosts,
     free_port,
     give_turn,
-    server_command,
+    start_together,
+    stop_together,
 )
-from bench.sharegpt import Turn
 from bench.sitting import Budget, Preparation, measure_cell, warm_up_server
 from bench.store import CellRecord
 from bench.workload import Workload
@@ -128,24 +124,9 @@ class Runner:
         titles = ", ".join(ARMS[name].title for name in sitting.arms)
         self.progress.say(f"{sitting.name}: starting {'servers' if together else 'the server'} ({titles})")
 
-        ended: list[str] = []
-
-        def start(name: str) -> None:
-            try:
-                arms.servers[name].__enter__()
-            except (ServerFailed, OSError) as error:
-                arms.failed[name] = str(error)
-                if isinstance(error, ServerEnded):
-                    ended.append(name)
-
-        stack.callback(_stop_all, list(arms.servers.values()))
+        stack.callback(stop_together, list(arms.servers.values()))
         began = time.monotonic()
-        with ThreadPoolExecutor(len(sitting.arms)) as pool:
-            list(pool.map(start, sitting.arms))
-        if len(arms.failed) < len(arms.servers):
-            for name in tuple(ended):
-                self.progress.say(f"{ARMS[name].title}: {arms.failed.pop(name)}; started again")
-                start(name)
+        arms.failed = start_together(arms.servers, self.progress.say).failed
         arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}
         self.progress.say(f"{sitting.name}: {len(arms.servers)} ready after {time.monotonic() - began:.0f} s")
         return arms
@@ -184,8 +165,3 @@ class Runner:
         record = record_cell(measured, result, self.plan, self.folder, server, start, others)
         self.folder.store.append(record)
         self.progress.cell(record)
-
-
-def _stop_all(servers: list[Server]) -> None:
-    with ThreadPoolExecutor(len(servers)) as pool:
-        list(pool.map(lambda server: server.stop(), servers))

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,16 +22,6 @@ from bench.profile import ServerConfig
 from bench.rebalance_log import LogSummary, parse_log
 
 HOST = "127.0.0.1"
-# Servers side by side are paused while another has its turn; their watchdogs must not take that for a hang.
-SIDE_BY_SIDE_FLAGS = ("--watchdog-timeout", "7200")
-SIDE_BY_SIDE_ENVIRONMENT = {
-    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "7200",
-    # While others load, the GPUs' free memory differs; SGLang takes that for a stranger's process and does not start.
-    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",
-}
-# What a server still does after its last answer (a pass that was launched ahead, the rest of a rebalance) is over by
-# then. Paused in the middle of a collective, its kernel on one GPU would wait for its peer, and keep that GPU busy.
-SETTLE_SECONDS = 0.4
 PORT_STEP = 25  # a server with data-parallel attention takes a dozen ports that follow from its first
 
 
@@ -184,24 +174,3 @@ class Server:
     def summary(self, start: int | None = None) -> LogSummary:
         """Rebalances since byte ``start`` of the log; None: since this server was started."""
         return parse_log(self.log_text(start))
-
-
-def give_turn(servers: Mapping[str, Server], name: str) -> None:
-    """Let one of the servers beside each other run and pause the others.
-
-    An idle SGLang server launches no kernel, but its schedulers poll: a core each, which is a lot for a server whose
-    passes wait for the CPU. ``name`` of none of them: all are paused.
-    """
-    others = [server for other, server in servers.items() if other != name and not server.paused]
-    if others:
-        time.sleep(SETTLE_SECONDS)
-    for server in others:
-        server.pause()
-    if name in servers:
-        servers[name].resume()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

@@ -43,7 +43,7 @@ from bench.gpu.flags import (
 )
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.gpu.serving_process import ServingProcess
-from bench.server import give_turn
+from bench.side_by_side import give_turn
 from bench.stats import Ratio, ratio_by_block
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically

@@ -43,7 +43,8 @@ from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.reference import Reference
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import rounds, verification
-from bench.server import Server, give_turn
+from bench.server import Server
+from bench.side_by_side import give_turn
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify

@@ -44,7 +44,7 @@ from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, settled, spread, verification
 from bench.schedule import williams_rows
-from bench.server import give_turn
+from bench.side_by_side import give_turn
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify

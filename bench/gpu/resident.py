@@ -12,9 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,16 +23,14 @@ from bench.engine import Engine
 from bench.gpu.serving_process import ServingProcess
 from bench.process import last_error, scrub_file
 from bench.schedule import williams_rows
-from bench.server import (
-    HOST,
-    PORT_STEP,
+from bench.server import HOST, PORT_STEP, Server, ServerFailed
+from bench.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
-    Server,
-    ServerEnded,
-    ServerFailed,
     free_port,
     give_turn,
+    start_together,
+    stop_together,
 )
 
 
@@ -98,7 +96,7 @@ class ResidentServers:
         self.servers: dict[str, Server] = {}
         self.seconds_to_ready: dict[str, float] = {}
         self.failed: dict[str, str] = {}
-        self._stack, self._stagger_s = ExitStack(), stagger_s
+        self._stagger_s = stagger_s
         folder.mkdir(parents=True, exist_ok=True)
         for number, arm in enumerate(arms):
             at = port + PORT_STEP * number
@@ -108,36 +106,16 @@ class ResidentServers:
             self.servers[arm.name] = Server(command, engine, folder / f"server-{arm.name}.log", at, ready_timeout_s)
 
     def __enter__(self) -> ResidentServers:
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            ended = list(pool.map(self._start, list(self.servers), range(len(self.servers))))
-        if len(self.failed) < len(self.servers):
-            for name in [name for name, again in zip(self.servers, ended, strict=True) if again]:
-                print(f"{name}: {self.failed.pop(name)}; started again", flush=True)
-                self._start(name, 0)
+        started = start_together(self.servers, partial(print, flush=True), self._stagger_s)
+        self.seconds_to_ready, self.failed = started.seconds_to_ready, started.failed
         for name in self.failed:
             del self.servers[name]
-        for server in self.servers.values():
-            self._stack.callback(server.stop)
         if not self.servers:
             raise ServerFailed("; ".join(f"{name}: {why}" for name, why in self.failed.items()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            list(pool.map(Server.stop, self.servers.values()))
-        self._stack.close()
-
-    def _start(self, name: str, place: int) -> bool:
-        """Whether it ended, which may be worth another try."""
-        time.sleep(place * self._stagger_s)
-        started = time.monotonic()
-        try:
-            self.servers[name].__enter__()
-            self.seconds_to_ready[name] = round(time.monotonic() - started, 1)
-        except Exception as error:
-            self.failed[name] = str(error)
-            return isinstance(error, ServerEnded)
-        return False
+        stop_together(self.servers.values())
 
     def logs(self) -> dict[str, str]:
         """What the servers have logged so far."""
