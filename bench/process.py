@@ -10,8 +10,22 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from bench.engine import ROOT
+
+
+class Process(Protocol):
+    """What stopping needs of subprocess.Popen; it leads its process group."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 def start_group(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -29,7 +43,7 @@ def start_group(command: Sequence[str], log: Path, environment: Mapping[str, str
         )
 
 
-def stop_group(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
+def stop_group(process: Process, patience_s: float = 10.0) -> None:
     """Ask the leader to end and take its workers along; then kill whatever is left of the group."""
     if process.poll() is None:
         process.terminate()
@@ -42,12 +56,12 @@ def stop_group(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> No
         time.sleep(0.05)
 
 
-def pause_group(process: subprocess.Popen[bytes]) -> None:
+def pause_group(process: Process) -> None:
     """Stop all processes of the group where they are, until :func:`resume_group`."""
     _signal_group(process.pid, signal.SIGSTOP)
 
 
-def resume_group(process: subprocess.Popen[bytes]) -> None:
+def resume_group(process: Process) -> None:
     _signal_group(process.pid, signal.SIGCONT)
 
 

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 
 from bench.engine import ROOT, cpu_environment
-from bench.process import last_error, stop_group
+from bench.process import Process, last_error, stop_group
 from bench.rebalance_log import LogSummary, parse_log
+from tests.server.warm_start import WarmServer
 
 TEXT = (
     "one two three four five six seven eight nine ten hello world expert parallel load balancing in mixture of models"
@@ -63,7 +64,7 @@ class ServerCase:
 class RunningServer:
     url: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: Process
 
     def rebalances(self) -> LogSummary:
         return parse_log(self.log.read_text(errors="replace"))
@@ -118,17 +119,22 @@ def serve(
     cwd: Path = ROOT,
     **environment: str,
 ) -> Iterator[RunningServer]:
-    """A server that is ready inside the context; its log is kept."""
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--attention-backend", "torch_native"]
-    command += ["--disable-cuda-graph", "--max-total-tokens", "8192", "--context-length", "2048", "--dtype", "float32"]
-    command += ["--max-running-requests", "16", "--disable-radix-cache", "--random-seed", "1", *flags]
+    """A server that is ready inside the context; its log is kept. With ``python_path`` its interpreter is a new one."""
+    arguments = ["--model-path", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--attention-backend", "torch_native", "--disable-cuda-graph", "--dtype", "float32"]
+    arguments += ["--max-total-tokens", "8192", "--context-length", "2048", "--max-running-requests", "16"]
+    arguments += ["--disable-radix-cache", "--random-seed", "1", *flags]
     env = {**os.environ, **cpu_environment(ranks), "SGLANG_DISABLED_MODEL_ARCHS": _other_models(), **environment}
     env["PYTHONPATH"] = os.pathsep.join([*python_path, env["PYTHONPATH"]])
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
-        )
+    process: Process
+    if python_path:
+        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
+            )
+    else:
+        process = WarmServer(arguments, log, env, cwd)
     server = RunningServer(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait_until_ready(server, 480)  # half a minute on a quiet machine
