@@ -25,11 +25,13 @@ $(READY): $(REQUIREMENTS) pyproject.toml
 	  { echo "error: BOOTSTRAP_PYTHON=$(BOOTSTRAP_PYTHON) must be Python 3.10 to 3.13 (SGLang 0.5.17's wheels)" >&2; exit 2; }
 	test -x $(VENV)/bin/python || $(BOOTSTRAP_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77,<82" wheel
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt \
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile torch==2.13.0
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c requirements/constraints.txt \
 	  -r requirements/cpu.txt -r requirements/dev.txt
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c requirements/constraints.txt \
-	  -r requirements/cpu-nodeps.txt
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps \
+	  -c requirements/constraints.txt -r requirements/cpu-nodeps.txt
+	@# On all cores, which pip does not use; a few packages carry files that do not compile.
+	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $(READY)
 
 setup: $(if $(OWN),$(READY))  ## build .venv with SGLang's CPU engine (only if no other PYTHON is given)

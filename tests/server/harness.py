@@ -26,8 +26,8 @@ TEXT = (
     "one two three four five six seven eight nine ten hello world expert parallel load balancing in mixture of models"
 )
 WORDS = (TEXT + " the quick brown fox jumps over a lazy dog").split(" ")
-OUTPUT_TOKENS = 48
-NUM_PROMPTS = 28
+OUTPUT_TOKENS = 64
+NUM_PROMPTS = 14
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ServerCase:
     redundant: int = 0
     dp_attention: bool = False
     algorithm: str | None = None
-    iterations: int = 16
+    iterations: int = 10
     extra: tuple[str, ...] = ()
 
     @property

@@ -27,8 +27,8 @@ PAIRWISE = [
     ("dsv3", 4, 4, False, "affinity"),
 ]
 ALL = list(itertools.product(MODELS, (2, 4), (0, 4), (False, True), ("deepseek", "affinity")))
-# Replicas by `cover`, and a recorder that leaves out passes: 5 of each 16 are recorded.
-SAMPLED = ("--expert-affinity-record-every", "2", "--expert-affinity-record-last-passes", "10")
+# Replicas by `cover`, and a recorder that leaves out passes: 3 of each 10 are recorded.
+SAMPLED = ("--expert-affinity-record-every", "2", "--expert-affinity-record-last-passes", "6")
 COVER = ServerCase("qwen3moe", 2, 4, False, "affinity", extra=("--ep-dispatch-algorithm", "cover", *SAMPLED))
 CASES = [ServerCase(*case) for case in (ALL if os.environ.get("EPLB_AFFINITY_FULL_MATRIX") else PAIRWISE)] + [COVER]
 

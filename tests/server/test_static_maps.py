@@ -16,10 +16,8 @@ from sglang_eplb_affinity.interchange import load_map, save_map
 from sglang_eplb_affinity.rebalance.map_file import origin_of
 from sglang_eplb_affinity.topology import Topology
 from tests.server.conftest import free_port
-from tests.server.harness import ServerCase, prompts, serve
+from tests.server.harness import NUM_PROMPTS, ServerCase, prompts, serve
 
-# Shorter than the references' prompts, which come in the same order.
-COUNT = 14
 REDUNDANT = 4
 RECORDING = {
     "qwen3moe": ServerCase("qwen3moe", algorithm="affinity", redundant=REDUNDANT, extra=("--eplb-async",)),
@@ -39,7 +37,7 @@ def recorded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             case = RECORDING[model]
             flags = [*case.flags, "--eplb-record-map", str(path), "--enable-metrics"]
             with serve(models / model, flags, folder / "log", port=free_port(), ranks=2) as server:
-                server.generate_until(lambda: len(lines(server.log, "rebalance")) >= 2 and path.is_file(), COUNT)
+                server.generate_until(lambda: len(lines(server.log, "rebalance")) >= 2 and path.is_file(), NUM_PROMPTS)
                 with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
                     (folder / "metrics").write_bytes(response.read())
             files[model] = path
@@ -119,10 +117,10 @@ def test_loaded_without_eplb(recorded, reference, models: Path, tmp_path: Path, 
     dumps = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(tmp_path)}
     with serve(models / "qwen3moe", flags, tmp_path / "log", port=port, ranks=2, **dumps) as server:
         server.post("/start_expert_distribution_record")
-        outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
+        outputs = [result["output_ids"] for result in server.generate(prompts(NUM_PROMPTS))]
         server.post("/dump_expert_distribution_record")
         loaded, measured = lines(server.log, "map")
-    assert outputs == expected[:COUNT]
+    assert outputs == expected
     origin = origin_of(json.loads(path.read_text()), load_map(path, num_experts=16), "map")
     assert origin is not None and origin.recorded is not None
     assert loaded["event"] == "loaded" and loaded["source"] == str(path)
@@ -138,10 +136,10 @@ def test_loaded_with_eplb_which_goes_on_from_it(recorded, reference, models: Pat
     case = ServerCase("dsv3", dp_attention=True, algorithm="affinity", redundant=REDUNDANT,
                       extra=("--init-expert-location", str(path)))  # fmt: skip
     with serve(models / "dsv3", case.flags, tmp_path / "log", port=port, ranks=2) as server:
-        outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
+        outputs = [result["output_ids"] for result in server.generate(prompts(NUM_PROMPTS))]
         rounds = lines(server.log, "rebalance")
         loaded, measured = lines(server.log, "map")
-    assert outputs == expected[:COUNT]
+    assert outputs == expected
     assert loaded["relocated_experts"] > 0 and any(line["moved_experts"] for line in rounds)
     # The first round found the loaded map in force, with all replicas.
     assert measured["balancedness_loaded"] == rounds[0]["balancedness_before"]
@@ -158,7 +156,7 @@ def test_vllm_ascend_map_of_a_model_with_dense_layers(
     flags = ["--tp", "2", "--ep", "2", "--dp", "2", "--enable-dp-attention", "--ep-num-redundant-experts"]
     flags += [str(REDUNDANT), "--init-expert-location", str(path)]
     with serve(models / "dsv3", flags, tmp_path / "log", port=port, ranks=2) as server:
-        outputs = [result["output_ids"] for result in server.generate(prompts(28)[:COUNT])]
+        outputs = [result["output_ids"] for result in server.generate(prompts(NUM_PROMPTS))]
         (loaded,) = lines(server.log, "map")
-    assert outputs == expected[:COUNT]
+    assert outputs == expected
     assert loaded["relocated_layers"] > 0 and loaded["source"] == str(path)
