@@ -12,13 +12,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.environment import now, provenance
+from bench.output_paths import result_file
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.forced_routing import ForcedRouting
@@ -109,7 +109,7 @@ def measure(layers: int, experts: int, top_k: int, gpus: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.forced_routing", description=__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="result file (JSON)")
+    parser.add_argument("--out", required=True, type=result_file, help="result file (JSON)")
     parser.add_argument("--layers", type=int, default=58)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=8)

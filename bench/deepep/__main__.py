@@ -79,6 +79,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--iterations must be at least 4, --repeats and --warm-up at least 1")
     if not Path(settings["out"]).absolute().parent.is_dir():
         raise InputError(f"--out: the folder of {settings['out']} does not exist")
+    if Path(settings["out"]).is_dir():
+        raise InputError(f"--out: {settings['out']} is a folder; name a file")
     return settings
 
 

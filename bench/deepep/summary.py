@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.output_paths import result_file
 from bench.summary import Figure, dump_figures
 from sglang_eplb_affinity.errors import InputError
 
@@ -51,7 +52,7 @@ def local_to_spread(result: dict[str, Any]) -> Figure:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.deepep.summary", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("result", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     options = parser.parse_args()
     try:
         dump_figures([local_to_spread(json.loads(options.result.read_text()))], options.out)

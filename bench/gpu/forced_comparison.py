@@ -25,6 +25,7 @@ from bench.environment import now, provenance
 from bench.gpu.flags import deepep_flags
 from bench.gpu.random_moe import MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
+from bench.output_paths import result_folder
 from bench.stats import ratio_by_block
 from sglang_eplb_affinity.files import write_atomically
 
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.forced_comparison", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_folder, required=True)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--mode", default="auto", choices=["auto", "normal", "low_latency"])
     parser.add_argument("--blocks", type=int, default=4)

@@ -25,6 +25,7 @@ import torch
 from bench.engine import ROOT
 from bench.environment import now, provenance
 from bench.gpu.flags import need_gpus
+from bench.output_paths import result_file
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
@@ -278,7 +279,7 @@ def measure_sizes(wanted: Sequence[tuple[int, int, int]], out: Path, gpus: int) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.kernel_times", description=__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="result file (JSON)")
+    parser.add_argument("--out", required=True, type=result_file, help="result file (JSON)")
     parser.add_argument(
         "--only", action="append", default=[], metavar="TOKENS/EXPERTS/TOPK", help="this size only; may be repeated"
     )

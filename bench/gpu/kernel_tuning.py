@@ -11,13 +11,13 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from bench.environment import now, provenance
 from bench.gpu.flags import need_gpus
 from bench.gpu.kernel_times import LAYERS, TOKENS, Cell, empty_kernel, measure_graph
+from bench.output_paths import result_file
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import write_atomically
@@ -89,7 +89,7 @@ def tune(cell: Cell, rule: DispatchRule) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.kernel_tuning", description=__doc__)
-    parser.add_argument("--out", type=Path, help="result file (JSON)")
+    parser.add_argument("--out", type=result_file, help="result file (JSON)")
     parser.add_argument("--experts", type=int, default=256, help="a multiple of 32")
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--rule", action="append", choices=DISPATCH_RULES, help="this rule only; may be repeated")

@@ -43,6 +43,7 @@ from bench.gpu.flags import (
 )
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.gpu.serving_process import ServingProcess
+from bench.output_paths import result_folder
 from bench.side_by_side import give_turn
 from bench.stats import Ratio, ratio_by_block
 from sglang_eplb_affinity.errors import InputError
@@ -299,7 +300,7 @@ def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.overhead", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_folder, required=True)
     parser.add_argument("--groups", default=",".join(group.name for group in GROUPS))
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=6)

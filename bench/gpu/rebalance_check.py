@@ -43,6 +43,7 @@ from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.reference import Reference
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import rounds, verification
+from bench.output_paths import result_file
 from bench.server import Server
 from bench.side_by_side import give_turn
 from sglang_eplb_affinity.errors import InputError
@@ -215,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.rebalance_check", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--rebalances", type=int, default=50)

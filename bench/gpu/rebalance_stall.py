@@ -43,6 +43,7 @@ from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, settled, spread, verification
+from bench.output_paths import result_folder
 from bench.schedule import williams_rows
 from bench.side_by_side import give_turn
 from sglang_eplb_affinity.errors import InputError
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     name = "python -m bench.gpu.rebalance_stall"
     parser = argparse.ArgumentParser(prog=name, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_folder, required=True)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--modes", default="normal,low_latency", help="of DeepEP")

@@ -1,0 +1,45 @@
+"""A wrong --out is refused in one line before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+
+from bench.output_paths import result_file, result_folder
+
+FILES = ["bench.forced_routing", "bench.gpu.kernel_times", "bench.gpu.kernel_tuning", "bench.gpu.rebalance_check"]
+FOLDERS = ["bench.gpu.overhead", "bench.gpu.rebalance_stall", "bench.gpu.forced_comparison"]
+
+
+@pytest.mark.parametrize("module", [*FILES, "bench.deepep.__main__"])
+def test_a_folder_is_no_result_file(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry = ["--dry-run"] if "deepep" in module else []
+    assert _exit_code(module, ["--out", str(tmp_path), *dry]) == 2
+    assert f"{tmp_path} is a folder; name a file" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", FOLDERS)
+def test_a_file_is_no_result_folder(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    assert _exit_code(module, ["--out", str(path)]) == 2
+    assert f"{path} is a file; name a folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_folders_that_are_not_there_yet_are_left_to_the_run(tmp_path: Path) -> None:
+    new = tmp_path / "a" / "b"
+    assert result_file(str(new / "out.json")) == new / "out.json" and result_folder(str(new)) == new
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match="file is a file; name a folder"):
+        result_file(str(tmp_path / "file" / "out.json"))
+
+
+def _exit_code(module: str, arguments: list[str]) -> int:
+    try:
+        return int(importlib.import_module(module).main(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
