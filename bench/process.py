@@ -28,7 +28,9 @@ class Process(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-def start_group(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def start_group(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], cwd: Path = ROOT
+) -> subprocess.Popen[bytes]:
     """Start ``command`` as leader of a new process group with both outputs appended to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -38,7 +40,7 @@ def start_group(command: Sequence[str], log: Path, environment: Mapping[str, str
             stdout=output,
             stderr=subprocess.STDOUT,
             env=dict(environment),
-            cwd=ROOT,
+            cwd=cwd,
             start_new_session=True,
         )
 

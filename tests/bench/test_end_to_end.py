@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from bench.engine import ROOT, check_sglang
 from bench.profile import PROFILE_DIR
+from bench.side_by_side import free_port
 from sglang_eplb_affinity.errors import InputError
 
 pytestmark = pytest.mark.server
@@ -39,12 +39,6 @@ def prompts(folder: Path) -> Path:
     path = folder / "sharegpt.json"
     path.write_text(json.dumps([{"id": str(n), "conversations": turn} for n, turn in enumerate(turns)]))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def bench_run(folder: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 import urllib.request
@@ -18,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from bench.engine import ROOT, cpu_environment
-from bench.process import Process, last_error, stop_group
+from bench.process import Process, last_error, start_group, stop_group
 from bench.rebalance_log import LogSummary, parse_log
 from tests.server.warm_start import WarmServer
 
@@ -128,11 +127,7 @@ def serve(
     env["PYTHONPATH"] = os.pathsep.join([*python_path, env["PYTHONPATH"]])
     process: Process
     if python_path:
-        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
-            )
+        process = start_group([sys.executable, "-m", "sglang.launch_server", *arguments], log, env, cwd)
     else:
         process = WarmServer(arguments, log, env, cwd)
     server = RunningServer(f"http://127.0.0.1:{port}", log, process)

@@ -19,6 +19,5 @@ def test_three_arms_side_by_side_under_load(tmp_path: Path, port: int) -> None:
     assert set(result["ratios_to_no_rebalancing"]) == {"cpu-sync c4", "cpu-async c4"}
     assert result["rounds"]["cpu-sync"]["upstream_rebalances"] >= 3
     rounds = result["rounds"]["cpu-async"]
-    # How many fit beside the load depends on how busy the machine is.
-    assert rounds["results"]["applied"] >= 1 and "failed" not in rounds["results"]
+    assert rounds["results"]["applied"] >= 3 and "failed" not in rounds["results"]
     assert rounds["commit_ms_per_layer"]["max"] > 0 and rounds["passes"]["p50"] >= 4
