@@ -27,6 +27,7 @@ from bench.deepep.cases import (
 )
 from bench.deepep.worker import worker_main
 from bench.environment import now, provenance
+from bench.gpu.flags import need_gpus
 from sglang_eplb_affinity.errors import InputError
 
 SECTIONS = ("normal", "experts", "low_latency")
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(json.dumps({"dry_run": True, "points": dry_run(settings)}))
             return 0
+        need_gpus("bench.deepep", settings["gpus"])
         return _run(settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

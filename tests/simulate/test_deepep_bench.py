@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bench.deepep.__main__ import dry_run, parse, settings_of
+from bench.deepep.__main__ import dry_run, main, parse, settings_of
 from bench.deepep.cases import Case, copies, normal_cases, routings, topk_ids
 from bench.deepep.timing import summarise
 from sglang_eplb_affinity.errors import InputError
@@ -80,3 +81,10 @@ def test_command_line():
         [*base, "no/dir/x.json", "--gpus", "2"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 2 and done.stderr.startswith("error: --out")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 8, reason="this machine has 8 GPUs")
+def test_more_gpus_than_there_are(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "x.json"), "--gpus", "8"]) == 2
+    assert "bench.deepep" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
