@@ -9,7 +9,8 @@ from bench.engine import ROOT
 
 
 def test_three_arms_side_by_side_under_load(tmp_path: Path, port: int) -> None:
-    command = [sys.executable, "-m", "bench.gpu.rebalance_stall", "--cpu", "--out", str(tmp_path), "--blocks", "1"]
+    # Several blocks: the first asynchronous round may wait for its planner, which starts beside three servers, for one.
+    command = [sys.executable, "-m", "bench.gpu.rebalance_stall", "--cpu", "--out", str(tmp_path), "--blocks", "3"]
     done = subprocess.run([*command, "--port", str(port)], cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "result.json").read_text())
