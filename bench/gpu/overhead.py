@@ -203,7 +203,7 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
             "sittings": [*before.get("sittings", []), sitting],
             "void": void,
             "unfinished": [*before.get("unfinished", []), *unfinished(rows, loads, blocks)],
-            "values": {load.name: values_of(rows, load.name, arms, before) for load, arms in loads.items()},
+            "values": {load.name: values_of(rows, load, arms, before) for load, arms in loads.items()},
         }
         result = finish(result)
         # Before the servers are stopped, which takes a while, and time may be up.
@@ -212,15 +212,16 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
 
 
 def values_of(
-    rows: Sequence[Mapping[str, Any]], load: str, arms: Sequence[str], before: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]], load: Load, arms: Sequence[str], before: Mapping[str, Any]
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """Each arm's metrics by block, those of earlier sittings first."""
+    """Each arm's metrics by block, those of earlier sittings first; without streams there are no latencies."""
+    metrics = METRICS if load.streams else METRICS[:1]
 
     def known(arm: str, metric: str) -> dict[int, float]:
-        found = before.get("values", {}).get(load, {}).get(arm, {}).get(metric, {})
+        found = before.get("values", {}).get(load.name, {}).get(arm, {}).get(metric, {})
         return {int(block): value for block, value in found.items()}
 
-    return {arm: {m: {**known(arm, m), **by_block(rows, arm, load, m)} for m in METRICS} for arm in arms}
+    return {arm: {m: {**known(arm, m), **by_block(rows, arm, load.name, m)} for m in metrics} for arm in arms}
 
 
 def unfinished(rows: Sequence[Mapping[str, Any]], loads: Mapping[Load, Sequence[str]], blocks: range) -> list[str]:
@@ -275,7 +276,9 @@ def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> 
 
     def add(result: Mapping[str, Any], name: str, unit: str, value: float, lower: float, upper: float) -> None:
         entry = {"name": name, "value": value, "lower": lower, "upper": upper, "unit": unit, "kind": "measured"}
-        entry |= {"hardware": source["hardware"], "versions": source["versions"], "commit": source["commit"]}
+        # A group that an earlier sitting left in the folder may be of another machine or commit than this run.
+        entry |= {"hardware": result["hardware"], "versions": source["versions"]}
+        entry |= {"commit": result["sittings"][-1]["commit"]}
         found.append({**entry, "date": result["date"], "command": "python -m bench.gpu.overhead --out FOLDER"})
 
     for result in results:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from bench.gpu.flags import decode_graphs, need_gpus, seconds_left, timing_optio
 from bench.gpu.random_moe import build
 from bench.gpu.rebalance_check import CPU_SIZES, Answer, differences, summarize, within_noise
 from bench.gpu.reference import Reference
+from bench.gpu.resident import Load
 from sglang_eplb_affinity.errors import InputError
 
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
+MEASURED = {"hardware": "2 x GPU", "date": "2026-01-01", "sittings": [{"commit": "abcdef1"}]}
 
 
 def values(mode: str, **throughput: list[float]) -> dict[str, dict]:
@@ -68,15 +71,16 @@ def test_losses_are_paired_by_block() -> None:
 
 def test_entries_leave_out_void_groups_and_single_blocks() -> None:
     def result(group: str, mode: str, **throughput: list[float]) -> dict:
-        found = {"group": group, "date": "2026-01-01", "void": [], "values": {mode: values(mode, **throughput)}}
+        found = {"group": group, "void": [], "values": {mode: values(mode, **throughput)}, **MEASURED}
         return overhead.finish(json.loads(json.dumps(found)))
 
     large = result("large.normal", "normal", none=[100, 101], upstream=[98, 99], ours=[100, 100])
     small = result("small", "low_latency", none=[100, 101], ours=[99, 100])
     void = {**result("large.low_latency", "low_latency", none=[1, 1], ours=[1, 1]), "void": ["ours rebalanced"]}
     once = result("large.low_latency", "low_latency", none=[100], ours=[99])
-    names = [entry["name"] for entry in overhead.entries([large, small, void, once], SOURCE)]
-    assert names == [
+    entries = overhead.entries([large, {**small, "hardware": "2 x other GPU"}, void, once], SOURCE)
+    assert [entry["hardware"] for entry in entries] == ["2 x GPU", "2 x GPU", "2 x other GPU"]
+    assert [entry["name"] for entry in entries] == [
         "overhead.normal.throughput_loss_pct.upstream",
         "overhead.normal.throughput_loss_pct",
         "overhead.low_latency.small.throughput_loss_pct",
@@ -87,7 +91,7 @@ def test_entries_of_modes_compare_auto_with_the_mode_it_should_beat() -> None:
     metrics = ("mean_ttft_ms", "mean_tpot_ms")
     of_arm = {"auto": 1.0, "normal": 2.0, "low_latency": 4.0}
     found = {f"ours-{mode}": {metric: {0: ms, 1: ms} for metric in metrics} for mode, ms in of_arm.items()}
-    given = {"group": "large.low_latency", "date": "2026-01-01", "void": [], "values": {"latency": found}}
+    given = {"group": "large.low_latency", "void": [], "values": {"latency": found}, **MEASURED}
     entries = {entry["name"]: entry["value"] for entry in overhead.entries([overhead.finish(given)], SOURCE)}
     assert entries == {"auto.ttft_ratio_to_low_latency": 0.25, "auto.tpot_ratio_to_normal": 0.5}
 
@@ -167,9 +171,12 @@ def test_measuring_waits_for_its_file_and_ends_at_its_time(tmp_path, capsys) -> 
 def test_blocks_of_sittings_add_up() -> None:
     before = {"values": {"normal": {"none-normal": {"total_throughput": {"0": 100.0, "1": 101.0}}}}}
     rows = [{"arm": "none-normal", "load": "normal", "block": 2, **dict.fromkeys(overhead.METRICS, 7.0)}]
-    found = overhead.values_of(rows, "normal", ["none-normal"], before)["none-normal"]
+    load = Load("normal", 4, 2, 8, 8)
+    found = overhead.values_of(rows, load, ["none-normal"], before)["none-normal"]
     assert found["total_throughput"] == {0: 100.0, 1: 101.0, 2: 7.0} and found["mean_ttft_ms"] == {2: 7.0}
-    assert overhead.values_of(rows, "normal", ["none-normal"], {})["none-normal"]["total_throughput"] == {2: 7.0}
+    # Whole answers have no inter-token latency, and their first token comes with the last.
+    found = overhead.values_of(rows, replace(load, streams=False), ["none-normal"], {})["none-normal"]
+    assert found == {"total_throughput": {2: 7.0}}
 
 
 def test_sittings_on_other_hardware_do_not(tmp_path) -> None:
