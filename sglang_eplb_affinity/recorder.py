@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -135,7 +136,8 @@ class AffinityRecorder:
         """
         tokens = group_tokens if record else [0] * self.num_groups
         taken = self._reservoir.offer(sum(tokens))
-        self._sample_phase[taken[1]] = phase
+        if len(taken[1]):
+            self._sample_phase[taken[1]] = phase
         self._say((phase, *tokens), taken)
 
     def end_pass(self) -> None:
@@ -147,23 +149,30 @@ class AffinityRecorder:
     def _say(self, header: tuple[int, ...], taken: tuple[np.ndarray, np.ndarray]) -> None:
         """Copy to the device what changed, in one copy that does not wait."""
         tokens, slots = taken
-        total = min(sum(header[1:]), self.config.max_pass_tokens)
+        all_tokens = sum(header[1:])
+        total = min(all_tokens, self.config.max_pass_tokens)
         if header == self._header and not len(tokens) and total <= self._slots_free:
             return
         news = torch.empty(self.slot_offset + total, dtype=torch.int32, pin_memory=self._pinned)
         values = news.numpy()
-        groups = self.num_groups
-        values[: 1 + groups] = header
-        values[1 + groups : 1 + 2 * groups] = np.cumsum((0, *header[1:-1]))
-        values[1 + 2 * groups : self.slot_offset] = 0
-        values[self.slot_offset :] = self.config.sample_tokens
-        if len(tokens):
-            inside = tokens < total
-            values[self.slot_offset + tokens[inside]] = slots[inside]
+        values[: self.slot_offset] = self._numbers_of(header)
+        slot_of_token = values[self.slot_offset :]
+        if len(tokens) == all_tokens == total:  # every token, in order
+            slot_of_token[:] = slots
+        else:
+            slot_of_token[:] = self.config.sample_tokens
+            if len(tokens) and tokens[-1] >= total:
+                tokens, slots = tokens[tokens < total], slots[tokens < total]
+            slot_of_token[tokens] = slots
         # PyTorch keeps pinned memory until the copy is done.
-        self.state[: len(news)].copy_(news, non_blocking=True)
+        self.state[: len(values)].copy_(news, non_blocking=True)
         self._header, self._uneven = header, None
         self._slots_free = 0 if len(tokens) else max(self._slots_free, total)
+
+    def _numbers_of(self, header: tuple[int, ...]) -> list[int]:
+        """The head of ``state``; where each group's rows begin is only said for groups of different length."""
+        first_tokens = [0, *accumulate(header[1:-1])]
+        return [*header, *first_tokens, *[0] * (self.slot_offset - len(header) - len(first_tokens))]
 
     def say_uneven_rows(self, rows: RowLayout) -> None:
         """For groups of different length: where each begins. Copies to the device, so it cannot be captured."""

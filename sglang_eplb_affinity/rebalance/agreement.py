@@ -32,8 +32,13 @@ class GlooAgreement:
     """Over a gloo process group of its own. ``lag``: passes between handing in and taking."""
 
     def __init__(self, group: dist.ProcessGroup | None, lag: int = 2) -> None:
-        self._group, self._lag = group, lag
-        self._word = torch.zeros(1, dtype=torch.int64)
+        found = group if group is not None else dist.group.WORLD
+        assert found is not None
+        self._group, self._lag = found, lag
+        self._tensor = torch.zeros(1, dtype=torch.int64)
+        self._word = self._tensor.numpy()
+        self._options = dist.AllreduceOptions()
+        self._options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
         self._work: Any = None
         self._age = 0
 
@@ -57,7 +62,8 @@ class GlooAgreement:
         assert self._work is None
         self._word[0] = value
         self._age = 0
-        self._work = dist.all_reduce(self._word, op=dist.ReduceOp.MIN, group=self._group, async_op=True)
+        # Not dist.all_reduce: its checks take longer than the call, in the thread that launches forward passes.
+        self._work = self._group.allreduce([self._tensor], self._options)
 
 
 def failure_word(rank: int, phase: str) -> int:

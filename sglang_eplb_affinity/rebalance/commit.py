@@ -11,7 +11,7 @@ import torch
 
 from sglang_eplb_affinity.rebalance.layer_moves import LayerJob, LayerPlan
 from sglang_eplb_affinity.rebalance.map_tables import MapTables, StagedTables
-from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, widest
+from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, by_slot, widest
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,14 @@ class LayerCommitter:
         """After the arrivals of ``job`` are in ``staging``; everything a commit needs is on the device afterwards."""
         weights = self._weights[plan.layer]
         weights.check_in_place()
-        live, arrived = [], []
-        for row, arrival in enumerate(job.arrivals):
-            for part, tensor in zip(staging.parts(row, weights), weights.tensors, strict=True):
-                live.append(widest(tensor[arrival.slot]))
-                arrived.append(part.view(live[-1].dtype))
+        tensors = [widest(tensor) for tensor in weights.tensors]
+        columns = [
+            of_tensor.view(tensor.dtype) for of_tensor, tensor in zip(staging.columns(weights), tensors, strict=True)
+        ]
+        slots = by_slot(tensors, [arrival.slot for arrival in job.arrivals])
+        parts = by_slot(columns, range(len(job.arrivals)))
+        live = [tensor for of_slot in slots for tensor in of_slot]
+        arrived = [part for of_expert in parts for part in of_expert]
         with torch.cuda.stream(self._stream):  # nothing on a CPU
             tables = self._tables.stage(plan)
             if self._stream is not None:

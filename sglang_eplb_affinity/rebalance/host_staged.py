@@ -7,7 +7,7 @@ a side stream. All receives of a layer are posted before anything is sent, so no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,15 @@ from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer
 logger = logging.getLogger(__name__)
 
 SEND_CHUNK = 4  # experts in pinned memory on their way out
+
+
+Slots = Sequence[tuple[torch.Tensor, ...]]  # one tensor of each kind for each expert
+
+
+def copy_all(sources: Slots, targets: Slots) -> None:
+    for of_source, of_target in zip(sources, targets, strict=True):
+        for source, target in zip(of_source, of_target, strict=True):
+            target.copy_(source, non_blocking=True)
 
 
 class HostStagedTransfer:
@@ -71,9 +80,9 @@ class HostStagedTransfer:
         remote = [(row, arrival) for row, arrival in far if arrival.source_rank != self._rank]
         landing = staging if self._stream is None else self._landing
         receives: list[Any] = []
-        for row, arrival in remote:
+        for (_, arrival), parts in zip(remote, landing.parts(weights, [row for row, _ in remote]), strict=True):
             source = self._global_rank(arrival.source_rank)
-            for number, part in enumerate(landing.parts(row, weights)):
+            for number, part in enumerate(parts):
                 tag = self._tag(self._rank, arrival.slot, number)
                 receives.append(dist.irecv(part, source, group=self._group, tag=tag))
         failure = self._send(job, weights)
@@ -92,13 +101,10 @@ class HostStagedTransfer:
         for start in range(0, len(job.departures), SEND_CHUNK):
             chunk = job.departures[start : start + SEND_CHUNK]
             sends: list[Any] = []
-            parts: list[list[torch.Tensor]]
-            if self._stream is None:
-                parts = [[tensor[d.slot] for tensor in weights.tensors] for d in chunk]
-            else:
-                parts = [self._outgoing.parts(row, weights) for row in range(len(chunk))]
+            live = weights.slots(departure.slot for departure in chunk)
+            parts = live if self._stream is None else self._outgoing.parts(weights, range(len(chunk)))
             try:
-                self.read([d.slot for d in chunk], weights, parts)
+                self.read(live, parts)
             except Exception as error:
                 failure = failure or error
             for departure, of_expert in zip(chunk, parts, strict=True):
@@ -110,14 +116,12 @@ class HostStagedTransfer:
                 work.wait(self._limit)
         return failure
 
-    def read(self, slots: list[int], weights: LayerWeights, parts: list[list[torch.Tensor]]) -> None:
+    def read(self, live: Slots, parts: Slots) -> None:
         """Bring live slots into host memory; on a CPU they are there."""
         if self._stream is None:
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            for slot, of_expert in zip(slots, parts, strict=True):
-                for tensor, part in zip(weights.tensors, of_expert, strict=True):
-                    part.copy_(tensor[slot], non_blocking=True)
+            copy_all(live, parts)
             self._stream.synchronize()
 
     def copy_local(self, job: LayerJob, local: list[tuple[int, Arrival]], staging: StagingBuffer) -> None:
@@ -125,11 +129,11 @@ class HostStagedTransfer:
         if not local:
             return
         weights = self._weights[job.layer]
+        parts = staging.parts(weights, [row for row, _ in local])
+        slots = weights.slots(arrival.source_slot for _, arrival in local)
         with torch.cuda.stream(self._stream):  # nothing on a CPU
             self._wait_until_released(staging)
-            for row, arrival in local:
-                for part, tensor in zip(staging.parts(row, weights), weights.tensors, strict=True):
-                    part.copy_(tensor[arrival.source_slot], non_blocking=True)
+            copy_all(slots, parts)
             if self._stream is not None:
                 self._stream.synchronize()
 
@@ -140,9 +144,8 @@ class HostStagedTransfer:
     def _land(self, remote: list[tuple[int, Arrival]], weights: LayerWeights, staging: StagingBuffer) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._wait_until_released(staging)
-            for row, _ in remote:
-                for part, landed in zip(staging.parts(row, weights), self._landing.parts(row, weights), strict=True):
-                    part.copy_(landed, non_blocking=True)
+            rows = [row for row, _ in remote]
+            copy_all(self._landing.parts(weights, rows), staging.parts(weights, rows))
             self._stream.synchronize()
 
     @staticmethod

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sglang_eplb_affinity.rebalance.layer_moves import Arrival, LayerJob
+from sglang_eplb_affinity.rebalance.layer_moves import LayerJob
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer
 
 Handles = dict[int, list[tuple[Any, ...]]]
@@ -60,19 +60,19 @@ class PeerCopyTransfer:
             if staging.released is not None:
                 self._stream.wait_event(staging.released)
             try:
-                for row, arrival in enumerate(job.arrivals):
-                    self.pull(job.layer, arrival, row, staging)
+                live = {rank: weights[job.layer] for rank, weights in self._sources.items()}
+                rows = [row for row, arrival in enumerate(job.arrivals) if arrival.source_rank in live]
+                for row, part in zip(rows, staging.parts(next(iter(live.values())), rows), strict=True):
+                    arrival = job.arrivals[row]
+                    self.pull(part, live[arrival.source_rank].tensors, arrival.source_slot)
             except Exception:
                 self._stream.synchronize()  # nothing of this layer may still be read when the round is given up
                 raise
             self._done.record(self._stream)
 
-    def pull(self, layer: int, arrival: Arrival, row: int, staging: StagingBuffer) -> None:
-        source = self._sources.get(arrival.source_rank)
-        if source is not None:
-            of_layer = source[layer]
-            for target, tensor in zip(staging.parts(row, of_layer), of_layer.tensors, strict=True):
-                target.copy_(tensor[arrival.source_slot], non_blocking=True)
+    def pull(self, part: tuple[torch.Tensor, ...], tensors: tuple[torch.Tensor, ...], slot: int) -> None:
+        for target, tensor in zip(part, tensors, strict=True):
+            target.copy_(tensor[slot], non_blocking=True)
 
     def finish(self) -> None:
         self._done.synchronize()

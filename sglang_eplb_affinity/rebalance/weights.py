@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ class LayerWeights:
             if owner.data_ptr() != view.data_ptr():
                 raise RuntimeError("the model's expert weights are no longer where they were at start-up")
 
+    def slots(self, wanted: Iterable[int]) -> list[tuple[torch.Tensor, ...]]:
+        """For each of the local slots ``wanted``: uint8 [bytes] of each tensor."""
+        return by_slot(self.tensors, wanted)
+
     @property
     def bytes_per_expert(self) -> int:
         return sum(tensor.shape[1] for tensor in self.tensors)
@@ -90,19 +94,31 @@ class StagingBuffer:
     def nbytes(self) -> int:
         return self.rows.numel()
 
-    def parts(self, row: int, weights: LayerWeights) -> list[torch.Tensor]:
-        """uint8 [bytes] for each tensor of ``weights``, where expert number ``row`` of the layer lands."""
-        return [self.rows[row, start:end] for start, end in weights.columns]
+    def columns(self, weights: LayerWeights) -> list[torch.Tensor]:
+        """uint8 [rows, bytes] for each tensor of ``weights``: where its part of the arrivals lands."""
+        return [self.rows[:, start:end] for start, end in weights.columns]
+
+    def parts(self, weights: LayerWeights, wanted: Iterable[int]) -> list[tuple[torch.Tensor, ...]]:
+        """For each of the rows ``wanted``, where one expert lands: uint8 [bytes] for each tensor of ``weights``."""
+        return by_slot(self.columns(weights), wanted)
 
 
 def staging_row_bytes(weights: Mapping[int, LayerWeights]) -> int:
     return max((layer.row_bytes for layer in weights.values()), default=0)
 
 
+def by_slot(tensors: Sequence[torch.Tensor], wanted: Iterable[int]) -> list[tuple[torch.Tensor, ...]]:
+    """For each index ``wanted``: the views of that slot in all ``tensors`` [slots, ...].
+
+    Nothing but the index per view: background threads share the interpreter lock with the forward passes.
+    """
+    return [tuple(tensor[slot] for tensor in tensors) for slot in wanted]
+
+
 def widest(tensor: torch.Tensor) -> torch.Tensor:
-    """A uint8 [bytes] tensor seen as the widest integers that its size and address allow: fewer, larger copies."""
+    """uint8 [..., bytes] seen as the widest integers that its sizes and addresses allow: fewer, larger copies."""
     for dtype in (torch.int64, torch.int32, torch.int16):
-        width = dtype.itemsize
-        if tensor.numel() % width == 0 and tensor.data_ptr() % width == 0 and tensor.storage_offset() % width == 0:
+        places = (tensor.shape[-1], tensor.data_ptr(), tensor.storage_offset(), *tensor.stride()[:-1])
+        if not any(place % dtype.itemsize for place in places):
             return tensor.view(dtype)
     return tensor

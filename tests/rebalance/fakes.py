@@ -137,8 +137,9 @@ class Rank:
         self.cluster.before_transfer(self.rank, job)
         for row, arrival in enumerate(job.arrivals):
             source = self.cluster.ranks[arrival.source_rank].live[job.layer]
-            for part, tensor in zip(staging.parts(row, source), source.tensors, strict=True):
-                part.copy_(tensor[arrival.source_slot])
+            (parts,), (slot,) = staging.parts(source, [row]), source.slots([arrival.source_slot])
+            for part, tensor in zip(parts, slot, strict=True):
+                part.copy_(tensor)
 
     # ---- Committer ----
 

@@ -34,7 +34,7 @@ def test_copying_bytes_of_a_slot_copies_the_slot(name: str) -> None:
     assert live.shape[0] == 6 and live.data_ptr() == tensor.data_ptr()
     weights = LayerWeights.of(0, [tensor], 6)
     staging = StagingBuffer(2, weights.row_bytes, "cpu")
-    (part,) = staging.parts(1, weights)
+    ((part,),) = staging.parts(weights, [1])
     part.copy_(live[4])
     target = widest(live[1])
     target.copy_(part.view(target.dtype))

@@ -35,10 +35,10 @@ def load():
             time.sleep(2)
         return exchange(self, job, far, staging)
 
-    def failing_read(self, slots, weights, parts):
+    def failing_read(self, live, parts):
         if now["round"] == TRANSFER_RAISES and dist.get_rank() == 1:
             raise RuntimeError("planted failure")
-        read(self, slots, weights, parts)
+        read(self, live, parts)
 
     AsyncRebalancer._begin = begin_round
     PlannerProcess.plan = plan_with_faults
