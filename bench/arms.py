@@ -12,8 +12,8 @@ from sglang_eplb_affinity.errors import InputError
 class Arm:
     """One way to place experts.
 
-    ``flags`` are added to the server command; ``uses_eplb`` also adds the profile's EPLB flags (redundant
-    experts, rebalance interval, dispatch rule), which are the same for every such arm. ``expects_rebalances``
+    ``uses_eplb`` adds the profile's EPLB flags (redundant experts, rebalance interval, dispatch rule) to the server
+    command; ``flags`` come after them, so that an arm can differ in one of these. ``expects_rebalances``
     is the claim that the server log must prove, or the rows of this arm are void.
     """
 
@@ -38,6 +38,8 @@ _ARMS = (
     Arm("vanilla-again", "vanilla EPLB (A/A)", _VANILLA, True, True),
     # Paused beside other servers, a round may last longer than its limit allows.
     Arm("async", "affinity EPLB, async", (*_AFFINITY, "--eplb-async", "--eplb-async-phase-limit", "3600"), True, True),
+    # Replicas chosen for the fewest GPUs a token. An arm of its own: the others share a rule that SGLang has too.
+    Arm("cover", "affinity EPLB, cover", (*_AFFINITY, "--ep-dispatch-algorithm", "cover"), True, True),
     # Perfectly balanced routing without EPLB: what balance alone could gain. Its outputs are not the model's.
     Arm("balanced", "balanced routing", (_RECORDER, "--ep-forced-routing", "balanced")),
 )

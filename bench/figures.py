@@ -22,6 +22,7 @@ _RATIOS = {
     "p95_itl_ms": "p95_itl_ratio_to_vanilla",
     "qps": "qps_ratio_to_vanilla",
 }
+_NAMED = {"affinity": "", "cover": "cover."}  # arms whose ratios are headline figures, and what their names begin with
 _PLACEMENT_UNITS = {
     "balancedness": "mean/max load",
     "gpu_fanout": "GPUs per token",
@@ -35,8 +36,9 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
     """Entries named ``prefix``.NAME; raises InputError when no row counts.
 
     ``ARM.balancedness``, ``ARM.gpu_fanout``, ``ARM.node_fanout``: the placement served, median over rows, interval
-    from the least to the largest row. On GPUs also the ratios of the affinity arm to vanilla at the largest concurrency
-    (interval over blocks) and, with an A/A arm, `bench.noise_floor_pct`. A CPU run gives no speeds: they mean nothing.
+    from the least to the largest row. On GPUs also the ratios of the affinity arm (and of ``cover``) to vanilla at the
+    largest concurrency (interval over blocks) and, with an A/A arm, `bench.noise_floor_pct`. A CPU run gives no
+    speeds: they mean nothing.
     """
     latest = folder.store.latest()
     records = [latest[cell] for cell in plan.cells() if cell in latest and not latest[cell].void]
@@ -99,11 +101,11 @@ def _speeds(frame: pd.DataFrame, kind: str) -> list[_Row]:
     largest = frame[frame["concurrency"] == frame["concurrency"].max()]
     found = compare(largest, "vanilla", list(_RATIOS))
     rows: list[_Row] = []
-    for row in found[found["arm"] == "affinity"].to_dict("records"):
+    for row in found[found["arm"].isin(_NAMED)].to_dict("records"):
         one_block = math.isnan(row["lower"])
         interval = {key: round(float(row["ratio" if one_block else key]), 6) for key in ("ratio", "lower", "upper")}
         values = {"value": interval["ratio"], "lower": interval["lower"], "upper": interval["upper"]}
-        rows.append((_RATIOS[row["metric"]], {**values, "unit": "ratio", "kind": kind}))
+        rows.append((_NAMED[row["arm"]] + _RATIOS[row["metric"]], {**values, "unit": "ratio", "kind": kind}))
     return rows
 
 

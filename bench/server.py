@@ -39,10 +39,10 @@ def server_command(config: ServerConfig, arm: Arm, model: str, place: int = 0) -
     Of servers side by side each has another ``place``, and with it ports of its own.
     """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    command += ["--host", HOST, "--port", str(config.port + PORT_STEP * place), *config.flags, *arm.flags]
+    command += ["--host", HOST, "--port", str(config.port + PORT_STEP * place), *config.flags]
     if arm.uses_eplb:
         command += [*config.eplb_flags, *(["--eplb-affinity-nodes", str(config.nodes)] if config.nodes > 1 else [])]
-    return command
+    return [*command, *arm.flags]  # of a flag that is given twice the last counts
 
 
 def commands_of_hosts(config: ServerConfig, command: Sequence[str], engine: Engine, place: int = 0) -> list[list[str]]:

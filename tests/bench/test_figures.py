@@ -49,6 +49,15 @@ def test_ratios_are_those_of_the_largest_concurrency_with_an_interval(run_folder
     assert "bench.noise_floor_pct" not in figures
 
 
+def test_cover_has_ratios_of_its_own(run_folder: RunFolder, plan: RunPlan) -> None:
+    plan = gpu_plan(plan, "vanilla", "affinity", "cover")
+    for arm, scale in (("vanilla", 1.0), ("affinity", 0.9), ("cover", 0.8)):
+        run_folder.store.append(measured(CellKey(0, arm, 1), scale))
+    figures = {f.name: f for f in figures_of_run(run_folder, plan, "bench.nvlink")}
+    assert figures["bench.nvlink.p90_tpot_ratio_to_vanilla"].value == pytest.approx(0.9)
+    assert figures["bench.nvlink.cover.p90_tpot_ratio_to_vanilla"].value == pytest.approx(0.8)
+
+
 def test_figures_of_an_emulated_link_say_so_and_are_named_after_it(run_folder: RunFolder, plan: RunPlan) -> None:
     plan = gpu_plan(plan, "vanilla", "affinity")
     plan = replace(plan, profile=replace(plan.profile, link="emulated25"))

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -111,9 +112,16 @@ def test_arms_differ_only_in_their_flags() -> None:
     config = parse(MINIMAL.replace("ranks = 2", 'ranks = 2\nflags = ["--tp", "2"]\neplb_flags = ["--x", "4"]')).server
     none, vanilla, affinity = (server_command(config, ARMS[arm], "m") for arm in ("none", "vanilla", "affinity"))
     common = none[: len(none) - len(ARMS["none"].flags)]
-    assert vanilla == [*common, *ARMS["vanilla"].flags, "--x", "4"]
+    assert vanilla == [*common, "--x", "4", *ARMS["vanilla"].flags]
     assert "--x" not in none
     assert [(v, a) for v, a in zip(vanilla, affinity, strict=True) if v != a] == [("deepseek", "affinity")]
+
+
+def test_an_arm_may_differ_in_a_flag_of_the_profile() -> None:
+    rules = 'ranks = 2\neplb_flags = ["--ep-dispatch-algorithm", "static"]'
+    command = server_command(parse(MINIMAL.replace("ranks = 2", rules)).server, ARMS["cover"], "m")
+    given = [value for flag, value in pairwise(command) if flag == "--ep-dispatch-algorithm"]
+    assert given == ["static", "cover"]  # argparse takes the last
 
 
 def test_servers_side_by_side_have_ports_of_their_own() -> None:
@@ -125,5 +133,6 @@ def test_servers_side_by_side_have_ports_of_their_own() -> None:
 
 def test_emulated_nodes_are_told_to_arms_with_eplb() -> None:
     config = parse(MINIMAL.replace("ranks = 2", "ranks = 4\nnodes = 2")).server
-    assert server_command(config, ARMS["vanilla"], "m")[-2:] == ["--eplb-affinity-nodes", "2"]
+    command = server_command(config, ARMS["vanilla"], "m")
+    assert command[command.index("--eplb-affinity-nodes") + 1] == "2"
     assert "--eplb-affinity-nodes" not in server_command(config, ARMS["none"], "m")
