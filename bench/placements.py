@@ -6,6 +6,7 @@ on the other half.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,8 +41,9 @@ class PlacementView:
         return float((self.fanout * np.arange(len(self.fanout))).sum() / max(self.fanout.sum(), 1))
 
 
-def placement_views(window: RoutingWindow, config: ServerConfig) -> list[PlacementView]:
-    """Of no EPLB, vanilla EPLB and affinity EPLB, with the profile's redundant experts and dispatch rule."""
+def placement_views(window: RoutingWindow, config: ServerConfig, arms: Sequence[str] = ()) -> list[PlacementView]:
+    """Of no EPLB, vanilla EPLB and affinity EPLB, with the profile's redundant experts and dispatch rule; and of
+    ``cover`` with its own rule, if the run has it among its ``arms``."""
     assert window.tokens is not None
     topology = Topology(config.ranks, config.nodes)
     rule = dispatch_rule(config)
@@ -54,7 +56,11 @@ def placement_views(window: RoutingWindow, config: ServerConfig) -> list[Placeme
         "vanilla": eplb_placement(half.counts, topology, slots),
         "affinity": plan(half, topology, slots, PlannerConfig(dispatch=rule)).expert_map,
     }
-    return [view(arm, expert_map, shown_on, topology, rule) for arm, expert_map in maps.items()]
+    rules = dict.fromkeys(maps, rule)
+    if "cover" in arms:
+        rules["cover"] = "cover"
+        maps["cover"] = plan(half, topology, slots, PlannerConfig(dispatch="cover")).expert_map
+    return [view(arm, expert_map, shown_on, topology, rules[arm]) for arm, expert_map in maps.items()]
 
 
 def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology, rule: DispatchRule) -> PlacementView:

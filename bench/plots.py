@@ -18,8 +18,9 @@ from bench.stats import mean_interval
 from bench.table import PLACEMENT_TITLES
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in print.
-_COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
-_MARKERS = ("o", "s", "D", "^", "v", "P")
+_COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_TITLE_INCHES = 0.26  # of a figure's height
 STYLE = {arm: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, arm in enumerate(ARMS)}
 _AXIS = {
     "p50_ttft_ms": "P50 time to first token [ms]",
@@ -73,7 +74,8 @@ def placement_plot(frame: pd.DataFrame, titles: Mapping[str, str] = PLACEMENT_TI
     """Balancedness and fan-outs by arm: the initial placement (pale) and the placement in use (full), over all rows."""
     valid = frame[frame["valid"]]
     names = [name for name in titles if f"{name}_initial" in valid and valid[f"{name}_initial"].notna().any()]
-    figure = Figure(figsize=(3.6 * max(len(names), 1), 4.2), layout="constrained")
+    width = max(3.6, 0.9 * valid["arm"].nunique())
+    figure = Figure(figsize=(width * max(len(names), 1), 4.2), layout="constrained")
     if not names:
         figure.text(0.5, 0.5, "The server log has no placement figures.", ha="center", va="center")
         write_note(figure, note)
@@ -90,7 +92,7 @@ def placement_plot(frame: pd.DataFrame, titles: Mapping[str, str] = PLACEMENT_TI
                 height = float(values.median())
                 axes.bar(i + shift, height, width=0.38, color=STYLE[arm][0], alpha=alpha)
                 axes.annotate(f"{height:.3f}", (i + shift, height), ha="center", va="bottom", fontsize=9)
-        axes.set_xticks(range(len(arms)), [ARMS[arm].title for arm in arms])
+        axes.set_xticks(range(len(arms)), ["\n".join(wrap(ARMS[arm].title, 10)) for arm in arms])
         axes.set_title(titles[name], fontsize=10)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
         plain(axes)
@@ -169,8 +171,13 @@ def plain(axes: Axes) -> None:
 
 def finish(figure: Figure, title: str, note: str) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    if handles:  # in a line of its own: beside the title there is no room for many arms
+        below = 1 - _TITLE_INCHES / figure.get_figheight()
+        figure.legend(
+            handles, labels, loc="upper left", bbox_to_anchor=(0, below), ncols=len(labels), frameon=False,
+            borderaxespad=0,
+        )  # fmt: skip
+        title += "\n"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     write_note(figure, note)
 

@@ -37,7 +37,7 @@ def rehearsal(profile: Profile) -> Profile:
     )
     load = replace(
         profile.load,
-        requests={2: 12, 4: 20},
+        requests={2: 8, 4: 12},
         prompts="random-ids",
         input_tokens=(8, 16),
         exact_input_tokens=0,

@@ -66,7 +66,7 @@ def load_run(path: str | os.PathLike[str]) -> RunData:
         markdown=(folder.path / "table.md").read_text(encoding="utf-8"),
         note=" ".join(filter(None, [*notes, emulated_note(link) if link.emulated else ""])),
         placement_titles=placement_titles(plan),
-        views=placement_views(load_window(routing), plan.profile.server) if routing.is_file() else [],
+        views=placement_views(load_window(routing), plan.profile.server, plan.arms) if routing.is_file() else [],
         timelines=row_timelines(folder, plan),
     )
 

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.text import Text
 
 from bench.engine import ROOT
+from bench.placements import placement_views
 from bench.probe import save_window
 from bench.report import build_report, load_run, plot_figures
 from bench.routing_plots import inside
@@ -148,7 +149,8 @@ def test_an_emulated_link_is_named_in_every_table_and_plot(run_folder: RunFolder
 def test_routing_and_timelines_are_drawn(run_folder: RunFolder) -> None:
     plan = gpu_run(run_folder)
     trace = RoutingTrace.load(ROOT / "bench" / "data" / "tiny_moe_test.npz").select(np.arange(0, 48384, 100))
-    save_window(RoutingWindow.from_trace(trace), run_folder.path / "routing.npz")
+    window = RoutingWindow.from_trace(trace)
+    save_window(window, run_folder.path / "routing.npz")
     cell = CellKey(0, "vanilla", 2048)
     (run_folder.path / "cells" / cell.name).mkdir(parents=True)
     with (run_folder.path / "cells" / cell.name / "timeline.npz").open("wb") as file:
@@ -159,6 +161,8 @@ def test_routing_and_timelines_are_drawn(run_folder: RunFolder) -> None:
     assert affinity.mean_fanout < none.mean_fanout and affinity.fanout.sum() == none.fanout.sum() == 242 * 6
     assert vanilla.gpu_load.max(1).mean() < none.gpu_load.max(1).mean()
     assert inside(affinity.coactivation[0], 18) > inside(none.coactivation[0], 16)
+    (cover,) = placement_views(window, plan.profile.server, ["none", "cover"])[3:]  # only if the run has it
+    assert cover.arm == "cover" and cover.mean_fanout < affinity.mean_fanout
     (shown,) = run.timelines
     assert [round(at, 3) for at, _ in shown.rebalances] == [4.0, 9.0] and shown.arm == "vanilla"
     assert {"coactivation", "gpu_load", "fanout", "rebalances_over_itl"} <= set(plot_figures(run))
