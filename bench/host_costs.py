@@ -2,10 +2,10 @@
 
     python -m bench.host_costs --out FILE.json
 
-Where passes wait for the host (decoding small batches), these add to a pass: ``recorder`` and ``word`` in the thread
-that launches forward passes, ``commit`` there too but once a layer and round. ``stage`` and ``prepare`` run in a thread
-beside it, once a layer and round, and share the interpreter lock. Experts are tiny here, so that what is timed is
-launching copies, not the copies. On a GPU if there is one, else with CPU tensors, which leaves the driver's calls out.
+Where passes wait for the host (decoding small batches), these add to a pass. In the thread that launches forward
+passes: ``recorder`` and ``word``; ``taking`` once a round, ``commit`` once a layer and round. In a thread beside it,
+which shares the interpreter lock: ``stage`` and ``prepare``, once a layer and round. Experts are tiny here, so that
+launching copies is timed, not the copies. On a GPU if there is one, else with CPU tensors, without a driver's calls.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from sglang_eplb_affinity.rebalance.layer_moves import Arrival, LayerJob, layer_
 from sglang_eplb_affinity.rebalance.map_tables import MapTables
 from sglang_eplb_affinity.rebalance.peer_copy import PeerCopyTransfer
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer
+from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
 from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig
+from sglang_eplb_affinity.sglang_hooks.window_snapshot import RecorderWindow
 from sglang_eplb_affinity.topology import Topology
 
 EXPERTS, SLOTS, TOKENS, TOP_K, WINDOW = 64, 72, 64, 8, 100
@@ -58,6 +60,21 @@ def recorder_step(device: torch.device, passes_before: int) -> tuple[Step, Step]
             one_pass()
 
     return begin, one_pass
+
+
+def window_step(device: torch.device) -> tuple[Step, Step]:
+    """(record half of a window, take it): once a round, between two passes."""
+    config = RecorderConfig(sample_tokens=WINDOW * TOKENS, quiet_between_passes=False)
+    recorder = AffinityRecorder(num_layers=6, num_experts=EXPERTS, top_k=TOP_K, device=device, config=config)
+    window = RecorderWindow(
+        recorder, recorder.reset, WindowShape(6, EXPERTS, TOP_K, config.sample_tokens), device, seed=0
+    )
+
+    def record() -> None:
+        for _ in range(WINDOW // 2):
+            recorder.begin_pass([TOKENS], phase=1)
+
+    return record, window.take
 
 
 def word_step() -> tuple[Step, Step]:
@@ -125,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "recorder, a pass while the sample fills": recorder_step(device, WINDOW // 2),
             "recorder, a pass once it is full": recorder_step(device, 2 * WINDOW),
             "word, handing it in": word_step(),
+            "taking a window": window_step(device),
             **layer_steps(device),
         }
         rows: dict[str, Any] = {}

@@ -19,20 +19,23 @@ class TokenReservoir:
 
     def __init__(self, capacity: int, seed: int) -> None:
         self._capacity = capacity
-        self._seed = seed
+        self._random = np.random.default_rng(seed)
         self._owner = np.zeros(capacity, dtype=np.int64)
         self._order = np.arange(capacity)
         self._order.flags.writeable = False  # parts of it are handed out
+        self._log_w = 0.0
+        self._last = capacity - 1  # position of the last token drawn so far
+        self._positions, self._slots = _NONE, _NONE
+        self._draw()
+        self._first_draw = self._log_w, self._last, self._positions, self._slots
+        self._first_state = self._random.bit_generator.state
         self.reset()
 
     def reset(self) -> None:
-        self._random = np.random.default_rng(self._seed)
-        self._log_w = 0.0
-        self._last = self._capacity - 1  # position of the last token drawn so far
-        self._positions = np.zeros(0, dtype=np.int64)
-        self._slots = np.zeros(0, dtype=np.int64)
-        self._next = self._capacity
-        self._draw()
+        """Begin anew, with the same draws. Cheap, since it happens between two forward passes."""
+        self._random.bit_generator.state = self._first_state
+        self._log_w, self._last, self._positions, self._slots = self._first_draw
+        self._next = int(self._positions[0])
         self.seen = 0
 
     def offer(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,4 +78,4 @@ class TokenReservoir:
         # Beyond 2**40 tokens nothing is taken any more; a window ends long before.
         self._positions = self._last + np.cumsum(np.minimum(skip, 2.0**40).astype(np.int64) + 1)
         self._slots = self._random.integers(0, self._capacity, _CHUNK)
-        self._log_w, self._last, self._next = float(w[-1]), int(self._positions[-1]), int(self._positions[0])
+        self._log_w, self._last = float(w[-1]), int(self._positions[-1])

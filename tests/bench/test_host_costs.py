@@ -12,7 +12,7 @@ def test_every_step_is_measured(tmp_path, capsys) -> None:
     assert host_costs.main(["--out", str(out), "--repeats", "3"]) == 0
     result = json.loads(out.read_text())
     assert set(result["microseconds"]) == {line.split(":")[0] for line in capsys.readouterr().out.splitlines()}
-    assert len(result["microseconds"]) == 6
+    assert len(result["microseconds"]) == 7
     assert all(0 < row["p10"] <= row["p50"] <= row["p90"] for row in result["microseconds"].values())
 
 

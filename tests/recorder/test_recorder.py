@@ -161,10 +161,12 @@ def test_reservoir_is_uniform_over_the_stream() -> None:
     assert (abs(tokens_of_slot - trials / 2) < 5 * 8.7).all()
 
 
-def test_reservoir_does_not_depend_on_how_the_stream_is_cut() -> None:
+def test_reservoir_depends_neither_on_how_the_stream_is_cut_nor_on_windows_before() -> None:
     contents = []
-    for step in (1, 7, 5000):
-        reservoir, content = TokenReservoir(64, 3), np.full(64, -1)
+    used = TokenReservoir(64, 3)
+    for step, reservoir in ((1, used), (7, TokenReservoir(64, 3)), (5000, used)):
+        reservoir.reset()
+        content = np.full(64, -1)
         for start in range(0, 5000, step):
             tokens, slots = reservoir.offer(min(step, 5000 - start))
             content[slots] = start + tokens
