@@ -40,15 +40,20 @@ from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig
 from sglang_eplb_affinity.sglang_hooks.window_snapshot import RecorderWindow
 from sglang_eplb_affinity.topology import Topology
 
-EXPERTS, SLOTS, TOKENS, TOP_K, WINDOW = 64, 72, 64, 8, 100
+LAYERS, EXPERTS, SLOTS, TOKENS, TOP_K, WINDOW = 6, 64, 72, 64, 8, 100
 LOCAL = SLOTS // 2
 Step = Callable[[], object]
 
 
+def new_recorder(device: torch.device) -> AffinityRecorder:
+    """With a sample that one window of passes fills."""
+    config = RecorderConfig(sample_tokens=WINDOW * TOKENS, quiet_between_passes=False)
+    return AffinityRecorder(num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, device=device, config=config)
+
+
 def recorder_step(device: torch.device, passes_before: int) -> tuple[Step, Step]:
     """(begin a window and record ``passes_before`` passes of it, one pass more)."""
-    config = RecorderConfig(sample_tokens=WINDOW * TOKENS, quiet_between_passes=False)
-    recorder = AffinityRecorder(num_layers=6, num_experts=EXPERTS, top_k=TOP_K, device=device, config=config)
+    recorder = new_recorder(device)
 
     def one_pass() -> None:
         recorder.begin_pass([TOKENS], phase=1)
@@ -64,11 +69,9 @@ def recorder_step(device: torch.device, passes_before: int) -> tuple[Step, Step]
 
 def window_step(device: torch.device) -> tuple[Step, Step]:
     """(record half of a window, take it): once a round, between two passes."""
-    config = RecorderConfig(sample_tokens=WINDOW * TOKENS, quiet_between_passes=False)
-    recorder = AffinityRecorder(num_layers=6, num_experts=EXPERTS, top_k=TOP_K, device=device, config=config)
-    window = RecorderWindow(
-        recorder, recorder.reset, WindowShape(6, EXPERTS, TOP_K, config.sample_tokens), device, seed=0
-    )
+    recorder = new_recorder(device)
+    shape = WindowShape(LAYERS, EXPERTS, TOP_K, recorder.config.sample_tokens)
+    window = RecorderWindow(recorder, recorder.reset, shape, device, seed=0)
 
     def record() -> None:
         for _ in range(WINDOW // 2):
