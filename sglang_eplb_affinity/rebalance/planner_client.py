@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import pickle
@@ -19,6 +20,8 @@ from sglang_eplb_affinity.rebalance.planner_main import HEADER, READY
 
 logger = logging.getLogger(__name__)
 START_SECONDS = 180.0
+# A window has megabytes. Every piece written takes the interpreter lock once more from the forward passes.
+PIPE_BYTES = 1 << 20
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -87,6 +90,8 @@ class PlannerProcess:
         )
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
+        with contextlib.suppress(OSError, AttributeError):  # beyond what a user may have, or not Linux
+            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._ready = False
         self.starts += 1
         # A planner that ends at once is found by the first plan(), which has somebody to tell.
@@ -130,7 +135,7 @@ class PlannerProcess:
                 # A process that is stopped or stuck does not read: the pipe must not hold this thread.
                 _, writable, _ = select.select([], [process.stdin], [], min(left, 1.0))
                 if writable:
-                    view = view[os.write(process.stdin.fileno(), view[: 1 << 16]) :]
+                    view = view[os.write(process.stdin.fileno(), view[:PIPE_BYTES]) :]
         except (OSError, ValueError) as error:
             raise PlannerFailed(f"planner process ended ({self._status()})") from error
 
