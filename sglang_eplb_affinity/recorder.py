@@ -161,8 +161,9 @@ class AffinityRecorder:
             slot_of_token[:] = slots
         else:
             slot_of_token[:] = self.config.sample_tokens
-            if len(tokens) and tokens[-1] >= total:
-                tokens, slots = tokens[tokens < total], slots[tokens < total]
+            if all_tokens > total:
+                inside = tokens < total
+                tokens, slots = tokens[inside], slots[inside]
             slot_of_token[tokens] = slots
         # PyTorch keeps pinned memory until the copy is done.
         self.state[: len(values)].copy_(news, non_blocking=True)
