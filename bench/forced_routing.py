@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from bench.environment import now, provenance
-from bench.output_paths import result_file
+from bench.output_paths import result_file, write_result
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.forced_routing import ForcedRouting
 from sglang_eplb_affinity.topology import Topology
 
@@ -123,8 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result |= {"date": now(), "provenance": provenance()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(options.out, result)
     print(json.dumps(result, indent=1))
     return 0
 

@@ -11,7 +11,6 @@ launching copies is timed, not the copies. On a GPU if there is one, else with C
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -25,9 +24,8 @@ import torch
 import torch.distributed as dist
 
 from bench.environment import now, provenance
-from bench.output_paths import result_file
+from bench.output_paths import result_file, write_result
 from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
 from sglang_eplb_affinity.rebalance.host_staged import HostStagedTransfer
@@ -156,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dist.destroy_process_group()
     sizes = {"tokens": TOKENS, "arrivals": LOCAL, "tensors": 2}
     result = {"date": now(), "provenance": provenance(), "device": device.type, **sizes, "microseconds": rows}
-    write_atomically(options.out, json.dumps(result, indent=1).encode())
+    write_result(options.out, result)
     return 0
 
 

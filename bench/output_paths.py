@@ -1,10 +1,15 @@
-"""``--out`` of what measures: looked at before it starts, because it may take minutes of a rented machine."""
+"""``--out`` of what measures: looked at before, since measuring may take minutes of a rented machine, and written."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from sglang_eplb_affinity.files import write_atomically
 
 
 def result_file(text: str) -> Path:
@@ -21,6 +26,12 @@ def result_folder(text: str) -> Path:
     path = Path(text)
     _check_writable(text, path)
     return path
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """``result`` as JSON; makes the folder that :func:`result_file` allowed to be missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(result, indent=1, default=float) + "\n").encode())
 
 
 def _check_writable(text: str, folder: Path) -> None:

@@ -25,10 +25,10 @@ import torch
 from bench.engine import ROOT
 from bench.environment import now, provenance
 from bench.gpu.flags import need_gpus
-from bench.output_paths import result_file
+from bench.output_paths import result_file, write_result
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap, write_atomically
+from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.launch_shape import LaunchShapes
 from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
@@ -312,7 +312,7 @@ def _write(cells: Sequence[dict[str, Any]], out: Path) -> None:
         "cells": cells,
     }
     result["entries"] = entries(result)
-    write_atomically(out, json.dumps(result, indent=1).encode())
+    write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the default shape without counts and sample: what is left of a time is what mapp
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -17,10 +16,9 @@ import torch
 from bench.environment import now, provenance
 from bench.gpu.flags import need_gpus
 from bench.gpu.kernel_times import LAYERS, TOKENS, Cell, empty_kernel, measure_graph
-from bench.output_paths import result_file
+from bench.output_paths import result_file, write_result
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import write_atomically
 from sglang_eplb_affinity.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.recorder import RowLayout
 
@@ -114,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.out is not None:
         result = {"date": now(), "provenance": provenance(), "experts": options.experts, "top_k": options.top_k}
-        write_atomically(options.out, json.dumps({**result, "sizes": found}, indent=1).encode())
+        write_result(options.out, {**result, "sizes": found})
     return 0
 
 

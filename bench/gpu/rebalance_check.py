@@ -43,11 +43,10 @@ from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.reference import Reference
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import rounds, verification
-from bench.output_paths import result_file
+from bench.output_paths import result_file, write_result
 from bench.server import Server
 from bench.side_by_side import give_turn
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
 SIZES = MoeSizes(layers=4)
@@ -231,7 +230,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     end_cleanly()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     device = "cpu" if options.cpu else "cuda"
     build(options.work / "model", CPU_SIZES if options.cpu else SIZES, device)
     flags = server_flags(options.gpus, options.cpu)
@@ -253,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception as error:
                 result = {"error": str(error)}
             found[arm.name] = {"flags": list(arm.flags), **result, "passed": passed(result, options.rebalances)}
-            write_atomically(options.out, json.dumps(found, indent=1, default=float).encode())
+            write_result(options.out, found)
             print(json.dumps({arm.name: found[arm.name]}, indent=1, default=float), flush=True)
     return 0 if all(found[arm.name]["passed"] for arm in ARMS) else 1
 

@@ -8,7 +8,7 @@ from bench import host_costs
 
 
 def test_every_step_is_measured(tmp_path, capsys) -> None:
-    out = tmp_path / "costs.json"
+    out = tmp_path / "new" / "costs.json"  # the folder is made
     assert host_costs.main(["--out", str(out), "--repeats", "3"]) == 0
     result = json.loads(out.read_text())
     assert set(result["microseconds"]) == {line.split(":")[0] for line in capsys.readouterr().out.splitlines()}
