@@ -103,6 +103,11 @@ def source_gpus(trace: RoutingTrace, topology: Topology) -> np.ndarray:
     return (key % topology.num_gpus).astype(np.int32)
 
 
+def dealt_sources(num_tokens: int, topology: Topology) -> np.ndarray:
+    """int32 [num_tokens]: GPUs in turn, for samples that do not say where a token was."""
+    return (np.arange(num_tokens) % topology.num_gpus).astype(np.int32)
+
+
 def check_fits(expert_map: ExpertMap, num_layers: int, num_experts: int, source: str, map_source: str = "map") -> None:
     """Raise InputError unless the map has the layers and experts of the routing."""
     if expert_map.num_layers != num_layers:

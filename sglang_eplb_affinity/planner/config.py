@@ -14,6 +14,11 @@ Objective = Literal["normal", "low_latency", "mixed"]
 Effort = Literal["fast", "thorough"]
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 @dataclass(frozen=True)
 class PlannerConfig:
     """All settings of :func:`sglang_eplb_affinity.planner.plan`; every one has a default.
@@ -92,5 +97,5 @@ class PlannerConfig:
         return self if self.prefill_share is not None else replace(self, prefill_share=window.prefill_share)
 
     def resolved_threads(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        cores = usable_cores()
         return self.threads or min(cores, max(2, min(8, cores // 16)))

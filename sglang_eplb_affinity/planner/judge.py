@@ -8,7 +8,7 @@ import numpy as np
 
 from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.evaluate import NOT_KEPT, measure_layer
+from sglang_eplb_affinity.evaluate import NOT_KEPT, dealt_sources, measure_layer
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.topology import Topology
 
@@ -70,7 +70,7 @@ def dispatch_sample(
     table, replicas = _replica_table(row, num_experts)
     slot_load = np.zeros(len(row), np.int64)
     sums = np.zeros(5, np.int64)
-    source = (np.arange(len(tokens)) % topology.num_gpus).astype(np.int32)
+    source = dealt_sources(len(tokens), topology)
     measure_layer(
         tokens, source, table, replicas, len(row) // topology.num_gpus,
         topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums, slot_load, chosen,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from sglang_eplb_affinity.dispatch import DispatchRule
-from sglang_eplb_affinity.evaluate import Traffic, measure
+from sglang_eplb_affinity.evaluate import dealt_sources, measure
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.topology import Topology
@@ -28,8 +28,9 @@ class MapFigures:
     """One map on the window's sampled tokens under the server's dispatch rule; means over layers with traffic.
 
     ``balancedness``: mean over most loaded GPU (1 is perfect). ``gpu_fanout``, ``node_fanout``: distinct GPUs (nodes)
-    per token. ``remote_gpu_copies``, ``remote_node_copies``: those of them that are not the token's own, if tokens
-    come from all GPUs evenly (the recorder does not know where a token came from).
+    per token. ``remote_gpu_copies``, ``remote_node_copies``: those of them that are not the token's own. The recorder
+    does not know where a token came from, so tokens are taken to come from all GPUs evenly. Under ``static`` and
+    ``cover``, which prefer replicas near a token, the sampled tokens are dealt out to the GPUs in turn for all figures.
     """
 
     balancedness: float
@@ -45,14 +46,18 @@ class MapFigures:
         if window.tokens is None or not len(recorded):
             return None
         sub_map = ExpertMap(expert_map.physical_to_logical[recorded], expert_map.num_experts)
-        traffic: Traffic = measure(window.tokens[recorded], sub_map, topology, rule, None)
+        tokens = window.tokens[recorded]
+        anywhere = rule == "dynamic"  # no need to deal: the choice does not depend on where a token is
+        source = None if anywhere else dealt_sources(tokens.shape[1], topology)
+        traffic = measure(tokens, sub_map, topology, rule, source)
         gpu_fanout, node_fanout = float(traffic.gpu_fanout.mean()), float(traffic.node_fanout.mean())
+        gpu_copies, node_copies = float(traffic.remote_gpu_copies.mean()), float(traffic.remote_node_copies.mean())
         return MapFigures(
             balancedness=float((1 / np.maximum(traffic.load_max_over_mean, 1e-9)).mean()),
             gpu_fanout=gpu_fanout,
             node_fanout=node_fanout,
-            remote_gpu_copies=gpu_fanout * (1 - 1 / topology.num_gpus),
-            remote_node_copies=node_fanout * (1 - 1 / topology.num_nodes),
+            remote_gpu_copies=gpu_fanout * (1 - 1 / topology.num_gpus) if anywhere else gpu_copies,
+            remote_node_copies=node_fanout * (1 - 1 / topology.num_nodes) if anywhere else node_copies,
         )
 
 

@@ -7,6 +7,7 @@ as the affinity recorder is on.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -20,7 +21,7 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, plan, warm_up
-from sglang_eplb_affinity.planner.config import Objective
+from sglang_eplb_affinity.planner.config import Objective, usable_cores
 from sglang_eplb_affinity.rebalance.round_record import (
     MapFigures,
     Result,
@@ -68,6 +69,11 @@ def planner_config(server_args: Any, *, first: bool = True, num_groups: int | No
         max_moves=None if first else server_args.eplb_affinity_max_moves,
         num_groups=num_groups,
     )
+
+
+def threads_while_stopped() -> int:
+    """Worker threads of a synchronous plan: half of this process's cores, since all ranks wait for it (one each)."""
+    return max(1, usable_cores() // 2)
 
 
 def topology_of(server_args: Any, ep_size: int) -> Topology:
@@ -155,6 +161,7 @@ class RebalanceRound:
             try:
                 first = self._number == 1 and self._server_args.init_expert_location == "trivial"
                 config = planner_config(self._server_args, first=first, num_groups=self._num_groups)
+                config = dataclasses.replace(config, threads=threads_while_stopped())
                 planned = plan(self._window, self._topology, before.num_slots, config, before).expert_map
                 message[0] = 1
                 message[1:] = torch.from_numpy(planned.physical_to_logical.astype(np.int64).ravel())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bench.rebalance_log import parse_log
+from sglang_eplb_affinity.dispatch import DispatchRule
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord, report, routing_checksum
 from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
@@ -41,6 +42,17 @@ def test_remote_copies_take_tokens_to_come_from_all_gpus() -> None:
     assert figures is not None
     assert (figures.gpu_fanout, figures.node_fanout) == (2.0, 1.0)
     assert (figures.remote_gpu_copies, figures.remote_node_copies) == (1.5, 0.5)
+
+
+@pytest.mark.parametrize("rule", ["static", "cover"])
+def test_rules_that_prefer_near_replicas_are_judged_by_where_tokens_are(rule: DispatchRule) -> None:
+    # Both GPUs hold all of a token's experts: none leaves its own. Expert 4 is on GPU 1 alone: half of the tokens do.
+    everywhere = ExpertMap(np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 5]]), 6)
+    for experts, remote in (([0, 2], 0.0), ([0, 4], 0.5)):
+        ids = np.tile(np.array([[experts]], np.int16), (8, 1, 1))
+        found = MapFigures.of(RoutingWindow.from_trace(RoutingTrace(ids, 6)), everywhere, Topology(2, 2), rule)
+        assert found is not None
+        assert (found.remote_gpu_copies, found.remote_node_copies) == (remote, remote)
 
 
 def test_no_sample_gives_no_figures() -> None:
