@@ -10,7 +10,10 @@ sequence lives on one rank, so sequence s belongs to GPU s modulo GPUs; without 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +24,8 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.routing import RoutingTrace
 from sglang_eplb_affinity.topology import Topology
+
+PerLayer = TypeVar("PerLayer")
 
 SOURCE_MODEL = "GPU of a token = its sequence modulo GPUs (as with data-parallel attention); without sequences its row"
 DEFINITIONS = {
@@ -116,12 +121,26 @@ def check_fits(expert_map: ExpertMap, num_layers: int, num_experts: int, source:
         raise InputError(f"{map_source}: holds {expert_map.num_experts} experts, but {source} has {num_experts}")
 
 
+def over_layers(one: Callable[[int], PerLayer], layers: int, threads: int) -> list[PerLayer]:
+    """``one`` of each layer, on that many threads (kernels run without the GIL)."""
+    if min(threads, layers) < 2:
+        return [one(layer) for layer in range(layers)]
+    with ThreadPoolExecutor(min(threads, layers), "eplb-affinity") as pool:
+        return list(pool.map(one, range(layers)))
+
+
 def measure(
-    tokens: np.ndarray, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, source: np.ndarray | None
+    tokens: np.ndarray,
+    expert_map: ExpertMap,
+    topology: Topology,
+    rule: DispatchRule,
+    source: np.ndarray | None,
+    threads: int = 1,
 ) -> Traffic:
     """Traffic and load of ``tokens`` int16 [layers, T, k] (rows of -1 are skipped) under ``rule``.
 
     ``source`` int32 [T] is the GPU of each token, or None: then remote copies are 0 and source steps are skipped.
+    ``threads`` share the layers.
     """
     if rule not in DISPATCH_RULES:
         raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
@@ -132,13 +151,16 @@ def measure(
     sums = np.zeros((layers, 5), np.int64)
     slot_load = np.zeros((layers, expert_map.num_slots), np.int64)
     where = np.empty(0, np.int32) if source is None else source
-    for layer in range(layers):
+
+    def one(layer: int) -> None:
         measure_layer(
             np.ascontiguousarray(tokens[layer], dtype=np.int16), where, table[layer], replicas[layer], slots_per_gpu,
             topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums[layer],
             slot_load[layer],
             NOT_KEPT,
         )  # fmt: skip
+
+    over_layers(one, layers, threads)
     used = np.maximum((tokens[:, :, 0] >= 0).sum(1), 1)
     means = sums / used[:, None]
     load = slot_load.reshape(layers, topology.num_gpus, -1).sum(2)

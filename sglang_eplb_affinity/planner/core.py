@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.evaluate import moved_experts
+from sglang_eplb_affinity.evaluate import moved_experts, over_layers
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget, budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
@@ -76,13 +75,7 @@ def plan(
             progress(1)
         return result
 
-    layers = range(window.num_layers)
-    threads = min(config.resolved_threads(), window.num_layers)
-    if threads > 1:
-        with ThreadPoolExecutor(threads, "eplb-affinity-plan") as pool:
-            results = list(pool.map(one, layers))
-    else:
-        results = [one(layer) for layer in layers]
+    results = over_layers(one, window.num_layers, config.resolved_threads())
     expert_map = ExpertMap(np.stack([result.slots for result in results]), window.num_experts)
     report = PlanReport(
         eplb=_quality([result.eplb for result in results]),

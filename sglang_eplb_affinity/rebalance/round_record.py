@@ -40,7 +40,9 @@ class MapFigures:
     remote_node_copies: float
 
     @staticmethod
-    def of(window: RoutingWindow, expert_map: ExpertMap, topology: Topology, rule: DispatchRule) -> MapFigures | None:
+    def of(
+        window: RoutingWindow, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, threads: int = 1
+    ) -> MapFigures | None:
         """None without a token sample."""
         recorded = np.flatnonzero(window.counts.any(1))
         if window.tokens is None or not len(recorded):
@@ -49,7 +51,7 @@ class MapFigures:
         tokens = window.tokens[recorded]
         anywhere = rule == "dynamic"  # no need to deal: the choice does not depend on where a token is
         source = None if anywhere else dealt_sources(tokens.shape[1], topology)
-        traffic = measure(tokens, sub_map, topology, rule, source)
+        traffic = measure(tokens, sub_map, topology, rule, source, threads)
         gpu_fanout, node_fanout = float(traffic.gpu_fanout.mean()), float(traffic.node_fanout.mean())
         gpu_copies, node_copies = float(traffic.remote_gpu_copies.mean()), float(traffic.remote_node_copies.mean())
         return MapFigures(

@@ -72,7 +72,7 @@ def planner_config(server_args: Any, *, first: bool = True, num_groups: int | No
 
 
 def threads_while_stopped() -> int:
-    """Worker threads of a synchronous plan: half of this process's cores, since all ranks wait for it (one each)."""
+    """Worker threads of a synchronous round: half of this process's cores, since all ranks wait for it (one each)."""
     return max(1, usable_cores() // 2)
 
 
@@ -194,7 +194,7 @@ class RebalanceRound:
     def _record(self, result: Result, after: ExpertMap, reason: str | None) -> RoundRecord:
         moved = moved_experts(self._before, after, self._topology)
         changed = np.flatnonzero((self._before.physical_to_logical != after.physical_to_logical).any(1))
-        rule = dispatch_rule(self._server_args)
+        rule, threads = dispatch_rule(self._server_args), threads_while_stopped()
         return RoundRecord(
             result=result,
             algorithm=self._server_args.eplb_algorithm,
@@ -203,9 +203,9 @@ class RebalanceRound:
             moved_experts=int(moved.sum()),
             moved_bytes=self._bytes_of(moved),
             committed_layers=tuple(changed.tolist()),
-            contiguous=MapFigures.of(self._window, contiguous_like(after), self._topology, rule),
-            before=MapFigures.of(self._window, self._before, self._topology, rule),
-            after=MapFigures.of(self._window, after, self._topology, rule),
+            contiguous=MapFigures.of(self._window, contiguous_like(after), self._topology, rule, threads),
+            before=MapFigures.of(self._window, self._before, self._topology, rule, threads),
+            after=MapFigures.of(self._window, after, self._topology, rule, threads),
             phase_seconds=self._phase_seconds,
             seconds=time.perf_counter() - self._started,
             reason=reason,

@@ -78,3 +78,12 @@ def test_a_failing_observer_is_logged_and_the_next_one_is_told(caplog: pytest.Lo
 
 def test_the_checksum_follows_the_routing() -> None:
     assert routing_checksum(window(1)) == routing_checksum(window(1)) != routing_checksum(window(2))
+
+
+def test_threads_change_no_figure() -> None:
+    random = np.random.default_rng()
+    ids = np.argsort(random.random((500, 6, 8)), axis=2)[:, :, :3].astype(np.int16)
+    found = RoutingWindow.from_trace(RoutingTrace(ids, 8))
+    expert_map = ExpertMap(np.tile(random.permutation(12) % 8, (6, 1)), 8)
+    alone, together = (MapFigures.of(found, expert_map, Topology(4, 2), "static", threads) for threads in (1, 4))
+    assert alone == together is not None
