@@ -66,11 +66,23 @@ def in_flight(log: RequestLog, window: Window) -> float:
     return float(np.clip(overlap, 0, None).sum() / window.seconds)
 
 
+def part_in(log: RequestLog, window: Window) -> np.ndarray:
+    """float64 [n], 0 to 1: of each request's tokens, prompt and output, the part that came in the window."""
+    request = np.repeat(np.arange(len(log.start)), np.diff(log.first_gap))
+    later = np.bincount(request, log.gap_tokens, len(log.start))
+    came = np.bincount(request, log.gap_tokens * window.holds(log.chunk_times()), len(log.start))
+    with_first = log.input_tokens + np.maximum(log.output_tokens - later, 0)
+    came += with_first * window.holds(log.start + log.ttft)
+    return np.asarray(log.ok * came / np.maximum(with_first + later, 1))
+
+
 def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[str, float]:
     """Latencies in ms and rates within the window; a metric without any sample is left out.
 
     TTFT: of requests that started in the window and got their first token in it. TPOT: of requests that ran wholly
-    inside. ITL: of every token that came in the window. QPS and tokens/s: what completed or came in the window.
+    inside. ITL: of every token that came in the window. Output tokens/s: of those. QPS and goodput: a request counts
+    with the part of its tokens that came in the window, those of its prompt with its first token. (Whole completions
+    would do in a long window; in one of a few seconds it matters whether one more batch of them falls inside.)
     """
     out = {"steady_s": window.seconds, "mean_concurrency": in_flight(log, window)}
     inside = log.ok & (log.start >= window.start)
@@ -85,17 +97,17 @@ def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[st
     tokens = log.gap_tokens[came].astype(np.int64)
     if tokens.sum():
         out |= _itl(log.gap[came].astype(np.float64), tokens, times[came], targets)
-    completed = log.ok & window.holds(log.end)
-    out["qps"] = completed.sum() / window.seconds
+    share = part_in(log, window)
+    out["qps"] = share.sum() / window.seconds
     first_tokens = (log.ok & window.holds(log.start + log.ttft)).sum()
     out["output_tokens_per_s"] = (tokens.sum() + first_tokens) / window.seconds
     if targets.slo_ttft_ms or targets.slo_tpot_ms:
-        good = completed.copy()
+        good = log.ok.copy()
         if targets.slo_ttft_ms:
             good &= 1e3 * log.ttft <= targets.slo_ttft_ms
         if targets.slo_tpot_ms:
             good &= 1e3 * tpot <= targets.slo_tpot_ms
-        out["goodput_qps"] = good.sum() / window.seconds
+        out["goodput_qps"] = share[good].sum() / window.seconds
     return {name: float(value) for name, value in out.items()}
 
 

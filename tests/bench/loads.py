@@ -11,14 +11,16 @@ from bench.request_log import RequestLog
 EPOCH = 1_790_000_000.0
 
 
-def output(start: float, ttft: float, gaps: Sequence[tuple[float, int]], ok: bool = True) -> SimpleNamespace:
+def output(
+    start: float, ttft: float, gaps: Sequence[tuple[float, int]], ok: bool = True, prompt: int = 10
+) -> SimpleNamespace:
     """One of bench_serving's outputs; ``gaps``: seconds and tokens of each chunk after the first token."""
     itl = [gap / tokens for gap, tokens in gaps for _ in range(tokens)]
     return SimpleNamespace(
         start_time=start,
         ttft=ttft,
         latency=ttft + sum(gap for gap, _ in gaps),
-        prompt_len=10,
+        prompt_len=prompt,
         output_len=1 + len(itl),
         success=ok,
         itl=itl,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.request_log import RequestLog
-from bench.steady import Targets, Window, client_metrics, in_flight, steady_metrics, steady_window, timeline
+from bench.steady import Targets, Window, client_metrics, in_flight, part_in, steady_metrics, steady_window, timeline
 from tests.bench.loads import EPOCH, closed_loop, output
 
 
@@ -50,6 +50,26 @@ def test_rates_and_latencies_are_those_of_the_steady_part() -> None:
     assert found["stalls"] == found["stall_events"] == found["longest_stall_ms"] == 0
     strict = steady_metrics(log, window, Targets(slo_ttft_ms=99))
     assert strict["goodput_qps"] == 0 and "goodput_qps" not in steady_metrics(log, window, Targets())
+
+
+def test_a_request_counts_with_the_tokens_that_came_in_the_window() -> None:
+    # 10 tokens in; first token at 1.0 s, then 2 chunks of 4 and 1 tokens at 2.0 and 3.0 s: 16 tokens in all.
+    log = RequestLog.of_outputs([output(0.5, 0.5, [(1.0, 4), (1.0, 1)], prompt=10)], 0.0, EPOCH)
+    for (start, end), tokens in (((0, 4), 16), ((0.9, 1.5), 11), ((1.5, 4), 5), ((1.5, 2.5), 4), ((3.5, 4), 0)):
+        assert part_in(log, Window(start, end)) == pytest.approx([tokens / 16])
+    failed = replace(log, ok=np.array([False]))
+    assert part_in(failed, Window(0, 4)) == [0.0]
+
+
+def test_bursts_of_completions_hardly_change_qps() -> None:
+    # A prompt is done every 0.1 s, but decoding comes once a second: a window of 1.5 s holds 10 completions or 20.
+    firsts = [0.05 + 0.1 * i for i in range(80)]
+    outputs = [output(first - 0.02, 0.02, [(int(first) + 2 - first, 5)], prompt=500) for first in firsts]
+    log = RequestLog.of_outputs(outputs, 0.0, EPOCH)
+    windows = [Window(begin, begin + 1.5) for begin in (3.1, 3.4, 3.7, 4.1)]
+    assert {int((log.ok & window.holds(log.end)).sum()) for window in windows} == {10, 20}
+    found = [steady_metrics(log, window, Targets())["qps"] for window in windows]
+    assert found == pytest.approx([10.0] * 4, rel=0.02)
 
 
 def test_a_stall_of_the_server_is_one_event_for_all_requests_in_chunked_streams_too() -> None:
