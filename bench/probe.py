@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from bench.profile import ServerConfig
 from bench.server import Server
 from bench.workload import Workload
 from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.evaluate import measure
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.rebalance.round_record import MapFigures
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.topology import Topology
 
@@ -73,19 +74,12 @@ def read_dump(path: Path) -> RoutingWindow:
 
 def placement_of(window: RoutingWindow, topology: Topology) -> Placement:
     """Figures of the contiguous map without redundant experts, mean over the layers that have experts."""
-    layers = np.flatnonzero(window.counts.any(axis=1))
-    if window.tokens is None or not len(layers):
+    layers, experts = window.counts.shape
+    # Without replicas every rule picks alike; under `dynamic` no token needs a source.
+    figures = MapFigures.of(window, ExpertMap.contiguous(layers, experts, experts), topology, "dynamic")
+    if figures is None:
         raise InputError("the dump has no tokens")
-    expert_map = ExpertMap.contiguous(len(layers), window.num_experts, window.num_experts)
-    traffic = measure(window.tokens[layers], expert_map, topology, "dynamic", None)
-    return {
-        "balancedness": float((1 / traffic.load_max_over_mean).mean()),
-        "gpu_fanout": float(traffic.gpu_fanout.mean()),
-        "node_fanout": float(traffic.node_fanout.mean()),
-        # If tokens come from all GPUs evenly; the recorder does not know where a token came from.
-        "remote_gpu_copies": float(traffic.gpu_fanout.mean()) * (1 - 1 / topology.num_gpus),
-        "remote_node_copies": float(traffic.node_fanout.mean()) * (1 - 1 / topology.num_nodes),
-    }
+    return asdict(figures)
 
 
 def save_window(window: RoutingWindow, path: Path) -> None:
