@@ -15,7 +15,7 @@ import click
 from bench import sharegpt
 from bench.arms import ARMS, arms_named
 from bench.console import ConsoleProgress
-from bench.engine import CACHE, ROOT, check_sglang
+from bench.engine import CACHE, ROOT, check_gpus, check_sglang
 from bench.environment import command_line, describe_environment, hardware, provenance
 from bench.links import with_link
 from bench.profile import PROFILE_DIR, Profile
@@ -87,6 +87,7 @@ def run(
     source = _source(profile, sharegpt_file)
     digest = hashlib.sha256(source.read_bytes()).hexdigest() if source else ""
     check_sglang()
+    check_gpus(profile)
     plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest)
 
     folder, continued = open_run(Path(results_dir), run_name, plan, hardware())

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.profile import ServerConfig
+from bench.profile import Profile, ServerConfig
 from sglang_eplb_affinity.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,20 @@ def check_sglang() -> None:
     # The one file that the series adds.
     if not (Path(spec.submodule_search_locations[0]) / "srt" / "eplb" / "eplb_affinity.py").is_file():
         raise InputError(f"the SGLang of {sys.executable} is not patched; run `make apply`")
+
+
+def check_gpus(profile: Profile) -> None:
+    """Raise InputError unless this host has the GPUs that the profile's servers run on (none with the CPU engine)."""
+    if profile.server.engine != "cuda":
+        return
+    import torch
+
+    needed, found = profile.server.ranks // (1 + len(profile.server.other_hosts)), torch.cuda.device_count()
+    if found < needed:
+        raise InputError(
+            f"--profile {profile.name}: needs {needed} GPU{'s' if needed > 1 else ''} on this host, but PyTorch sees "
+            f"{found or 'none'}; --rehearse goes through its steps on the CPU"
+        )
 
 
 def prepare_engine(config: ServerConfig) -> Engine:

@@ -1,12 +1,16 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from bench.__main__ import main
-from bench.engine import ROOT
+from bench.engine import ROOT, check_gpus
+from bench.profile import Profile
+from bench.rehearsal import rehearsal
+from sglang_eplb_affinity.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,26 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and said in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("found", "said"), [(0, "sees none"), (1, "sees 1")])
+def test_a_gpu_profile_needs_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: int, said: str) -> None:
+    monkeypatch.setattr("bench.__main__.check_sglang", lambda: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    result = CliRunner().invoke(main, ["run", "--results-dir", str(tmp_path), "--profile", "h200-x2"])
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: --profile h200-x2: needs 2 GPUs") and said in line and "--rehearse" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpus_are_counted_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    profile = Profile.named("h200-x8")
+    with pytest.raises(InputError, match="needs 8 GPUs"):
+        check_gpus(profile)
+    check_gpus(replace(profile, server=replace(profile.server, other_hosts=("second",))))
+    check_gpus(rehearsal(profile))
 
 
 def test_report_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
