@@ -56,12 +56,23 @@ def describe_environment(command: Sequence[str]) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """One line: GPUs if there are any, and the CPU cores that this process may use."""
+    """One line: the GPUs (if any) and the CPU cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
     cpu = f"{cores} cores of {_cpu_model()}"
-    gpus = [line.strip() for line in _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()]
-    counted = [f"{gpus.count(name)} x {name}" for name in sorted(set(filter(None, gpus)))]
-    return ", ".join([*counted, cpu])
+    listed = _output("nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader")
+    return ", ".join([*_counted_gpus(listed, os.environ.get("CUDA_VISIBLE_DEVICES")), cpu])
+
+
+def _counted_gpus(listed: str, visible: str | None) -> list[str]:
+    """``2 x NAME`` for each kind of GPU among the lines ``index, uuid, name``.
+
+    Where ``visible`` (CUDA_VISIBLE_DEVICES) leaves some out, as when a host is shared, the line says so.
+    """
+    gpus = [line.split(", ", 2) for line in listed.splitlines() if line.count(", ") >= 2]
+    wanted = None if visible is None else [part.strip() for part in visible.split(",")]
+    seen = [name for index, uuid, name in gpus if wanted is None or index in wanted or uuid in wanted]
+    left_out = f" (of {len(gpus)} in the host)" if len(seen) < len(gpus) else ""
+    return [f"{seen.count(name)} x {name}{left_out}" for name in sorted(set(seen))]
 
 
 def versions() -> dict[str, str]:

@@ -152,7 +152,7 @@ def _continues(folder: RunFolder, plan: RunPlan, hardware: str) -> str | None:
 
 def _compared(hardware: str, plan: RunPlan) -> str:
     """What must be the same for blocks to add up: with GPUs only these, since rented hosts differ in the rest."""
-    gpus = [part for part in hardware.split(", ") if " cores of " not in part]
+    gpus = [part.split(" (of ")[0] for part in hardware.split(", ") if " cores of " not in part]
     return ", ".join(gpus) if gpus and plan.profile.server.engine == "cuda" else hardware
 
 

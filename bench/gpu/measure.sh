@@ -16,7 +16,7 @@
 #
 # Unpack the archive of caches of an earlier call into $HOME before this one.
 #
-# SECONDS_EACH (200): of load in a step, at most. BLOCKS (6). LIMIT (3600): seconds that all of it may take; no load
+# PORT (31700): the first of some hundred. SECONDS_EACH (200): of load in a step, at most. BLOCKS (6). LIMIT (3600): seconds that all of it may take; no load
 # goes on in the last 45 of them, and steps that still run then are ended.
 set -uo pipefail
 out=${1:?usage: measure.sh OUT_DIR GROUP...}; shift
@@ -32,7 +32,7 @@ await() { local tries=1500; until "$@" || ((--tries == 0)); do sleep 0.2; done; 
 ready_or_over() { grep -qs 'ready {' "$work/$1.log" || [ -e "$work/$1.done" ]; }
 
 run_step() { # NAME FILE: begin measuring when FILE is there (at once if it is empty)
-    local hold=() port=$((31700 + 300 * number))
+    local hold=() port=$((${PORT:-31700} + 300 * number))
     [ -z "$2" ] || hold=(--hold "$2")
     case $1 in
         tests | tuning | kernel) # nothing to prepare

@@ -55,3 +55,26 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
     checkout(tmp_path)
     assert script(tmp_path, "bench/gpu/run_bench.sh", "nvlink", "480", OUT=f"{tmp_path}/out", CODE="2").returncode == 2
     assert script(tmp_path, "bench/gpu/run_bench.sh").returncode != 0
+
+
+def share(part: int, parts: int, gpus: str, command: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    arguments = ["bash", str(ROOT / "bench" / "gpu" / "share.sh"), str(part), str(parts), "bash", "-c", command]
+    return subprocess.run(arguments, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_a_share_has_gpus_and_cores_of_its_own() -> None:
+    python = "import os; print(sorted(os.sched_getaffinity(0)), os.environ['CUDA_VISIBLE_DEVICES'])"
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    for part in (0, 1) if half else ():
+        done = share(part, 2, "0,1,5,6", f'python3 -c "{python}"')
+        expected = cores[part * half : (part + 1) * half]
+        assert done.stdout.strip() == f"{expected} {'0,1' if part == 0 else '5,6'}", done.stderr
+
+
+def test_a_share_without_gpus_is_refused() -> None:
+    done = share(0, 2, "0", "echo began")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "error: share.sh: share 0 of 2 is empty: the host has GPUs '0'" in done.stderr

@@ -54,6 +54,7 @@ def test_with_gpus_only_these_must_be_the_same(tmp_path: Path, plan: RunPlan) ->
     folder = begin(tmp_path, "one", cuda)
     folder.write_json("environment.json", {"hardware": "2 x NVIDIA H200, 32 cores of A"})
     assert open_run(tmp_path, "one", cuda, "2 x NVIDIA H200, 16 cores of B")[1]
+    assert open_run(tmp_path, "one", cuda, "2 x NVIDIA H200 (of 4 in the host), 32 cores of A")[1]
     with pytest.raises(InputError, match="other hardware"):
         open_run(tmp_path, "one", cuda, "4 x NVIDIA H200, 32 cores of A")
 
