@@ -125,6 +125,16 @@ def report(folder: str) -> None:
 
 
 @main.command()
+@click.argument("folder")
+def reevaluate(folder: str) -> None:
+    """Compute the figures of a run's rows again from the requests that it kept (FOLDER: results/RUN)."""
+    from bench.reevaluate import reevaluate as add_records
+
+    count = add_records(RunFolder(Path(folder)))
+    click.echo(f"{count} rows computed again; `python -m bench report {folder}` builds the tables from them")
+
+
+@main.command()
 def profiles() -> None:
     """List the profiles."""
     for path in sorted(PROFILE_DIR.glob("*.toml")):

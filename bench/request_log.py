@@ -75,6 +75,16 @@ class RequestLog:
         )
 
     @property
+    def first_tokens(self) -> np.ndarray:
+        """float64 [n]: how many tokens came with each request's first text, usually 1.
+
+        Tokens that make no text yet (half a character, a special token) show with the next one that does; the load
+        generator, which sees text only, then takes that one's time for the first token's.
+        """
+        request = np.repeat(np.arange(len(self.start)), np.diff(self.first_gap))
+        return np.asarray(self.output_tokens - np.bincount(request, self.gap_tokens, len(self.start)))
+
+    @property
     def end(self) -> np.ndarray:
         """float64 [n]: when each request's last token had come."""
         return np.asarray(self.start + self.latency)

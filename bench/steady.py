@@ -45,8 +45,9 @@ class Window:
 def steady_window(log: RequestLog, concurrency: int, open_loop: bool) -> Window | None:
     """The time in which the wanted load holds; None if there is no such time.
 
-    Closed loop: from when each of the first ``concurrency`` requests has its first token, to the start of the last
-    request (from then on fewer are in flight). Open loop: from the first completion to the last arrival.
+    Closed loop: from when each of the first ``concurrency`` requests has its first token (of those whose first token
+    could be seen), to the start of the last request (from then on fewer are in flight). Open loop: from the first
+    completion to the last arrival.
     """
     if not log.ok.any():
         return None
@@ -55,9 +56,15 @@ def steady_window(log: RequestLog, concurrency: int, open_loop: bool) -> Window 
         begin = float(log.end[log.ok].min())
     else:
         first = order[: min(concurrency, len(order))]
-        begin = float((log.start + log.ttft)[first].max())
+        seen = first[first_token_seen(log)[first]]
+        begin = float((log.start + log.ttft)[seen if len(seen) else first].max())
     window = Window(begin, float(log.start[order[-1]]))
     return window if window.seconds > 0 else None
+
+
+def first_token_seen(log: RequestLog) -> np.ndarray:
+    """bool [n]: whether TTFT is the time of the first token, and not of a later one that first had text."""
+    return np.asarray(log.ok & (log.first_tokens <= 1))
 
 
 def in_flight(log: RequestLog, window: Window) -> float:
@@ -69,27 +76,30 @@ def in_flight(log: RequestLog, window: Window) -> float:
 def part_in(log: RequestLog, window: Window) -> np.ndarray:
     """float64 [n], 0 to 1: of each request's tokens, prompt and output, the part that came in the window."""
     request = np.repeat(np.arange(len(log.start)), np.diff(log.first_gap))
-    later = np.bincount(request, log.gap_tokens, len(log.start))
     came = np.bincount(request, log.gap_tokens * window.holds(log.chunk_times()), len(log.start))
-    with_first = log.input_tokens + np.maximum(log.output_tokens - later, 0)
-    came += with_first * window.holds(log.start + log.ttft)
-    return np.asarray(log.ok * came / np.maximum(with_first + later, 1))
+    came += (log.input_tokens + log.first_tokens) * window.holds(log.start + log.ttft)
+    return np.asarray(log.ok * came / np.maximum(log.input_tokens + log.output_tokens, 1))
 
 
 def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[str, float]:
     """Latencies in ms and rates within the window; a metric without any sample is left out.
 
     TTFT: of requests that started in the window and got their first token in it. TPOT: of requests that ran wholly
-    inside. ITL: of every token that came in the window. Output tokens/s: of those. QPS and goodput: a request counts
-    with the part of its tokens that came in the window, those of its prompt with its first token. (Whole completions
-    would do in a long window; in one of a few seconds it matters whether one more batch of them falls inside.)
+    inside. Both leave out requests whose first tokens had no text (``unseen_first_tokens``: their part of those that
+    ran wholly inside), and goodput takes them to be like the others. ITL: of every token that came in the window.
+    Output tokens/s: of those. QPS and goodput: a request counts with the part of its tokens that came in the window,
+    those of its prompt with its first token. (Whole completions would do in a long window; in one of a few seconds it
+    matters whether one more batch of them falls inside.)
     """
     out = {"steady_s": window.seconds, "mean_concurrency": in_flight(log, window)}
+    seen = first_token_seen(log)
     inside = log.ok & (log.start >= window.start)
-    began = inside & (log.start + log.ttft <= window.end)
-    whole = inside & (log.end <= window.end) & (log.output_tokens > 1)
+    began = inside & seen & (log.start + log.ttft <= window.end)
+    ran = inside & (log.end <= window.end) & (log.output_tokens > 1)
+    whole = ran & seen
     tpot = (log.latency - log.ttft) / np.maximum(log.output_tokens - 1, 1)
     out["whole_requests"] = float(whole.sum())
+    out["unseen_first_tokens"] = 1 - whole.sum() / max(ran.sum(), 1) if ran.any() else 0.0
     out |= _percentiles("ttft_ms", 1e3 * log.ttft[began], (50, 90, 99))
     out |= _percentiles("tpot_ms", 1e3 * tpot[whole], (50, 90, 99))
     times = log.chunk_times()
@@ -102,12 +112,12 @@ def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[st
     first_tokens = (log.ok & window.holds(log.start + log.ttft)).sum()
     out["output_tokens_per_s"] = (tokens.sum() + first_tokens) / window.seconds
     if targets.slo_ttft_ms or targets.slo_tpot_ms:
-        good = log.ok.copy()
+        good = seen.copy()
         if targets.slo_ttft_ms:
             good &= 1e3 * log.ttft <= targets.slo_ttft_ms
         if targets.slo_tpot_ms:
             good &= 1e3 * tpot <= targets.slo_tpot_ms
-        out["goodput_qps"] = share[good].sum() / window.seconds
+        out["goodput_qps"] = out["qps"] * share[good].sum() / max(share[seen].sum(), 1e-9)
     return {name: float(value) for name, value in out.items()}
 
 

@@ -13,6 +13,8 @@ REACHED_CONCURRENCY = 0.9
 # Where speeds mean nothing anyway: a CPU server leaves the load generator no core of its own.
 REACHED_CONCURRENCY_ON_CPU = 0.7
 MIN_WHOLE_REQUESTS = 4  # that ran wholly inside the steady part: fewer have no percentiles
+# Above this part, requests whose first tokens had no text (and so no time) may differ from those that TTFT is of.
+UNSEEN_FIRST_TOKENS = 0.2
 # A load generator that uses more of its one core cannot take tokens as fast as they come.
 BUSY_CLIENT_CORES = 0.9
 # Requests that the client has in flight but no scheduler runs or queues are stuck before or behind the schedulers.
@@ -46,6 +48,8 @@ def void_reasons(
         reasons.append(f"{got} of {wanted_tokens} output tokens arrived")
     elif silent := int(metrics.get("silent_requests", 0)):
         reasons.append(f"{silent} requests completed without a token that could be timed")
+    elif (unseen := metrics.get("unseen_first_tokens", 0.0)) > UNSEEN_FIRST_TOKENS:
+        reasons.append(f"{unseen:.0%} of the requests got their first text with several tokens: TTFT was not seen")
     elif (whole := int(metrics.get("whole_requests", 0))) < MIN_WHOLE_REQUESTS:
         reasons.append(f"{whole} requests ran wholly in the steady part; a row needs {MIN_WHOLE_REQUESTS}: send more")
     else:

@@ -3,21 +3,23 @@
     python -m bench.gpu.random_moe FOLDER --layers 6 --hidden 2048
 
 With ``--config-only`` no weights are written, for `--load-format dummy`, which is enough where only time counts: it
-gives each rank other weights. The tokenizer is the small trained model's (4096 tokens).
+gives each rank other weights. Each token is a word of its own: a load generator takes the time of a token when it sees
+its text, and of random tokens of a real vocabulary one in sixteen has none (half a character, a special token).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "tiny_moe" / "model"
+from sglang_eplb_affinity.files import write_atomically
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "tiny_moe" / "model"  # the small trained model's, 4096 tokens
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,19 @@ def write_config(folder: Path, sizes: MoeSizes) -> None:
     """Configuration and tokenizer without weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_of(sizes), indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, folder / name)
+    write_tokenizer(folder, sizes.vocabulary)
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """``vocabulary`` tokens, each of which decodes to a word: w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{token}": token for token in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str().encode())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=1).encode())
 
 
 def build(folder: Path, sizes: MoeSizes, device: str) -> None:

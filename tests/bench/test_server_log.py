@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.server_log import batch_lines, queue_metrics, unix_time
+from bench.server_log import batch_lines, lines_between, queue_metrics, unix_time
 
 LOG = """\
 [2026-11-21 22:30:24.100 DP0 TP0 EP0] Prefill batch, #new-seq: 3, #new-token: 90, #cached-token: 0, token usage: 0.05, \
@@ -28,3 +28,11 @@ def test_running_and_waiting_requests_of_the_window_are_summed_over_schedulers()
     found = queue_metrics(lines, start, start + 2)
     assert found == {"server_in_flight": pytest.approx((18 + 14) / 2 + 12), "server_queue": 1.0}
     assert queue_metrics(lines, start + 2, start + 3) == {}
+
+
+def test_a_part_of_a_log_has_whole_entries() -> None:
+    start = unix_time("2026-11-21 22:30:24.500")
+    text = LOG.replace("[2026-11-21 22:30:25.000", "Traceback\n[2026-11-21 22:30:25.000")
+    part = lines_between(text, start, start + 0.2).splitlines()
+    assert len(part) == 3 and " DP0 " in part[0] and " DP1 " in part[1] and part[2] == "Traceback"
+    assert lines_between(text, 0.0, start - 1) == ""

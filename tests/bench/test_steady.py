@@ -61,6 +61,28 @@ def test_a_request_counts_with_the_tokens_that_came_in_the_window() -> None:
     assert part_in(failed, Window(0, 4)) == [0.0]
 
 
+def test_requests_whose_first_tokens_had_no_text_are_left_out_of_what_it_times() -> None:
+    # Every tenth request shows its first text with its last token: half a character, or a special token.
+    log = closed_loop(8, [8 * (i + 1) for i in range(8)] + [64] * 80)
+    outputs = []
+    for i in range(len(log.start)):
+        gaps = [(0.02 * (1 + 1e-6 * k), 1) for k in range(int(log.output_tokens[i]) - 1)]
+        late = output(float(log.start[i]), float(log.latency[i]), [])
+        late.output_len = int(log.output_tokens[i])
+        outputs.append(late if i % 10 == 0 else output(float(log.start[i]), float(log.ttft[i]), gaps))
+    mixed = RequestLog.of_outputs(outputs, 0.0, EPOCH)
+    assert mixed.first_tokens[:11].tolist() == [8, 1, 1, 1, 1, 1, 1, 1, 1, 1, 64]
+    window, plain = steady_window(mixed, 8, open_loop=False), steady_window(log, 8, open_loop=False)
+    assert window is not None and plain is not None and window.start == pytest.approx(plain.start)
+    targets = Targets(slo_ttft_ms=101)
+    found, expected = steady_metrics(mixed, window, targets), steady_metrics(log, plain, targets)
+    for name in ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms", "p50_itl_ms"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3)
+    assert found["qps"] == pytest.approx(expected["qps"], rel=0.05)
+    assert found["goodput_qps"] == pytest.approx(found["qps"])
+    assert expected["unseen_first_tokens"] == 0 and found["unseen_first_tokens"] == pytest.approx(0.1, abs=0.03)
+
+
 def test_bursts_of_completions_hardly_change_qps() -> None:
     # A prompt is done every 0.1 s, but decoding comes once a second: a window of 1.5 s holds 10 completions or 20.
     firsts = [0.05 + 0.1 * i for i in range(80)]

@@ -87,6 +87,12 @@ def test_what_makes_times_the_clients_or_the_queues_voids(changed: dict[str, flo
     assert why in reason
 
 
+def test_ttft_that_was_not_seen_voids() -> None:
+    assert reasons("none", NOTHING, NOTHING, unseen_first_tokens=0.07) == ()
+    (reason,) = reasons("none", NOTHING, NOTHING, unseen_first_tokens=0.4)
+    assert "40% of the requests got their first text with several tokens" in reason
+
+
 def test_a_cpu_server_is_not_held_to_times() -> None:
     slow = {**GOOD, "mean_concurrency": 3.0, "client_lag_p99_ms": 250.0, "server_in_flight": 1.0}
     loop: dict[str, Any] = {"requested": 8, "wanted_tokens": 256, "concurrency": 4, "open_loop": False}
