@@ -1,7 +1,8 @@
 """The result tables of a Markdown file, made from results/summary.json between markers.
 
 ``<!-- results:begin NAME -->`` and ``<!-- results:end NAME -->`` enclose one table. NAME is a prefix of entry
-names: `bench.cpu` takes `bench.cpu.qps...` and all others below it; `all` takes every entry.
+names: `bench.cpu` takes `bench.cpu.qps...` and all others below it; several are separated by commas; `all` takes every
+entry.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from bench.summary import Figure
 from sglang_eplb_affinity.errors import InputError
 
 _BLOCK = re.compile(
-    r"(?P<begin><!-- results:begin (?P<name>[\w.-]+) -->\n)(?P<body>.*?)(?P<end><!-- results:end (?P=name) -->)",
+    r"(?P<begin><!-- results:begin (?P<name>[\w.,-]+) -->\n)(?P<body>.*?)(?P<end><!-- results:end (?P=name) -->)",
     re.DOTALL,
 )
 _MARKER = re.compile(r"<!-- results:(?:begin|end) [^>]*-->")
@@ -28,12 +29,13 @@ def update_tables(text: str, figures: Sequence[Figure], source: str = "README.md
 
 
 def results_table(figures: Sequence[Figure], prefix: str) -> str:
-    """Markdown tables of the entries below ``prefix``; what was not measured says so in its place.
+    """Markdown tables of the entries below ``prefix`` (or several, with commas); what was not measured says so.
 
     Entries `HEAD.ROW.METRIC` of which several rows have the same metrics make one table, a row each; all others are
     lines of a list. Empty when there is no such entry.
     """
-    chosen = [f for f in figures if prefix == "all" or f.name == prefix or f.name.startswith(prefix + ".")]
+    wanted = prefix.split(",")
+    chosen = [f for f in figures if prefix == "all" or any(f"{f.name}.".startswith(f"{name}.") for name in wanted)]
     if not chosen:
         return ""
     chosen.sort(key=lambda figure: figure.name)
