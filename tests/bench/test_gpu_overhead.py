@@ -12,7 +12,7 @@ from bench.gpu import kernel_times, overhead, rebalance_check, rebalance_stall
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import decode_graphs, need_gpus, seconds_left, timing_options, wait_for
-from bench.gpu.random_moe import build
+from bench.gpu.random_moe import build, write_tokenizer
 from bench.gpu.rebalance_check import CPU_SIZES, Answer, differences, summarize, within_noise
 from bench.gpu.reference import Reference
 from bench.gpu.resident import Load
@@ -114,6 +114,16 @@ def test_the_deepseek_shape_is_readable_by_transformers(tmp_path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_hidden_layers"] == 3 and config["quantization_config"]["weight_block_size"] == [128, 128]
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_every_token_of_a_random_model_has_text_of_its_own(tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, 4096)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [tokenizer.decode([token], skip_special_tokens=True).strip() for token in range(4096)]
+    assert all(texts) and len(set(texts)) == 4096
+    assert tokenizer.decode([5, 9]) == "w5 w9" and tokenizer.encode("w5 w9") == [5, 9]
 
 
 def test_differences_stop_where_decoded_tokens_part() -> None:

@@ -99,6 +99,8 @@ def test_rows_of_equal_metrics_make_one_table() -> None:
 
 def test_a_prefix_ends_at_a_dot() -> None:
     assert results_table([FIGURE], "bench.cp") == ""
+    both = results_table([FIGURE, replace(FIGURE, name="sim.x"), replace(FIGURE, name="other.x")], "sim,bench.cpu")
+    assert "sim.x" in both and FIGURE.name in both and "other.x" not in both
 
 
 def test_tables_are_replaced_between_markers_only_and_stay_when_current() -> None:
