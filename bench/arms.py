@@ -23,12 +23,18 @@ class Arm:
     uses_eplb: bool = False
     expects_rebalances: bool = False
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the server says what its rebalances moved and how balanced its placement is."""
+        return _RECORDER in self.flags
+
 
 # Lets the server measure the placement it serves with. With EPLB it records all the time (it adds to what EPLB itself
 # records, alike for both algorithms); without EPLB it records only while it is asked to, between measured rows.
 _RECORDER = "--enable-expert-affinity-recorder"
 _AFFINITY = ("--enable-eplb", "--eplb-algorithm", "affinity", _RECORDER)
-_VANILLA = ("--enable-eplb", "--eplb-algorithm", "deepseek", _RECORDER)
+_UNRECORDED = ("--enable-eplb", "--eplb-algorithm", "deepseek")
+_VANILLA = (*_UNRECORDED, _RECORDER)
 
 _ARMS = (
     Arm("none", "no EPLB", (_RECORDER,)),
@@ -42,6 +48,8 @@ _ARMS = (
     Arm("cover", "affinity EPLB, cover", (*_AFFINITY, "--ep-dispatch-algorithm", "cover"), True, True),
     # Perfectly balanced routing without EPLB: what balance alone could gain. Its outputs are not the model's.
     Arm("balanced", "balanced routing", (_RECORDER, "--ep-forced-routing", "balanced")),
+    # SGLang's EPLB as anybody runs it: `vanilla` pays for the recorder that tells its placement, this one does not.
+    Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", _UNRECORDED, True, True),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 

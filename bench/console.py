@@ -55,9 +55,10 @@ def describe(record: CellRecord) -> str:
     if record.void:
         return f"{record.key.name}: VOID ({'; '.join(record.void)})"
     m, p = record.metrics, record.placement
+    moved = "unknown" if p["rebalances_moved"] is None else p["rebalances_moved"]
     return (
         f"{record.key.name}: P50-TTFT {m['p50_ttft_ms']:.0f} ms, P90-TPOT {m['p90_tpot_ms']:.1f} ms, "
         f"P95-ITL {m['p95_itl_ms']:.1f} ms, {m['qps']:.2f} requests/s, "
-        f"{p['rebalances']} rebalances ({p['rebalances_moved']} moved experts), "
+        f"{p['rebalances']} rebalances ({moved} moved experts), "
         f"cores used by others {m.get('other_cores', float('nan')):.1f}"
     )

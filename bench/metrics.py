@@ -46,7 +46,7 @@ def placement_metrics(
     """
     out: dict[str, float | int | None] = {
         "rebalances": len(cell.rebalances) or cell.upstream_ends,
-        "rebalances_moved": cell.moved,
+        "rebalances_moved": cell.moved if cell.rebalances or not cell.upstream_ends else None,
         "rebalances_unchanged": cell.with_result(UNCHANGED),
         "rebalances_failed": cell.with_result(FAILED),
         "moved_experts": sum(r.moved_experts for r in cell.rebalances if r.moved),

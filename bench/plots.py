@@ -18,8 +18,8 @@ from bench.stats import mean_interval
 from bench.table import PLACEMENT_TITLES
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in print.
-_COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _TITLE_INCHES = 0.26  # of a figure's height
 STYLE = {arm: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, arm in enumerate(ARMS)}
 _AXIS = {

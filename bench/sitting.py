@@ -131,9 +131,11 @@ def warm_up_server(
         window = steady_window(result.requests, concurrency, bool(load.request_rate))
         return None if window is None else steady_metrics(result.requests, window, Targets()).get("p50_itl_ms")
 
-    return warm_up(
-        measure, load.warmup_rounds, lambda: not arm.expects_rebalances or bool(server.summary().moved), budget.in_time
-    )
+    def rebalanced() -> bool:
+        life = server.summary()
+        return not arm.expects_rebalances or bool(life.moved if arm.recorded else life.upstream_ends)
+
+    return warm_up(measure, load.warmup_rounds, rebalanced, budget.in_time)
 
 
 def measure_cell(

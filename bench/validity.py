@@ -82,6 +82,8 @@ def _rebalance_reasons(arm: Arm, server_life: LogSummary, cell: LogSummary) -> l
     if not arm.expects_rebalances:
         seen = max(len(server_life.rebalances), server_life.upstream_ends)
         return [f"{seen} rebalances in the log of an arm without EPLB"] if seen else []
+    if not arm.recorded:
+        return [] if cell.upstream_ends else ["no rebalance during the cell"]
     if cell.malformed:
         return [f"{cell.malformed} rebalance lines of the server log could not be read"]
     if failed := cell.with_result(FAILED):

@@ -56,3 +56,10 @@ def test_rebalances_before_the_cell_set_the_initial_placement_only(affinity_log:
 def test_nothing_is_served_by_a_new_placement_before_experts_moved(affinity_log: str) -> None:
     first = LogSummary(parse_log(affinity_log).rebalances[:1], 1)
     assert placement_metrics(first, first)["gpu_fanout_served"] is None
+
+
+def test_without_our_line_nobody_knows_what_moved(unpatched_log: str) -> None:
+    seen = parse_log(unpatched_log)
+    placement = placement_metrics(seen, seen)
+    assert placement["rebalances"] == 1 and placement["rebalances_moved"] is None
+    assert placement_metrics(LogSummary((), 0), LogSummary((), 0))["rebalances_moved"] == 0

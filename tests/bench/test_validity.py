@@ -58,6 +58,12 @@ def test_an_unpatched_server_cannot_prove_moves(unpatched_log: str) -> None:
     assert "does not say whether experts moved" in reason
 
 
+def test_an_arm_without_recorder_only_shows_that_it_rebalanced(unpatched_log: str) -> None:
+    seen = parse_log(unpatched_log)
+    assert reasons("vanilla-unrecorded", seen, seen) == ()
+    assert reasons("vanilla-unrecorded", seen, NOTHING) == ("no rebalance during the cell",)
+
+
 def test_incomplete_requests_void() -> None:
     assert reasons("none", NOTHING, NOTHING, completed=7) == ("7 of 8 requests completed",)
 
