@@ -50,14 +50,14 @@ class Link:
 
 
 def with_link(profile: Profile, name: str) -> Profile:
-    """This profile on that link. With an emulated one each GPU is a node, unless the profile has nodes already."""
+    """This profile on that link. With an emulated one each GPU is a node, unless the profile says otherwise."""
     changed = replace(profile, link=name)
     link = Link.of(changed)
     if not link.emulated:
         return replace(changed, link="")
     if "deepep" not in profile.server.flags:
         raise InputError(f"--link {name}: profile {profile.name!r} does not serve with --moe-a2a-backend deepep")
-    nodes = profile.server.nodes if profile.server.nodes > 1 else profile.server.ranks
+    nodes = profile.server.nodes if profile.server.nodes > 1 else profile.server.emulated_nodes or profile.server.ranks
     server = replace(profile.server, nodes=nodes)
     return replace(changed, server=server, title=f"{profile.title}; {link.title}")
 

@@ -30,6 +30,7 @@ class ServerConfig:
     model: str
     ranks: int
     nodes: int = 1  # more than 1 on a single host: emulated, the ranks are dealt out node by node
+    emulated_nodes: int = 0  # with an emulated link, where nodes is 1; 0: each rank is a node
     engine: str = "cuda"  # `cpu`: SGLang's CPU engine as bench/cpu_engine completes it
     flags: tuple[str, ...] = ()
     eplb_flags: tuple[str, ...] = ()
@@ -128,6 +129,8 @@ class Profile:
             raise InputError(f"{source}: [server] engine is {self.server.engine!r}, but must be 'cpu' or 'cuda'")
         if self.server.ranks < 1 or self.server.nodes < 1 or self.server.ranks % self.server.nodes:
             raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of nodes")
+        if self.server.emulated_nodes < 0 or self.server.ranks % (self.server.emulated_nodes or 1):
+            raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of emulated_nodes")
         if self.server.other_hosts and ":" not in self.server.dist_init_addr:
             raise InputError(f"{source}: [server] other_hosts need dist_init_addr, HOST:PORT of the first host")
         if not self.load.requests or min(*self.load.requests, *self.load.requests.values(), 1) < 1:

@@ -4,6 +4,8 @@
 #
 #   bash bench/gpu/measure.sh OUT_DIR GROUP...
 #
+# The large model takes 33 GB of each GPU a server, three servers a step: no two large steps in one group.
+#
 # A group is one step, or several that begin at the same time: tests+check+large.normal. Its servers start and compile
 # side by side; a step's measuring waits until the step before it is over, so nothing is timed beside anything else.
 #

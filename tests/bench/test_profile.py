@@ -49,6 +49,10 @@ def test_requests_between_the_profiles_points() -> None:
         ("blocks = 0\n" + MINIMAL, "blocks"),
         (MINIMAL.replace("output_tokens = 8", 'output_tokens = 8\nprompts = "poems"'), "poems"),
         (MINIMAL.replace("ranks = 2", 'ranks = 2\nengine = "tpu"'), "tpu"),
+        (
+            MINIMAL.replace("ranks = 2", "ranks = 2\nemulated_nodes = 4"),
+            "ranks = 2 must be a multiple of emulated_nodes",
+        ),
     ],
 )
 def test_a_wrong_profile_is_refused_with_its_name(text: str, said: str) -> None:
@@ -66,14 +70,17 @@ def test_a_rehearsal_keeps_arms_turns_and_routing_and_leaves_the_gpu() -> None:
     assert "deepep" not in small.server.flags and sum(small.load.requests.values()) < 100
 
 
-def test_an_emulated_link_makes_each_gpu_a_node_and_is_in_the_title() -> None:
-    profile = with_link(Profile.named("h200-x4"), "emulated25")
+def test_an_emulated_link_makes_nodes_and_is_in_the_title() -> None:
+    four = Profile.named("h200-x4")
+    assert with_link(four, "emulated25").server.nodes == 2  # each half of the GPUs
+    assert with_link(Profile.named("h200-x2"), "emulated25").server.nodes == 2
+    profile = with_link(replace(four, server=replace(four.server, emulated_nodes=0)), "emulated25")
     assert (profile.server.nodes, Link.of(profile)) == (4, Link("emulated25", 25))
     assert "emulated link, 25 GB/s" in profile.title and Link.of(profile).kind == "emulated"
-    halves = replace(profile.server, nodes=2)
-    assert with_link(replace(Profile.named("h200-x4"), server=halves), "emulated25").server.nodes == 2
-    plain = with_link(Profile.named("h200-x4"), "nvlink")
-    assert plain == Profile.named("h200-x4") and Link.of(plain) == Link("nvlink")
+    halves = replace(four.server, nodes=2, emulated_nodes=0)
+    assert with_link(replace(four, server=halves), "emulated25").server.nodes == 2
+    plain = with_link(four, "nvlink")
+    assert plain == four and Link.of(plain) == Link("nvlink")
     assert Link.of(Profile.named("cpu")).name == "cpu"
     environment = link_environment(profile.link, profile.server, {"PYTHONPATH": "site"})
     assert LinkSettings.of(environment) == LinkSettings(25.0, 4)
