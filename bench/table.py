@@ -100,7 +100,7 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
     if not frame.empty:
         summary = over_blocks(frame)
         rows = list(_rows(frame, summary, plan))
-        lines += ["", f"## Latency and throughput{emulated}", "", *_caveats(frame, plan), "", _STEADY_TEXT, ""]
+        lines += ["", f"## Latency and throughput{emulated}", "", *_caveats(frame, plan), "", _steady_text(plan), ""]
         lines += latency_table(frame, summary, plan)
         by_cell = {(level, arm): values for level, arm, values in rows if values is not None}
         lines += ["", f"## In the layout of the original proposal: no EPLB/vanilla/affinity{emulated}", ""]
@@ -149,10 +149,12 @@ def emulated_note(link: Link) -> str:
     )
 
 
-_STEADY_TEXT = (
-    "All but the counts is of the steady part of each row: from when the wanted number of requests is in flight and "
-    "has first tokens, until no further request starts."
-)
+def _steady_text(plan: RunPlan) -> str:
+    in_flight = "when the wanted number of requests is in flight and has first tokens"
+    begin = "when the first request is done" if plan.profile.load.request_rate else in_flight
+    return f"All but the counts is of the steady part of each row: from {begin}, until no further request starts."
+
+
 _RATIO_TEXT = (
     "Geometric mean over blocks of the paired ratio, 95 % interval (Student's t on the logarithms); bold where it "
     "differs from 1 after Holm's adjustment over the table (p < 0.05). Below 1 is better for "

@@ -45,6 +45,16 @@ def test_figures_and_placement_are_shown(run_folder: RunFolder) -> None:
     assert "| 1 | no EPLB | 0 | 0 |  |  |  |  |  |" in lines
 
 
+def test_what_the_steady_part_is_follows_from_the_load(run_folder: RunFolder) -> None:
+    plan = run_folder.plan()
+    write_tables(run_folder, plan)
+    assert "from when the wanted number of requests is in flight" in (run_folder.path / "table.md").read_text()
+    load = replace(plan.profile.load, request_rate=5.0)
+    write_tables(run_folder, replace(plan, profile=replace(plan.profile, load=load)))
+    text = (run_folder.path / "table.md").read_text()
+    assert "from when the first request is done" in text and "wanted number" not in text
+
+
 def test_a_cpu_run_says_that_its_speeds_mean_nothing_for_a_gpu(run_folder: RunFolder) -> None:
     write_tables(run_folder, run_folder.plan())
     assert CPU_NOTE in (run_folder.path / "table.md").read_text()
