@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.profile import ServerConfig
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.evaluate import measure_layer
+from sglang_eplb_affinity.evaluate import dealt_sources, measure_layer
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.routing import RoutingWindow, coactivation_of
@@ -64,18 +64,20 @@ def placement_views(window: RoutingWindow, config: ServerConfig, arms: Sequence[
 
 
 def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology, rule: DispatchRule) -> PlacementView:
-    """``tokens`` int16 [layers, T, k] without unused rows."""
+    """``tokens`` int16 [layers, T, k] without unused rows; they are dealt out to the GPUs in turn, as the server does it
+    for its figures, since where they came from was not recorded."""
     layers, count, k = tokens.shape
     slots_per_gpu = topology.slots_per_gpu(expert_map.num_slots)
     table, replicas = expert_map.logical_to_all_physical(), expert_map.replica_counts()
     together = coactivation_of(tokens, expert_map.num_experts) / max(count, 1)
     load = np.zeros((layers, expert_map.num_slots), np.int64)
     fanout = np.zeros(topology.num_gpus + 1, np.int64)
+    sources = dealt_sources(count, topology)
     shares = []
     for layer in range(layers):
         chosen = np.empty((count, k), np.int16)
         measure_layer(
-            np.ascontiguousarray(tokens[layer], np.int16), np.empty(0, np.int32), table[layer], replicas[layer],
+            np.ascontiguousarray(tokens[layer], np.int16), sources, table[layer], replicas[layer],
             slots_per_gpu, topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule),
             np.zeros(5, np.int64), load[layer], chosen,
         )  # fmt: skip
@@ -90,9 +92,9 @@ def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology
 
 
 def dispatch_rule(config: ServerConfig) -> DispatchRule:
-    """The profile's; `static` needs to know where tokens come from, which was not recorded, so `dynamic` stands in."""
+    """The profile's; without one the server picks replicas as `dynamic` does."""
     value = flag_value(config, "--ep-dispatch-algorithm")
-    return cast(DispatchRule, value if value in DISPATCH_RULES and value != "static" else "dynamic")
+    return cast(DispatchRule, value if value in DISPATCH_RULES else "dynamic")
 
 
 def flag_value(config: ServerConfig, flag: str) -> str | None:

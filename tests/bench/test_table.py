@@ -6,7 +6,7 @@ import pytest
 from matplotlib.text import Text
 
 from bench.engine import ROOT
-from bench.placements import placement_views
+from bench.placements import placement_views, view
 from bench.probe import save_window
 from bench.report import build_report, load_run, plot_figures
 from bench.routing_plots import inside
@@ -15,7 +15,11 @@ from bench.schedule import CellKey
 from bench.server_log import unix_time
 from bench.steady import timeline
 from bench.table import CPU_NOTE, over_blocks, tidy, write_tables
+from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.planner import eplb_placement
+from sglang_eplb_affinity.rebalance.round_record import MapFigures
 from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.topology import Topology
 from tests.bench.conftest import make_record
 from tests.bench.loads import closed_loop
 
@@ -154,6 +158,18 @@ def test_an_emulated_link_is_named_in_every_table_and_plot(run_folder: RunFolder
     assert "50 GB/s" in run.note and set(run.cells["kind"]) == {"measured"}  # as the records say
     for figure in plot_figures(run).values():
         assert "emulated link" in " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+
+
+@pytest.mark.parametrize("rule", ["static", "dynamic", "cover"])
+def test_plots_of_placements_judge_as_the_server_does(rule: DispatchRule) -> None:
+    trace = RoutingTrace.load(ROOT / "bench" / "data" / "tiny_moe_test.npz").select(np.arange(0, 48384, 100))
+    window, topology = RoutingWindow.from_trace(trace), Topology(4)
+    assert window.tokens is not None
+    expert_map = eplb_placement(window.counts, topology, 72)
+    shown = view("vanilla", expert_map, window.tokens, topology, rule)
+    figures = MapFigures.of(window, expert_map, topology, rule)
+    assert figures is not None and shown.mean_fanout == pytest.approx(figures.gpu_fanout)
+    assert (1 / shown.gpu_load.max(1)).mean() == pytest.approx(figures.balancedness)
 
 
 def test_routing_and_timelines_are_drawn(run_folder: RunFolder) -> None:
