@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -64,8 +63,8 @@ def placement_views(window: RoutingWindow, config: ServerConfig, arms: Sequence[
 
 
 def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology, rule: DispatchRule) -> PlacementView:
-    """``tokens`` int16 [layers, T, k] without unused rows; they are dealt out to the GPUs in turn, as the server does it
-    for its figures, since where they came from was not recorded."""
+    """``tokens`` int16 [layers, T, k] without unused rows. They are dealt out to the GPUs in turn, as for the server's
+    figures, since where they came from was not recorded."""
     layers, count, k = tokens.shape
     slots_per_gpu = topology.slots_per_gpu(expert_map.num_slots)
     table, replicas = expert_map.logical_to_all_physical(), expert_map.replica_counts()
@@ -94,7 +93,7 @@ def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology
 def dispatch_rule(config: ServerConfig) -> DispatchRule:
     """The profile's; without one the server picks replicas as `dynamic` does."""
     value = flag_value(config, "--ep-dispatch-algorithm")
-    return cast(DispatchRule, value if value in DISPATCH_RULES else "dynamic")
+    return value if value in DISPATCH_RULES else "dynamic"
 
 
 def flag_value(config: ServerConfig, flag: str) -> str | None:
