@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 from bench.arms import ARMS
 from bench.environment import provenance
@@ -31,13 +32,13 @@ def reevaluate(folder: RunFolder) -> int:
     """Add a record with figures of now for each row that still has its requests; returns their number.
 
     What a row's figures were computed with is in ``evaluated_with`` of its provenance, and where it was measured stays
-    as it was. Rows that an error ended, and rows whose server's log is not server/ARM.log or has nothing of their time,
-    keep their records. Raises InputError if no row has what is needed.
+    as it was. Rows that an error ended, and rows of whose time no server's log has anything, keep their records. Raises
+    InputError if no row has what is needed.
     """
     plan = folder.plan()
     found = list(_records(folder, plan))
     if not found:
-        raise InputError(f"{folder.path}: no row has its requests.npz and a server/ARM.log; measure with both kept")
+        raise InputError(f"{folder.path}: no row has its requests.npz and its server's log")
     for record in found:
         folder.store.append(record)
     return len(found)
@@ -45,21 +46,24 @@ def reevaluate(folder: RunFolder) -> int:
 
 def _records(folder: RunFolder, plan: RunPlan) -> Iterator[CellRecord]:
     newest = {record.key: record for record in folder.store.records()}
-    logs: dict[str, str] = {}
+    logs: dict[Path, str] = {}
     for key, record in newest.items():
-        requests, log = folder.path / "cells" / key.name / "requests.npz", folder.path / "server" / f"{key.arm}.log"
-        if "completed" not in record.metrics or not requests.is_file() or not log.is_file():
+        requests = folder.path / "cells" / key.name / "requests.npz"
+        # Side by side, an arm has one server; in turns, one a block.
+        names = (f"{key.arm}.log", f"b{key.block}-{key.arm}.log")
+        log = next((path for name in names if (path := folder.path / "server" / name).is_file()), None)
+        if "completed" not in record.metrics or not requests.is_file() or log is None:
             continue
-        if key.arm not in logs:
-            logs[key.arm] = log.read_text(encoding="utf-8", errors="replace")
+        if log not in logs:
+            logs[log] = log.read_text(encoding="utf-8", errors="replace")
         seen = RequestLog.load(requests)
         finished = datetime.fromisoformat(record.finished.replace("Z", "+00:00")).timestamp()
         if abs(finished - seen.epoch - float(seen.end.max())) > UNTIL_RECORDED_S:
             raise InputError(f"{requests}: not the requests of the row that was recorded at {record.finished}")
         begin, end = seen.epoch + float(seen.start.min()), seen.epoch + float(seen.end.max())
-        during = lines_between(logs[key.arm], begin, end)
+        during = lines_between(logs[log], begin, end)
         if during:
-            yield _again(record, seen, during, lines_between(logs[key.arm], 0.0, end), plan)
+            yield _again(record, seen, during, lines_between(logs[log], 0.0, end), plan)
 
 
 def _again(record: CellRecord, seen: RequestLog, during: str, life: str, plan: RunPlan) -> CellRecord:

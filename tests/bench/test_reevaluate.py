@@ -76,6 +76,13 @@ def test_rows_get_the_figures_of_now_and_keep_where_they_were_measured(folder: R
     assert again.provenance["commit"] == "abcdef1" and set(again.provenance["evaluated_with"]) == {"commit", "date"}
 
 
+def test_servers_that_took_turns_have_a_log_a_block(folder: RunFolder) -> None:
+    log = closed_loop(8, WORK)
+    key = leave_row(folder, "none", log, DECODE.format(time=logged(log.epoch + 5)))
+    (folder.path / "server" / "none.log").rename(folder.path / "server" / "b0-none.log")
+    assert reevaluate(folder) == 1 and folder.store.latest()[key].void == ()
+
+
 def test_what_only_the_measurement_could_see_still_voids(folder: RunFolder) -> None:
     log = closed_loop(8, WORK)
     void = ("5 of 6 output tokens arrived", *VOID)
@@ -85,7 +92,7 @@ def test_what_only_the_measurement_could_see_still_voids(folder: RunFolder) -> N
 
 
 def test_rows_that_left_too_little_are_refused(folder: RunFolder) -> None:
-    with pytest.raises(InputError, match=r"no row has its requests\.npz"):
+    with pytest.raises(InputError, match=r"no row has its requests\.npz and its server's log"):
         reevaluate(folder)
     log = closed_loop(8, WORK)
     leave_row(folder, "none", log, DECODE.format(time=logged(log.epoch - 500)))  # another sitting's log
