@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from bench.server_log import LOG_TIME
+
 # One line for each rebalance from rank 0 of the patched server.
 _RECORD = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})\s*$")
 # SGLang's own lines, one for each rank; they do not say whether any expert moved.
 _UPSTREAM_END = re.compile(r"^\[(?P<time>[\d-]+ [\d:.]+)(?P<rank>[^\]]*)\] \[EPLBManager\] rebalance end")
-_TIME = re.compile(r"^\[(?P<time>[\d-]+ [\d:.]+)")
 
 APPLIED, UNCHANGED, FAILED, SKIPPED = "applied", "unchanged", "failed", "skipped"
 
@@ -90,7 +91,7 @@ def _read(payload: str, line: str) -> Rebalance | None:
     try:
         data: dict[str, Any] = json.loads(payload)
         known = {key: value for key, value in data.items() if key in _FIELDS and value is not None}
-        stamp = _TIME.match(line)
+        stamp = LOG_TIME.match(line)
         return Rebalance(time=stamp.group("time") if stamp else None, **known)
     except (ValueError, TypeError, AttributeError):
         return None

@@ -5,14 +5,13 @@ Needs each row's requests.npz and the servers' logs. Records are added to the st
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from bench.arms import ARMS
-from bench.environment import provenance
+from bench.environment import now, provenance
 from bench.metrics import latency_metrics
 from bench.rebalance_log import parse_log
 from bench.request_log import RequestLog
@@ -83,5 +82,5 @@ def _again(record: CellRecord, seen: RequestLog, during: str, life: str, plan: R
         speeds=plan.profile.server.engine != "cpu",
     )
     void += tuple(reason for reason in record.void if any(part in reason for part in SEEN_ONCE) and reason not in void)
-    evaluated = {"commit": provenance()["commit"], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    evaluated = {"commit": provenance()["commit"], "date": now()}
     return replace(record, metrics=metrics, void=void, provenance={**record.provenance, "evaluated_with": evaluated})

@@ -13,7 +13,7 @@ _BATCH = re.compile(
     r"^\[(?P<time>[\d-]+ [\d:.]+)(?P<rank>[^\]]*)\] (?P<phase>Prefill|Decode) batch.*?#running-req: (?P<running>\d+)"
     r".*?#queue-req: (?P<queue>\d+)"
 )
-_TIME = re.compile(r"^\[(?P<time>\d{4}-[\d-]+ [\d:.]+)")
+LOG_TIME = re.compile(r"^\[(?P<time>\d{4}-[\d-]+ [\d:.]+)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def lines_between(text: str, start: float, end: float) -> str:
     """The lines that were logged between two Unix times; one without a time belongs to the line before it."""
     kept, inside = [], False
     for line in text.splitlines(keepends=True):
-        if match := _TIME.match(line):
+        if match := LOG_TIME.match(line):
             inside = start <= unix_time(match["time"]) <= end
         if inside:
             kept.append(line)

@@ -2,18 +2,17 @@
 
     python -m bench.gpu.deepseek_shaped FOLDER --moe-layers 4
 
-To be served with `--load-format dummy`. The tokenizer is the small trained model's (4096 tokens).
+To be served with `--load-format dummy`. Each token is a word of its own (see random_moe).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu.random_moe import TOKENIZER
+from bench.gpu.random_moe import write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ def config_of(sizes: DeepseekSizes) -> dict[str, object]:
 def write_config(folder: Path, sizes: DeepseekSizes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_of(sizes), indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, folder / name)
+    write_tokenizer(folder, sizes.vocabulary)
 
 
 def main() -> None:

@@ -18,8 +18,8 @@
 #
 # Unpack the archive of caches of an earlier call into $HOME before this one.
 #
-# PORT (31700): the first of some hundred. SECONDS_EACH (200): of load in a step, at most. BLOCKS (6). LIMIT (3600): seconds that all of it may take; no load
-# goes on in the last 45 of them, and steps that still run then are ended.
+# SECONDS_EACH (200): of load in a step, at most. BLOCKS (6). LIMIT (3600): seconds that all of it may take; no load
+# goes on in the last 45 of them, and steps that still run then are ended. PORT (31700): the first of some hundred.
 set -uo pipefail
 out=${1:?usage: measure.sh OUT_DIR GROUP...}; shift
 mkdir -p "$out"
