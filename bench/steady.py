@@ -94,14 +94,15 @@ def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[st
     out = {"steady_s": window.seconds, "mean_concurrency": in_flight(log, window)}
     seen = first_token_seen(log)
     inside = log.ok & (log.start >= window.start)
-    began = inside & seen & (log.start + log.ttft <= window.end)
-    ran = inside & (log.end <= window.end) & (log.output_tokens > 1)
-    whole = ran & seen
+    began = inside & (log.start + log.ttft <= window.end)
+    began = began & seen if (began & seen).any() else began
+    whole = inside & (log.end <= window.end) & (log.output_tokens > 1)
+    timed = whole & seen if (whole & seen).any() else whole
     tpot = (log.latency - log.ttft) / np.maximum(log.output_tokens - 1, 1)
     out["whole_requests"] = float(whole.sum())
-    out["unseen_first_tokens"] = 1 - whole.sum() / max(ran.sum(), 1) if ran.any() else 0.0
+    out["unseen_first_tokens"] = float((whole & ~seen).sum() / max(whole.sum(), 1))
     out |= _percentiles("ttft_ms", 1e3 * log.ttft[began], (50, 90, 99))
-    out |= _percentiles("tpot_ms", 1e3 * tpot[whole], (50, 90, 99))
+    out |= _percentiles("tpot_ms", 1e3 * tpot[timed], (50, 90, 99))
     times = log.chunk_times()
     came = window.holds(times)
     tokens = log.gap_tokens[came].astype(np.int64)

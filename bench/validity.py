@@ -48,8 +48,6 @@ def void_reasons(
         reasons.append(f"{got} of {wanted_tokens} output tokens arrived")
     elif silent := int(metrics.get("silent_requests", 0)):
         reasons.append(f"{silent} requests completed without a token that could be timed")
-    elif (unseen := metrics.get("unseen_first_tokens", 0.0)) > UNSEEN_FIRST_TOKENS:
-        reasons.append(f"{unseen:.0%} of the requests got their first text with several tokens: TTFT was not seen")
     elif (whole := int(metrics.get("whole_requests", 0))) < MIN_WHOLE_REQUESTS:
         reasons.append(f"{whole} requests ran wholly in the steady part; a row needs {MIN_WHOLE_REQUESTS}: send more")
     else:
@@ -65,6 +63,8 @@ def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float
         reasons.append(f"concurrency {concurrency} not reached (mean in flight {in_flight:.1f})")
     if not speeds:
         return reasons
+    if (unseen := metrics.get("unseen_first_tokens", 0.0)) > UNSEEN_FIRST_TOKENS:
+        reasons.append(f"{unseen:.0%} of the requests got their first text with several tokens: TTFT was not seen")
     if (cores := metrics.get("client_cores", 0.0)) > BUSY_CLIENT_CORES:
         reasons.append(f"the load generator was the bottleneck ({cores:.2f} of its one core busy)")
     elif (lag := metrics.get("client_lag_p99_ms", 0.0)) > metrics.get("p50_chunk_gap_ms", math.inf):
