@@ -101,6 +101,7 @@ def test_ttft_that_was_not_seen_voids() -> None:
 
 def test_a_cpu_server_is_not_held_to_times() -> None:
     slow = {**GOOD, "mean_concurrency": 3.0, "client_lag_p99_ms": 250.0, "server_in_flight": 1.0}
+    slow["unseen_first_tokens"] = 0.4
     loop: dict[str, Any] = {"requested": 8, "wanted_tokens": 256, "concurrency": 4, "open_loop": False}
     logs: dict[str, Any] = {"metrics": slow, "server_life": NOTHING, "cell": NOTHING}
     assert void_reasons(ARMS["none"], **loop, **logs, speeds=False) == ()
