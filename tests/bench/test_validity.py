@@ -105,7 +105,7 @@ def test_a_cpu_server_is_not_held_to_times() -> None:
     loop: dict[str, Any] = {"requested": 8, "wanted_tokens": 256, "concurrency": 4, "open_loop": False}
     logs: dict[str, Any] = {"metrics": slow, "server_life": NOTHING, "cell": NOTHING}
     assert void_reasons(ARMS["none"], **loop, **logs, speeds=False) == ()
-    assert len(void_reasons(ARMS["none"], **loop, **logs)) == 3
+    assert len(void_reasons(ARMS["none"], **loop, **logs)) == 4
 
 
 def test_a_log_without_batch_lines_does_not_void() -> None:
