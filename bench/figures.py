@@ -12,7 +12,7 @@ from bench.links import Link
 from bench.metrics import PLACEMENT
 from bench.run_folder import RunFolder, RunPlan
 from bench.stats import noise_floor_pct
-from bench.summary import Figure
+from bench.summary import Figure, of_ranks
 from bench.table import tidy
 from sglang_eplb_affinity.errors import InputError
 
@@ -37,8 +37,8 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
 
     ``ARM.balancedness``, ``ARM.gpu_fanout``, ``ARM.node_fanout``: the placement served, median over rows, interval
     from the least to the largest row. On GPUs also the ratios of the affinity arm (and of ``cover``) to vanilla at the
-    largest concurrency (interval over blocks) and, with an A/A arm, `bench.noise_floor_pct`. A CPU run gives no
-    speeds: they mean nothing.
+    largest concurrency (interval over blocks) and, with an A/A arm, `bench.noise_floor_pct` (on 4 GPUs
+    `ep4.bench.noise_floor_pct`). A CPU run gives no speeds: they mean nothing.
     """
     latest = folder.store.latest()
     records = [latest[cell] for cell in plan.cells() if cell in latest and not latest[cell].void]
@@ -51,13 +51,15 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
     if plan.profile.server.engine != "cpu":
         kind = Link.of(plan.profile).kind
         named += [(f"{prefix}.{name}", values) for name, values in _speeds(frame, kind)]
-        named += [(f"bench.{name}", values) for name, values in _noise(frame, kind)]
+        noise = f"{of_ranks(plan.profile.server.ranks)}bench"
+        named += [(f"{noise}.{name}", values) for name, values in _noise(frame, kind)]
     return [Figure(name=name, **values, **common) for name, values in named]
 
 
 def default_prefix(plan: RunPlan) -> str:
-    """`bench.LINK`: `bench.nvlink`, `bench.emulated50`, `bench.cpu`."""
-    return f"bench.{Link.of(plan.profile).name}"
+    """`bench.LINK`: `bench.nvlink`, `bench.emulated50`, `bench.cpu`; on more than 2 GPUs `ep4.bench.nvlink`."""
+    server = plan.profile.server
+    return f"{'' if server.engine == 'cpu' else of_ranks(server.ranks)}bench.{Link.of(plan.profile).name}"
 
 
 _Row = tuple[str, dict[str, Any]]

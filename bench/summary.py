@@ -87,6 +87,11 @@ def parse_figures(data: Any, source: str) -> list[Figure]:
     return list(found.values())
 
 
+def of_ranks(ranks: int) -> str:
+    """What a figure of GPUs is prefixed with: nothing on 2 ranks, `ep4.` on 4 and so on."""
+    return "" if ranks == 2 else f"ep{ranks}."
+
+
 def load_figures(path: Path) -> list[Figure]:
     try:
         return parse_figures(json.loads(path.read_text(encoding="utf-8")), str(path))

@@ -37,7 +37,7 @@ def add(files: tuple[str, ...], summary_file: str) -> None:
 
 @summary.command("from-run")
 @click.argument("folder")
-@click.option("--prefix", help="Of the entries' names. Default: bench.LINK, such as bench.nvlink or bench.cpu.")
+@click.option("--prefix", help="Of the names. Default: bench.LINK, such as bench.nvlink; ep4.bench.LINK on 4 GPUs.")
 @click.option("--output", required=True, help="File to write the entries to, for `summary add`.")
 def from_run(folder: str, prefix: str | None, output: str) -> None:
     """Write the headline figures of a run (FOLDER: results/RUN) as summary entries."""

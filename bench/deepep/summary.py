@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.output_paths import result_file
-from bench.summary import Figure, dump_figures
+from bench.summary import Figure, dump_figures, of_ranks
 from sglang_eplb_affinity.errors import InputError
 
 HIDDEN, DTYPE, TOKENS = 4096, "bf16", 8192
@@ -35,7 +35,7 @@ def local_to_spread(result: dict[str, Any]) -> Figure:
         raise InputError(f"no row of routing {sorted(missing)[0]} at hidden {HIDDEN}, {DTYPE}, {TOKENS} tokens")
     local, spread = times["spread"], times[str(gpus)]
     return Figure(
-        name="forced.fanout.dispatch_ratio_local_to_spread",
+        name=f"{of_ranks(gpus)}forced.fanout.dispatch_ratio_local_to_spread",
         value=round(local["median"] / spread["median"], 4),
         lower=round(local["repeat_min"] / spread["repeat_max"], 4),
         upper=round(local["repeat_max"] / spread["repeat_min"], 4),

@@ -6,6 +6,7 @@ import argparse
 import math
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +29,11 @@ def deepep_flags(gpus: int) -> list[str]:
         "--disable-prefill-cuda-graph",
         "--disable-radix-cache",
     ]
+
+
+def ranks_of(flags: Sequence[str]) -> int:
+    """Of a server that was started with ``flags``."""
+    return int(flags[flags.index("--tp") + 1])
 
 
 def decode_graphs(largest: int) -> list[str]:

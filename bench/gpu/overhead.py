@@ -36,6 +36,7 @@ from bench.gpu.flags import (
     end_cleanly,
     gpu_gib,
     need_gpus,
+    ranks_of,
     seconds_left,
     timing_options,
     used_gib,
@@ -46,6 +47,7 @@ from bench.gpu.serving_process import ServingProcess
 from bench.output_paths import result_folder
 from bench.side_by_side import give_turn
 from bench.stats import Ratio, ratio_by_block
+from bench.summary import of_ranks
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 
@@ -285,11 +287,12 @@ def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> 
     for result in results:
         if result["void"] or result["group"] == CPU.name:
             continue
+        ep = of_ranks(ranks_of(result["flags"]))
         size = "" if result["group"].startswith("large") else f"{result['group']}."
         for mode, of_mode in result["throughput_loss_pct"].items():
             for eplb, loss in of_mode.items():
                 if loss["blocks"] > 1:
-                    name = f"overhead.{mode}.{size}throughput_loss_pct"
+                    name = f"{ep}overhead.{mode}.{size}throughput_loss_pct"
                     name += ".upstream" if eplb == "upstream" else ""
                     add(result, name, "% of tokens/s without EPLB", loss["value"], loss["lower"], loss["upper"])
         for base, metric, name in (
@@ -298,7 +301,7 @@ def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> 
         ):
             ratio = result.get("ratios", {}).get(f"auto / {base}", {}).get(metric)
             if ratio and ratio["blocks"] > 1:
-                add(result, name, f"ratio to {base} mode", ratio["ratio"], ratio["lower"], ratio["upper"])
+                add(result, ep + name, f"ratio to {base} mode", ratio["ratio"], ratio["lower"], ratio["upper"])
     return found
 
 

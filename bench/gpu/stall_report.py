@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu.flags import ranks_of
 from bench.stats import ratio_by_block
+from bench.summary import of_ranks
 
 _ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})")
 _UPSTREAM = re.compile(r"TP0.*\[EPLBManager\] rebalance end time=([\d.]+)s")
@@ -81,7 +83,7 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
 
     def add(name: str, value: dict[str, float], unit: str) -> None:
-        found.append({"name": name, **value, "unit": unit, **common})
+        found.append({"name": of_ranks(ranks_of(result["flags"])) + name, **value, "unit": unit, **common})
 
     for arm, metric, name in (
         ("async", "p99_itl", "async.p99_itl_ratio"),

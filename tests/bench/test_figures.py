@@ -15,7 +15,7 @@ from tests.bench.conftest import make_record
 
 
 def gpu_plan(plan: RunPlan, *arms: str) -> RunPlan:
-    server = replace(plan.profile.server, engine="cuda", nodes=1)
+    server = replace(plan.profile.server, engine="cuda", ranks=2, nodes=1)
     return replace(plan, profile=replace(plan.profile, server=server), arms=arms, blocks=3)
 
 
@@ -68,6 +68,16 @@ def test_figures_of_an_emulated_link_say_so_and_are_named_after_it(run_folder: R
     assert figures["bench.emulated25.p50_ttft_ratio_to_vanilla"].kind == "emulated"
     assert default_prefix(gpu_plan(plan, "vanilla")) == "bench.emulated25"
     assert default_prefix(run_folder.plan()) == "bench.cpu"
+
+
+def test_figures_of_four_gpus_are_named_apart_from_those_of_two(run_folder: RunFolder, plan: RunPlan) -> None:
+    plan = gpu_plan(plan, "vanilla", "vanilla-again")
+    plan = replace(plan, profile=replace(plan.profile, server=replace(plan.profile.server, ranks=4)))
+    for block in range(3):
+        run_folder.store.append(measured(CellKey(block, "vanilla", 1), 1.0))
+        run_folder.store.append(measured(CellKey(block, "vanilla-again", 1), 1.02))
+    names = {figure.name for figure in figures_of_run(run_folder, plan, default_prefix(plan))}
+    assert "ep4.bench.noise_floor_pct" in names and not any(name.startswith("bench.") for name in names)
 
 
 def test_an_a_a_arm_gives_the_noise_floor(run_folder: RunFolder, plan: RunPlan) -> None:

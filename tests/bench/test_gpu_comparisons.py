@@ -160,6 +160,7 @@ def test_dispatch_ratio_of_the_committed_measurement() -> None:
     result = json.loads(path.read_text())
     figure = local_to_spread(result)
     assert figure.lower <= figure.value <= figure.upper < 1
+    assert figure.name == "forced.fanout.dispatch_ratio_local_to_spread"
     result["sections"]["normal"]["rows"] = []
     with pytest.raises(InputError, match="no row of routing 2 at hidden 4096"):
         local_to_spread(result)

@@ -19,7 +19,7 @@ from bench.gpu.resident import Load
 from sglang_eplb_affinity.errors import InputError
 
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
-MEASURED = {"hardware": "2 x GPU", "date": "2026-01-01", "sittings": [{"commit": "abcdef1"}]}
+MEASURED = {"hardware": "2 x GPU", "date": "2026-01-01", "sittings": [{"commit": "abcdef1"}], "flags": ["--tp", "2"]}
 
 
 def values(mode: str, **throughput: list[float]) -> dict[str, dict]:
@@ -79,6 +79,7 @@ def test_entries_leave_out_void_groups_and_single_blocks() -> None:
     void = {**result("large.low_latency", "low_latency", none=[1, 1], ours=[1, 1]), "void": ["ours rebalanced"]}
     once = result("large.low_latency", "low_latency", none=[100], ours=[99])
     entries = overhead.entries([large, {**small, "hardware": "2 x other GPU"}, void, once], SOURCE)
+    assert overhead.entries([{**small, "flags": ["--tp", "4"]}], SOURCE)[0]["name"].startswith("ep4.overhead.")
     assert [entry["hardware"] for entry in entries] == ["2 x GPU", "2 x GPU", "2 x other GPU"]
     assert [entry["name"] for entry in entries] == [
         "overhead.normal.throughput_loss_pct.upstream",

@@ -98,11 +98,14 @@ def test_entries_are_the_worst_of_modes_and_loads() -> None:
     source = {"hardware": "x", "versions": {"sglang": "0.5.17"}, "commit": "abc1234"}
     of_rounds = {"auto-async": {"layers_committed": 2, "commit_ms_per_layer": {"p50": 1.0, "p99": 2.0, "max": 3.0}}}
     result = {"provenance": source, "date": "2026-01-01T00:00:00Z", "command": "x", "rounds": of_rounds}
+    result["flags"] = ["--tp", "2"]
     found = entries({**result, "ratios_to_no_rebalancing": ratios(cells)})
     values = {figure.name: figure.value for figure in parse_figures(found, "entries")}
     assert values == {
         "async.p99_itl_ratio": 1.3, "async.max_itl_ratio": 1.3, "async.throughput_loss_pct": 23.08,
         "sync.p99_itl_ratio": 5.0, "async.commit_ms_per_layer.p99": 2.0,
     }  # fmt: skip
+    result["flags"] = ["--tp", "4"]
+    assert entries({**result, "ratios_to_no_rebalancing": ratios(cells)})[0]["name"] == "ep4.async.p99_itl_ratio"
     assert found[0]["unit"] == "ratio to no rebalancing, auto-async c4"
     assert entries({**result, "rounds": {}, "ratios_to_no_rebalancing": ratios(cells[:6])}) == []
