@@ -11,8 +11,10 @@ padding) and give physical ids of the same shape and dtype (-1 stays -1).
    number ``replica_hash(row, expert) % n`` is taken, and its GPU and node become visited.
 
 ``dynamic`` takes number ``replica_hash(row, expert) % n`` of all n replicas: even spreading, as EPLB assumes.
-``static`` depends on the source only: a replica on the source GPU, else on its node (if that narrows the choice), else
-number ``(source_gpu + expert) % n``; SGLang draws the last choice from a seeded shuffle, equally fair.
+``static`` depends on the source only: a replica on the source GPU, else one on its node, else any. Where several could
+be taken, the source GPUs that have the same choice are dealt out to them in turn, from number ``expert % n`` on, so
+that each replica serves as many of them as any other, or one more. SGLang deals with a seeded shuffle, and sends a
+whole node to the first of its replicas.
 
 Without a source (no all-to-all backend: every rank runs all tokens and must choose alike) pass ``source_gpu=None``.
 """
@@ -79,7 +81,7 @@ def choose_replicas(
     if rule == "dynamic":
         choice = _nth(valid, number % valid.sum(-1))
     elif rule == "static":
-        choice = _choose_static(valid, gpu, node, safe, source, topology, number)
+        choice = _choose_static(valid, table, safe, source, topology, slots_per_gpu, number)
     elif rule == "cover":
         choice = _choose_cover(valid, gpu, node, used, source, topology, number)
     else:
@@ -93,16 +95,30 @@ def _nth(candidates: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     return ((candidates.cumsum(-1) == (n + 1)[..., None]) & candidates).int().argmax(-1)
 
 
-def _choose_static(valid, gpu, node, ids, source, topology, number):  # type: ignore[no-untyped-def]
-    count = valid.sum(-1)
+def _choose_static(valid, table, ids, source, topology, slots_per_gpu, number):  # type: ignore[no-untyped-def]
     if source is None:
-        return _nth(valid, number % count)
-    near_gpu = valid & (gpu == source[..., None])
-    near_node = valid & (node == (source // topology.gpus_per_node)[..., None])
-    fair = _nth(valid, (source + ids) % count)
-    on_node = near_node.any(-1) & (near_node.sum(-1) < count)
-    choice = fair.where(~on_node, near_node.int().argmax(-1))
-    return choice.where(~near_gpu.any(-1), near_gpu.int().argmax(-1))
+        return _nth(valid, number % valid.sum(-1))
+    return _static_choices(table, topology, slots_per_gpu)[source, ids]
+
+
+def _static_choices(table: torch.Tensor, topology: Topology, slots_per_gpu: int) -> torch.Tensor:
+    """int64 [gpus, experts]: the replica that each GPU uses, as column of ``table`` [experts, max_replicas]."""
+    import torch
+
+    valid = table >= 0
+    gpu = torch.where(valid, table, 0) // slots_per_gpu
+    ranks = torch.arange(topology.num_gpus, device=table.device)
+    of_rank = ranks // topology.gpus_per_node
+    own = valid & (gpu == ranks[:, None, None])  # [gpus, experts, max_replicas]
+    near = valid & (gpu // topology.gpus_per_node == of_rank[:, None, None])
+    candidates = torch.where(near.any(-1, keepdim=True), near, valid)
+    # GPUs with the same choice: those of a node with a replica, or those of all nodes without one.
+    group = torch.where(near.any(-1), of_rank[:, None], topology.num_nodes)
+    waits = ~own.any(-1)
+    before = (group[:, None] == group[None]) & waits[None] & (ranks[None] < ranks[:, None])[..., None]
+    turn = before.sum(1) + torch.arange(len(table), device=table.device)
+    dealt = _nth(candidates, turn % candidates.sum(-1).clamp(min=1))
+    return torch.where(waits, dealt, own.int().argmax(-1))
 
 
 def _choose_cover(valid, gpu, node, used, source, topology, number):  # type: ignore[no-untyped-def]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from sglang_eplb_affinity._numba import kernel
 
 
@@ -18,13 +20,51 @@ def _visit(t, slot, slots_per_gpu, gpus_per_node, gpu_mark, node_mark):  # type:
 
 
 @kernel
+def static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node):  # type: ignore[no-untyped-def]
+    """int32 [gpus, experts]: the slot that each GPU sends an expert's tokens to under ``static``.
+
+    table int32 [experts, max_replicas]; replicas int32 [experts].
+    """
+    experts = table.shape[0]
+    num_nodes = num_gpus // gpus_per_node
+    out = np.empty((num_gpus, experts), np.int32)
+    on_node = np.empty(num_nodes, np.int64)
+    turn = np.empty(num_nodes + 1, np.int64)
+    candidates = np.empty(table.shape[1], np.int64)
+    for e in range(experts):
+        on_node[:] = 0
+        turn[:] = e
+        for i in range(replicas[e]):
+            on_node[table[e, i] // slots_per_gpu // gpus_per_node] += 1
+        for rank in range(num_gpus):
+            node = rank // gpus_per_node
+            own = -1
+            found = 0
+            for i in range(replicas[e]):
+                gpu = table[e, i] // slots_per_gpu
+                if gpu == rank and own < 0:
+                    own = table[e, i]
+                if on_node[node] == 0 or gpu // gpus_per_node == node:
+                    candidates[found] = table[e, i]
+                    found += 1
+            if own >= 0:
+                out[rank, e] = own
+                continue
+            group = node if on_node[node] > 0 else num_nodes
+            out[rank, e] = candidates[turn[group] % found]
+            turn[group] += 1
+    return out
+
+
+@kernel
 def choose_slots(  # type: ignore[no-untyped-def]
-    t, row, home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, candidates, out
+    t, row, home, table, replicas, static, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, candidates, out
 ):
     """Write the slot of each expert of one token into out int64 [k] (-1 for padding); returns its (GPU, node) fan-out.
 
     t: the token's row number, for the hash; row int16 [k]; home: its GPU, or -1 where it is not known; table int32
-    [experts, max_replicas]; replicas int32 [experts]; rule 0 cover, 1 static, 2 dynamic. gpu_mark int64 [gpus] and
+    [experts, max_replicas]; replicas int32 [experts]; static: :func:`static_slots` where that is the rule and homes are
+    known, else not read; rule 0 cover, 1 static, 2 dynamic. gpu_mark int64 [gpus] and
     node_mark int64 [nodes] hold the last token that visited each (start with -1); candidates int64 [max_replicas] is
     scratch.
     """
@@ -51,22 +91,7 @@ def choose_slots(  # type: ignore[no-untyped-def]
             h = h ^ (h >> 13)
             slot = int(table[e, h % n])
             if rule == 1 and home >= 0:
-                slot = int(table[e, (home + e) % n])
-                on_node = 0
-                nearest = -1
-                on_gpu = -1
-                for i in range(n):
-                    gpu = int(table[e, i]) // slots_per_gpu
-                    if gpu // gpus_per_node == home_node:
-                        on_node += 1
-                        if nearest < 0:
-                            nearest = int(table[e, i])
-                    if gpu == home and on_gpu < 0:
-                        on_gpu = int(table[e, i])
-                if 0 < on_node < n:
-                    slot = nearest
-                if on_gpu >= 0:
-                    slot = on_gpu
+                slot = int(static[home, e])
             elif rule == 0:
                 for step in range(4):
                     found = 0

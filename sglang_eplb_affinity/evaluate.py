@@ -19,7 +19,7 @@ import numpy as np
 
 from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.dispatch_kernel import choose_slots
+from sglang_eplb_affinity.dispatch_kernel import choose_slots, static_slots
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.routing import RoutingTrace
@@ -77,13 +77,16 @@ def measure_layer(  # type: ignore[no-untyped-def]
     slots = np.empty(k, np.int64)
     has_source = source.shape[0] > 0
     keep = chosen.shape[0] > 0
+    static = np.empty((0, 0), np.int32)
+    if rule == 1 and has_source:
+        static = static_slots(table, replicas, load.shape[0] // slots_per_gpu, slots_per_gpu, gpus_per_node)
     for t in range(count):
         if tokens[t, 0] < 0:
             continue
         home = np.int64(source[t]) if has_source else np.int64(-1)
         fan, node_fan = choose_slots(
-            t, tokens[t], home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, candidates,
-            slots,
+            t, tokens[t], home, table, replicas, static, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark,
+            candidates, slots,
         )  # fmt: skip
         home_node = home // gpus_per_node
         for j in range(k):

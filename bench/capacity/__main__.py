@@ -20,7 +20,7 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.calibrate import (
-    H200_X2,
+    MEASURED,
     Comparison,
     comparison_table,
     fit_all,
@@ -33,7 +33,7 @@ from sglang_eplb_affinity.topology import Topology
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
 PAGE = "docs/capacity_planning.md"
-MEASURED = "results/deepep/h200-x2.json"
+DEEPEP = ("results/deepep/h200-x2.json", "results/deepep/h200-x4.json")
 FULL, SMALL = ("--layers", "6", "--resamples", "8"), ("--layers", "4", "--resamples", "5")
 RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("deepseek-v3-h800", "8,16,32,64,144,320", FULL),
@@ -135,8 +135,8 @@ def _cli(*arguments: str, into: Path | None, keep: bool = False) -> None:
 
 def _calibration(folder: Path) -> list[Comparison]:
     """The comparison with every point (calibration.md), with the published ones, and a line for each source."""
-    rows = fit_all(load_measured(ROOT / MEASURED))[1]
-    published = [row for row in rows if row.point.calibration != H200_X2]
+    rows = fit_all([load_measured(ROOT / path) for path in DEEPEP])[1]
+    published = [row for row in rows if not row.point.calibration.startswith(f"{MEASURED}-x")]
     for name, text in (
         ("calibration", comparison_table(rows)),
         ("calibration-published", comparison_table(published)),
@@ -192,7 +192,7 @@ def _entries(folder: Path, ep320: float, error: float) -> list[dict[str, Any]]:
     results = json.loads((folder / "deepseek-v3-h800.json").read_text())["results"]
     found = [
         entry("simulate.calibration_error_pct.max", error, error, error, "%", "simulated",
-              "time model against DeepEP's published tables (H800, GB200) and 2 x H200, points not fitted"),
+              "time model against DeepEP's published tables (H800, GB200) and 2 and 4 x H200, points not fitted"),
         entry("simulate.ep320.seconds", ep320, ep320, ep320, "s", "measured", origin["hardware"]),
     ]  # fmt: skip
     for gpus, name in HEADLINES.items():

@@ -59,7 +59,7 @@ EXACT = 1e-5  # a float32 server's error is rounding, whatever the placement
 INTERVAL = ("--eplb-rebalance-num-iterations", str(ITERATIONS))
 CPU_SIZES = MoeSizes(layers=3, hidden=64, expert_width=32, heads=2, kv_heads=1, head_dim=32)
 Differences = dict[str, np.ndarray]  # of prefill and decode, one dimension each
-ASYNC = ("--eplb-async", "--eplb-async-min-gain", "0", "--eplb-async-phase-limit", "3600")
+ASYNC = ("--eplb-async", "--eplb-min-gain", "0", "--eplb-async-phase-limit", "3600")
 ARMS = (
     ResidentArm("sync", ("--eplb-rebalance-layers-per-chunk", "2")),
     ResidentArm("async", ASYNC, {verify.ENVIRONMENT: "1"}),

@@ -114,7 +114,7 @@ class Setting:
             flags += ["--eplb-algorithm", "deepseek" if name == "sync" else "affinity"]
         if name == "async":
             # Paused while others have their turn, a round lasts as long as they do.
-            flags += ["--eplb-async", "--eplb-async-min-gain", "0", "--eplb-async-phase-limit", "3600"]
+            flags += ["--eplb-async", "--eplb-min-gain", "0", "--eplb-async-phase-limit", "3600"]
         return ResidentArm(f"{mode}-{name}", tuple(flags))
 
 

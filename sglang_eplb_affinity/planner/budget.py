@@ -11,6 +11,7 @@ from sglang_eplb_affinity.planner.imbalance import ImbalanceWeights
 from sglang_eplb_affinity.planner.random_steps import schedule
 
 COST_UNIT = 8  # one copy of one token to another GPU, in integer cost units
+REDEAL_SHARE = 3 / 8
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,16 @@ class Annealing:
 
 @dataclass(frozen=True)
 class SearchBudget:
-    """``replicas``: whether the search also chooses which experts are replicated; else it only moves what exists."""
+    """``replicas``: whether the search also chooses which experts are replicated; else it only moves what exists.
+
+    ``redeals``: so often the tokens are dealt to the replicas anew, by the rule and the places found, and the last
+    ``REDEAL_SHARE`` of the stages follow: while replicas move, each keeps the tokens that it had before.
+    """
 
     annealing: Annealing
     replicas: bool
     imbalance: ImbalanceWeights
+    redeals: int = 0
 
 
 # Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it.
@@ -65,4 +71,4 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
     annealing = (
         Annealing(4096, 40, 2200 * scale, 0.08, 0.004) if fast else Annealing(16384, 100, 20000 * scale, 0.08, 0.0024)
     )
-    return SearchBudget(annealing, False, _SWAPS)
+    return SearchBudget(annealing, False, _SWAPS, redeals=3 if num_slots > num_experts else 0)

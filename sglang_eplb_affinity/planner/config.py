@@ -34,6 +34,9 @@ class PlannerConfig:
     ``max_moves``: at most so many experts newly placed on each rank in each layer; makes the plan incremental.
     ``move_cost``: what one moved expert must save in an incremental plan, in copies to another GPU per million tokens.
     An expert of DeepSeek-V3 is as large as 6000 tokens; over 4 million tokens between rebalances that makes 1500.
+    ``minimum_gain``: with a current map, a layer moves only if it gains this fraction: of its dispatch cost, or of its
+    most loaded GPU's load without costing dispatch more; where the current map loads a GPU over the cap, load alone
+    decides. None: the plan is taken as it is.
     ``node_weight``: cost of a copy to another node in copies to another GPU (RDMA against NVLink bandwidth).
     ``num_groups``: expert groups of group-limited routing (DeepSeek-V3: 8 groups, ``n_group`` in the model's config; a
     token picks from 4 of them). EPLB's hierarchical placement by groups is then a further start of the search.
@@ -51,6 +54,7 @@ class PlannerConfig:
     incremental: bool = False
     max_moves: int | None = None
     move_cost: int = 1500
+    minimum_gain: float | None = None
     node_weight: int = 2
     num_groups: int | None = None
     search_scale: int = 1
@@ -74,6 +78,8 @@ class PlannerConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"planner: {name}={value} must be 0 or more")
+        if self.minimum_gain is not None and not 0.0 <= self.minimum_gain < 1.0:
+            raise InputError(f"planner: minimum_gain={self.minimum_gain} must be a fraction, 0 to below 1")
         if self.search_scale < 1:
             raise InputError(f"planner: search_scale={self.search_scale} must be at least 1")
         if self.num_groups is not None and self.num_groups < 1:

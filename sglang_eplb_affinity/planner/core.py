@@ -15,7 +15,7 @@ from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget, budget_
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
 from sglang_eplb_affinity.planner.imbalance import imbalance
-from sglang_eplb_affinity.planner.judge import Judgement, judge
+from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
 from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, search_layer, thin
 from sglang_eplb_affinity.planner.layout import align, keep_slots
 from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
@@ -28,6 +28,7 @@ NO_AFFINITY = "no token sample or co-activation"
 NOT_BETTER = "search not better"
 DUPLICATES = "an expert twice on a GPU, no swap to part them"
 MOVE_CAP = "duplicates in the current map need more moves than allowed"
+LITTLE_GAIN = "the current map is as good, or nearly"
 PSEUDO_TOKENS = 4096
 ATTEMPTS = 3
 GROUPED_HOT_SHARE = 0.1  # hotter, the search would scatter the groups and find no way back
@@ -35,13 +36,17 @@ GROUPED_HOT_SHARE = 0.1  # hotter, the search would scatter the groups and find 
 
 @dataclass(frozen=True)
 class _LayerPlan:
-    """One layer's slots int32 [slots], why it fell back ("" if not), and the judgements of the three maps."""
+    """One layer's slots int32 [slots], why it fell back ("" if not), and the judgements of the three maps.
+
+    ``load_cap``: max/mean that a plan may load a GPU.
+    """
 
     slots: np.ndarray
     fallback: str
     eplb: Judgement | None = None
     planned: Judgement | None = None
     current: Judgement | None = None
+    load_cap: float = 0.0
 
 
 def plan(
@@ -71,6 +76,7 @@ def plan(
         in_use = None if current is None else current.physical_to_logical[layer]
         other = None if grouped is None else grouped.physical_to_logical[layer]
         result = _plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
+        result = _unless_little_gain(result, in_use, config.minimum_gain)
         if progress is not None:
             progress(1)
         return result
@@ -86,6 +92,14 @@ def plan(
         seconds=time.perf_counter() - began,
     )
     return Plan(expert_map, report)
+
+
+def _unless_little_gain(result: _LayerPlan, current: np.ndarray | None, minimum_gain: float | None) -> _LayerPlan:
+    if current is None or minimum_gain is None or result.planned is None or result.current is None:
+        return result
+    if worth_moving(result.current, result.planned, result.load_cap, minimum_gain):
+        return result
+    return replace(result, slots=current, fallback=LITTLE_GAIN, planned=result.current)
 
 
 def _grouped_placement(
@@ -148,8 +162,13 @@ def _plan_layer(
     kept, by_kept = eplb, by_eplb
     if current is not None and in_use is not None and config.keeps_current:
         kept, by_kept = current, in_use
+    limit = by_eplb.load * (1 + config.max_load_increase)
+
+    def result(slots: np.ndarray, fallback: str, judged: Judgement) -> _LayerPlan:
+        return _LayerPlan(slots, fallback, by_eplb, judged, in_use, limit)
+
     if not len(tokens):
-        return _LayerPlan(kept, NO_AFFINITY, by_eplb, by_kept, in_use)
+        return result(kept, NO_AFFINITY, by_kept)
 
     problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
     if grouped is not None and judge(grouped, counts, tokens, topology, config).cost < by_eplb.cost:
@@ -157,25 +176,26 @@ def _plan_layer(
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
     tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
     mean = counts.sum() / topology.num_gpus
+    limit = max(problem.load_cap / mean + tolerance, by_eplb.load)
     cap = max(problem.load_cap / mean + tolerance, by_kept.load)
     for attempt in range(ATTEMPTS):
         found = search_layer(problem, topology, config, budget)
         if found is None:
-            return _LayerPlan(kept, DUPLICATES, by_eplb, by_kept, in_use)
+            return result(kept, DUPLICATES, by_kept)
         if current is not None:
             found = _settle(found, current, problem, topology, config)
             if found is None:
-                return _LayerPlan(kept, MOVE_CAP, by_eplb, by_kept, in_use)
+                return result(kept, MOVE_CAP, by_kept)
         by_search = judge(found, counts, tokens, topology, config)
         lighter = by_search.load < by_kept.load - 0.005
         if by_search.load <= cap and (by_search.cost < by_kept.cost or lighter):
-            return _LayerPlan(found, "", by_eplb, by_search, in_use)
+            return result(found, "", by_search)
         if by_search.load <= cap or len(eplb) == len(counts):
             break
         # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
         lower = int(problem.load_cap - (by_search.load - cap) * mean)
         problem = replace(problem, load_cap=lower, seed=problem.seed + ((attempt + 1) << 40))
-    return _LayerPlan(kept, NOT_BETTER, by_eplb, by_kept, in_use)
+    return result(kept, NOT_BETTER, by_kept)
 
 
 def _settle(

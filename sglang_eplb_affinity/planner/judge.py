@@ -23,6 +23,18 @@ class Judgement:
     load: float
 
 
+def worth_moving(current: Judgement, planned: Judgement, load_cap: float, minimum_gain: float) -> bool:
+    """Whether a layer gains enough to move its experts; see ``PlannerConfig.minimum_gain``."""
+
+    def gained(before: float, after: float) -> bool:
+        return after < before and after <= before * (1 - minimum_gain)
+
+    lighter = gained(current.load, planned.load)
+    if current.load > load_cap:
+        return lighter
+    return gained(current.cost, planned.cost) or (lighter and planned.cost <= current.cost)
+
+
 @kernel
 def _replica_table(row, num_experts):  # type: ignore[no-untyped-def]
     """(int32 [experts, max_replicas], int32 [experts]) of one layer, as ExpertMap gives them for all."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
-from sglang_eplb_affinity.planner.budget import COST_UNIT, Annealing, SearchBudget
+from sglang_eplb_affinity.planner.budget import COST_UNIT, REDEAL_SHARE, Annealing, SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.cover_search import search_cover
 from sglang_eplb_affinity.planner.imbalance import Imbalance
@@ -78,8 +78,12 @@ def search_layer(
     if budget.replicas:
         _choose_replicas(problem, out, tokens, topology, weights, annealing, temperatures)
         return out
-    by_slot, share = tokens_by_slot(tokens, out, len(problem.counts), topology, config.dispatch)
-    return _move_slots(problem, out, by_slot, share, topology, weights, annealing, temperatures)
+    last = temperatures[-round(REDEAL_SHARE * len(temperatures)) :]
+    for number in range(1 + budget.redeals):
+        by_slot, share = tokens_by_slot(tokens, out, len(problem.counts), topology, config.dispatch)
+        again = replace(problem, seed=problem.seed + (number << 50))
+        out = _move_slots(again, out, by_slot, share, topology, weights, annealing, last if number else temperatures)
+    return out
 
 
 def _move_slots(

@@ -20,7 +20,7 @@ class AsyncConfig:
 
     interval: int
     warm_up: int = 0
-    minimum_gain: float = 0.01
+    minimum_gain: float = 0.02
     run_once: bool = False
     layers_in_flight: int = 2
     phase_limit_seconds: float = 60.0
@@ -31,7 +31,7 @@ class AsyncConfig:
         if self.warm_up < 0:
             raise InputError(f"--eplb-async-warm-up-passes {self.warm_up}: must be 0 or more")
         if not 0 <= self.minimum_gain < 1:
-            raise InputError(f"--eplb-async-min-gain {self.minimum_gain}: must be a fraction, 0 to below 1")
+            raise InputError(f"--eplb-min-gain {self.minimum_gain}: must be a fraction, 0 to below 1")
         if self.layers_in_flight < 1:
             raise InputError(f"--eplb-async-layers-in-flight {self.layers_in_flight}: must be at least 1")
         if not self.phase_limit_seconds > 0:

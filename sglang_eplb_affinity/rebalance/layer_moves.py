@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.dispatch_kernel import static_slots
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.topology import Topology
 
@@ -89,25 +90,14 @@ def choose_sources(old: np.ndarray, new: np.ndarray, topology: Topology) -> np.n
 
 
 def static_choice(replicas: np.ndarray, topology: Topology, num_slots: int) -> np.ndarray:
-    """int32 [ranks, experts]: SGLang's ``static`` dispatch table of all ranks; see ``static`` in dispatch.py.
+    """int32 [ranks, experts]: the ``static`` dispatch table of all ranks for one layer; see dispatch.py.
 
-    SGLang fills it in a Python loop over ranks, layers and experts (about a second for DeepSeek-V3).
+    ``replicas`` [experts, max_replicas]: slots in rising order, padded with -1.
     """
+    table = np.ascontiguousarray(replicas, dtype=np.int32)
+    count = (table >= 0).sum(1).astype(np.int32)
     slots_per_gpu = topology.slots_per_gpu(num_slots)
-    valid = replicas >= 0
-    count = valid.sum(1)
-    gpu = np.where(valid, replicas, 0) // slots_per_gpu
-    node = gpu // topology.gpus_per_node
-    experts = np.arange(len(replicas))
-    out = np.empty((topology.num_gpus, len(replicas)), np.int32)
-    for rank in range(topology.num_gpus):
-        same_gpu = valid & (gpu == rank)
-        same_node = valid & (node == rank // topology.gpus_per_node)
-        near = np.count_nonzero(same_node, axis=1)
-        choice = np.where((near > 0) & (near < count), same_node.argmax(1), (rank + experts) % count)
-        choice = np.where(same_gpu.any(1), same_gpu.argmax(1), choice)
-        out[rank] = replicas[experts, choice]
-    return out
+    return np.asarray(static_slots(table, count, topology.num_gpus, slots_per_gpu, topology.gpus_per_node))
 
 
 def job_of(plan: LayerPlan, rank: int, slots_per_gpu: int) -> LayerJob:

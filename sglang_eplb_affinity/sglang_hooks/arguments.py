@@ -30,7 +30,7 @@ ADDED = (
     "eplb_affinity_nodes",
     "eplb_async",
     "eplb_async_layers_in_flight",
-    "eplb_async_min_gain",
+    "eplb_min_gain",
     "eplb_async_phase_limit",
     "eplb_async_run_once",
     "eplb_async_warm_up_passes",

@@ -75,11 +75,11 @@ def load(server_args: Any, model_config: Any, ep_rank: int) -> Any | None:
     if message[0] == _LEFT_TO_SGLANG:
         return None
     loaded = ExpertMap(message[1:].numpy().reshape(shape), experts)
+    topology = rebalance.topology_of(server_args, ep_size)
     if initial is not None:
-        topology = rebalance.topology_of(server_args, ep_size)
         in_force = LoadedMap(initial, loaded, topology, rebalance.dispatch_rule(server_args))
         in_force.log_loaded()
-    return rebalance.metadata_of(loaded, ep_size, server_args.device, ep_rank)
+    return rebalance.metadata_of(loaded, topology, rebalance.dispatch_rule(server_args), server_args.device, ep_rank)
 
 
 def _rank() -> int:

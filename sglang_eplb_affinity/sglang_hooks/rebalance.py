@@ -22,6 +22,7 @@ from sglang_eplb_affinity.evaluate import moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, plan, warm_up
 from sglang_eplb_affinity.planner.config import Objective, usable_cores
+from sglang_eplb_affinity.rebalance.layer_moves import static_choice
 from sglang_eplb_affinity.rebalance.round_record import (
     MapFigures,
     Result,
@@ -67,6 +68,7 @@ def planner_config(server_args: Any, *, first: bool = True, num_groups: int | No
         dispatch=dispatch_rule(server_args),
         incremental=server_args.eplb_affinity_incremental and not first,
         max_moves=None if first else server_args.eplb_affinity_max_moves,
+        minimum_gain=server_args.eplb_min_gain or None,
         num_groups=num_groups,
     )
 
@@ -139,7 +141,8 @@ class RebalanceRound:
             self._log("failed", self._before, reason=failure)
             return None
         if np.array_equal(planned.physical_to_logical, self._before.physical_to_logical):
-            self._log("unchanged", self._before)
+            least = self._server_args.eplb_min_gain
+            self._log("unchanged", self._before, reason=f"no layer gains {least:.2%}" if least else None)
             return None
         return self._metadata_of(planned)
 
@@ -179,7 +182,8 @@ class RebalanceRound:
         return ExpertMap(ids, before.num_experts), ""
 
     def _metadata_of(self, expert_map: ExpertMap) -> Any:
-        return metadata_of(expert_map, self._metadata.ep_size, self._metadata.physical_to_logical_map.device)
+        rule, device = dispatch_rule(self._server_args), self._metadata.physical_to_logical_map.device
+        return metadata_of(expert_map, self._topology, rule, device)
 
     def _log(self, result: Result, after: ExpertMap, reason: str | None = None) -> None:
         if self._rank:
@@ -232,18 +236,35 @@ def contiguous_like(expert_map: ExpertMap) -> ExpertMap:
     return ExpertMap.contiguous(expert_map.num_layers, expert_map.num_experts, expert_map.num_slots)
 
 
-def metadata_of(expert_map: ExpertMap, ep_size: int, device: Any, ep_rank: int | None = None) -> Any:
+def metadata_of(
+    expert_map: ExpertMap, topology: Topology, rule: DispatchRule, device: Any, ep_rank: int | None = None
+) -> Any:
     """SGLang's ExpertLocationMetadata with all replicas of each expert.
 
-    ``ep_rank`` None: the global rank modulo EP size, as SGLang's own rebalance has it.
+    ``ep_rank`` None: the global rank modulo EP size, as SGLang's own rebalance has it. Under ``static`` the replica
+    that this rank uses is the one that the planner counted with. SGLang's own table is another draw, knows no emulated
+    nodes, and is filled by a Python loop over ranks, layers and experts while every rank waits.
     """
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
-    return ExpertLocationMetadata._init_raw(
-        ep_size=ep_size,
-        physical_to_logical_map=torch.from_numpy(expert_map.physical_to_logical.astype(np.int64)).to(device),
-        logical_to_all_physical_map=torch.from_numpy(expert_map.logical_to_all_physical().astype(np.int64)).to(device),
-        moe_ep_rank=ep_rank,
+    slots = torch.from_numpy(expert_map.physical_to_logical.astype(np.int64))
+    table = expert_map.logical_to_all_physical()
+    padded = np.full((*table.shape[:2], expert_map.num_slots), -1, np.int64)
+    padded[:, :, : table.shape[2]] = table
+    replicas = torch.from_numpy(padded)
+    static = None
+    if rule == "static":
+        rank = dist.get_rank() % topology.num_gpus if ep_rank is None else ep_rank
+        of_layers = [static_choice(layer, topology, expert_map.num_slots)[rank] for layer in table]
+        static = torch.from_numpy(np.stack(of_layers).astype(np.int64)).to(device)
+    return ExpertLocationMetadata(
+        physical_to_logical_map=slots.to(device),
+        physical_to_logical_map_cpu=slots,
+        logical_to_all_physical_map=replicas.to(device),
+        logical_to_all_physical_map_cpu=replicas,
+        logical_to_all_physical_map_num_valid=torch.from_numpy((table >= 0).sum(2)).to(device),
+        ep_size=topology.num_gpus,
+        logical_to_rank_dispatch_physical_map=static,
     )
 
 

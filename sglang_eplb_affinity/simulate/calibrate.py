@@ -1,6 +1,7 @@
 """Fit the constants of :mod:`.calibration` and compare them with every source.
 
-    python -m sglang_eplb_affinity.simulate.calibrate --measured results/deepep/h200-x2.json [--write]
+    python -m sglang_eplb_affinity.simulate.calibrate [--write]
+        --measured results/deepep/h200-x2.json --measured results/deepep/h200-x4.json
 
 Errors are logarithms of the time, so that small and large messages count alike; the sum of their fourth powers is made
 small, which punishes the worst points. Each source is
@@ -10,7 +11,6 @@ split into points that are fitted and points that only check; the largest error 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,10 @@ from sglang_eplb_affinity.simulate.measured import engine_us, load_measured, mea
 from sglang_eplb_affinity.simulate.published import Point, published_points
 
 TARGET = Path(__file__).with_name("data") / "calibrations.yaml"
-H800, H200_X2, H200, GB200 = "h800-cx7", "h200-x2", "h200-cx7", "gb200-nvl72"
-# GB/s in one direction, and the share of it that a GPU can take in. Two GPUs cannot load the link: an assumption.
+H800, H200, GB200 = "h800-cx7", "h200-cx7", "gb200-nvl72"
+MEASURED = "h200"  # NVLink's part of H200: from points of h200-x2, h200-x4, all fitted together
+# GB/s in one direction, and the share of it that a GPU can take in. Neither two nor four GPUs load the link (at most
+# 256 GB/s seen): an assumption.
 H200_NVLINK, WIRE_SHARE = 450.0, 0.85
 SHARES = np.linspace(0.0, 1.0, 11)
 
@@ -38,19 +40,24 @@ FREE: dict[tuple[str, str], tuple[str, ...]] = {
     (H800, "normal"): ("nvlink_gb_per_s", "rdma_gb_per_s"),
     (H800, "low_latency"): ("base_us", "nvlink_gb_per_s", "rdma_gb_per_s"),
     (GB200, "normal"): ("per_peer_us", "nvlink_gb_per_s"),
-    (H200_X2, "normal"): (
+    (MEASURED, "normal"): (
         "base_us",
+        "per_peer_us",
         "fill_tokens",
         "nvlink_gb_per_s",
         "source_gb_per_s",
         "per_token_ns",
         "per_copy_ns",
+        "channel_gb_per_s",
+        "channel_copy_ns",
+        "channel_buffer_copies",
     ),
-    (H200_X2, "low_latency"): ("base_us", "nvlink_gb_per_s"),
+    (MEASURED, "low_latency"): ("base_us", "nvlink_gb_per_s", "channel_gb_per_s"),
 }
 START = {
     "base_us": 30.0, "nvlink_gb_per_s": 200.0, "rdma_gb_per_s": 45.0, "per_peer_us": 3.0, "source_gb_per_s": 900.0,
-    "per_token_ns": 10.0, "per_copy_ns": 10.0, "fill_tokens": 30.0,
+    "per_token_ns": 10.0, "per_copy_ns": 10.0, "fill_tokens": 30.0, "channel_gb_per_s": 800.0, "channel_copy_ns": 10.0,
+    "channel_buffer_copies": 100.0,
 }  # fmt: skip
 
 
@@ -88,22 +95,25 @@ def compare(points: Sequence[Point], constants: PhaseConstants) -> list[Comparis
     return [Comparison(point, phase_time(constants, point.load).us) for point in points]
 
 
-def fit_all(measured: dict[str, Any] | None) -> tuple[dict[str, dict[str, PhaseConstants]], list[Comparison]]:
-    """Constants by calibration and "mode.phase", and the comparison with every point."""
+def fit_all(measured: Sequence[dict[str, Any]]) -> tuple[dict[str, dict[str, PhaseConstants]], list[Comparison]]:
+    """Constants by calibration and "mode.phase", and the comparison with every point.
+
+    ``measured``: results of `python -m bench.deepep`, each on another number of GPUs; none: published tables only.
+    """
     fitted: dict[str, dict[str, PhaseConstants]] = {}
     rows: list[Comparison] = []
-    if measured is not None:
+    if measured:
         for key in ("normal.dispatch", "normal.combine", "low_latency.dispatch", "low_latency.combine"):
             found = _fit_measured(measured, key)
             if found is not None:
-                fitted.setdefault(H200_X2, {})[key] = found[0]
+                fitted.setdefault(MEASURED, {})[key] = found[0]
                 rows += found[1]
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in published_points():
         groups.setdefault((point.calibration, point.key), []).append(point)
     for (name, key), points in groups.items():
         # The published normal-mode tables have large messages only: the latency of small ones is the measured one.
-        same = fitted.get(H200_X2, {}).get(key)
+        same = fitted.get(MEASURED, {}).get(key)
         base_us = same.base_us if same is not None and key.startswith("normal") else 0.0
         constants = fit_phase(points, FREE[name, key.split(".")[0]], base_us=base_us)
         fitted.setdefault(name, {})[key] = constants
@@ -111,17 +121,21 @@ def fit_all(measured: dict[str, Any] | None) -> tuple[dict[str, dict[str, PhaseC
     return fitted, rows
 
 
-def _fit_measured(measured: dict[str, Any], key: str) -> tuple[PhaseConstants, list[Comparison]] | None:
-    """The shares are found by trying: they enter before the maximum over links."""
+def _fit_measured(measured: Sequence[dict[str, Any]], key: str) -> tuple[PhaseConstants, list[Comparison]] | None:
+    """The share of local copies is found by trying: it enters before the maximum over links."""
     best: tuple[float, PhaseConstants, list[Comparison]] | None = None
-    channels = SHARES if key.startswith("normal") else SHARES[-1:]
-    for local, channel in itertools.product(SHARES.tolist(), channels.tolist()):
-        points = list(measured_points(measured, H200_X2, key, local, channel))
+    normal = key.startswith("normal")
+    for local in SHARES.tolist():
+        # A channel of low-latency mode serves an expert, on whichever GPU.
+        of_channels = local if normal else 1.0
+        points = [point for data in measured for point in measured_points(data, key, local, of_channels)]
         if not points:
             return None
-        wire = WIRE_SHARE * H200_NVLINK if key.startswith("normal") else 0.0
-        constants = fit_phase(points, FREE[H200_X2, key.split(".")[0]], wire_gb_per_s=wire)
-        constants = dataclasses.replace(constants, local_share=round(local, 2), channel_share=round(channel, 2))
+        wire = WIRE_SHARE * H200_NVLINK if normal else 0.0
+        constants = fit_phase(points, FREE[MEASURED, key.split(".")[0]], wire_gb_per_s=wire)
+        constants = dataclasses.replace(
+            constants, local_share=round(local, 2), channel_local_share=round(of_channels, 2)
+        )
         rows = compare(points, constants)
         cost = float(np.sum([np.log(r.predicted_us / r.point.us) ** 4 for r in rows if r.point.fit]))
         if best is None or cost < best[0]:
@@ -142,16 +156,17 @@ def calibrations(
         plain = {key: dataclasses.asdict(value) for key, value in sorted(phases.items())}
         out[name] = {"nvlink_gb_per_s": nvlink, "rdma_gb_per_s": rdma, "sources": used, "phases": plain}
 
-    entry(H800, 200.0, 50.0, fitted[H800], [H800, H200_X2])
-    if H200_X2 in fitted:
+    hosts = sorted(name for name in sources if name.startswith(f"{MEASURED}-x"))
+    entry(H800, 200.0, 50.0, fitted[H800], [H800, *hosts])
+    if MEASURED in fitted:
         joined = {}
-        for key, constants in fitted[H200_X2].items():
+        for key, constants in fitted[MEASURED].items():
             rdma = fitted[H800][key]
             extra = max(0.0, rdma.base_us - constants.base_us) if key.startswith("low_latency") else 0.0
             joined[key] = dataclasses.replace(constants, rdma_gb_per_s=rdma.rdma_gb_per_s, rdma_base_us=round(extra, 2))
-        entry(H200, H200_NVLINK, 50.0, joined, [H200_X2, H800])
+        entry(H200, H200_NVLINK, 50.0, joined, [*hosts, H800])
         latency = {k: v for k, v in joined.items() if k.startswith("low_latency")}
-        entry(GB200, 900.0, 50.0, {**_with_rdma(fitted[GB200], fitted[H800]), **latency}, [GB200, H200_X2, H800])
+        entry(GB200, 900.0, 50.0, {**_with_rdma(fitted[GB200], fitted[H800]), **latency}, [GB200, *hosts, H800])
     return out
 
 
@@ -193,28 +208,31 @@ def summary_table(rows: Sequence[Comparison]) -> str:
 
 
 @click.command()
-@click.option("--measured", type=click.Path(), help="Result of `python -m bench.deepep` on 2 GPUs.")
+@click.option(
+    "--measured", type=click.Path(), multiple=True, help="Result of `python -m bench.deepep`; once for each host."
+)
 @click.option("--write", is_flag=True, help="Write data/calibrations.yaml.")
 @click.option("--table", is_flag=True, help="Print every point as a Markdown table.")
-def main(measured: str | None, write: bool, table: bool) -> None:
+def main(measured: tuple[str, ...], write: bool, table: bool) -> None:
     """Fit the time model and print its errors on the points that were not fitted."""
     try:
-        data = None if measured is None else load_measured(Path(measured))
+        data = [load_measured(Path(path)) for path in measured]
         fitted, rows = fit_all(data)
         if table:
             click.echo(comparison_table(rows) + "\n")
         for name in dict.fromkeys(row.point.calibration for row in rows):
             for key in dict.fromkeys(row.point.key for row in rows if row.point.calibration == name):
                 part = [row for row in rows if (row.point.calibration, row.point.key) == (name, key)]
+                constants = fitted[name if name in fitted else MEASURED][key]
                 checked = [abs(row.error_pct) for row in part if not row.point.fit]
                 click.echo(
                     f"{name} {key}: {len(part) - len(checked)} points fitted, {len(checked)} checked, "
                     f"median error {np.median(checked):.1f} %, largest {max(checked):.1f} %; "
-                    + ", ".join(f"{k}={v:g}" for k, v in dataclasses.asdict(fitted[name][key]).items() if v)
+                    + ", ".join(f"{k}={v:g}" for k, v in dataclasses.asdict(constants).items() if v)
                 )
         click.echo(f"largest error on points that were not fitted: {largest_error(rows):.1f} %")
         if write:
-            if data is None:
+            if not data:
                 raise InputError("--write: needs --measured, for the constants of h200-cx7 and gb200-nvl72")
             engine = round(engine_us(data), 2)
             sources: dict[str, list[str]] = {}

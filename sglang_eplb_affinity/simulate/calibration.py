@@ -1,15 +1,18 @@
 """Time of one dispatch or combine from the bytes on each link, with constants fitted to DeepEP measurements.
 
     t = base + fill * bytes of a copy / NVLink rate + per_peer * NVLink peers + (rdma_base if RDMA is used)
-        + (copies ** 4 + nvlink ** 4 + wire ** 4 + rdma ** 4) ** (1/4)
+        + (copies ** 4 + nvlink ** 4 + channels ** 4 + wire ** 4 + rdma ** 4) ** (1/4)
 
     copies = tokens * per_token + copies * per_copy         work of the kernels for each token and copy of any size
     nvlink = source bytes / source rate + bytes of copies / rate                     what the kernels' SMs move
+    channels = (copies to the busiest GPU beyond its buffers) * (bytes / rate + per_copy)
     wire   = bytes over NVLink / rate                                                what the link carries
     rdma   = bytes over RDMA / rate
 
 where copies and bytes are those of the busiest GPU (and NIC) of the batch. They overlap: the slowest decides, and
-the fourth-power sum adds a little where two are near. Fitted by :mod:`.calibrate`; constants in
+the fourth-power sum adds a little where two are near. Channels: DeepEP deals its SMs out evenly to destinations (in
+low-latency mode to experts), so those that serve an idle one do not help a busy one; a buffer for each destination
+takes the first copies. Fitted by :mod:`.calibrate`; constants in
 ``data/calibrations.yaml``; the comparison with every source is in docs/capacity_planning.md.
 """
 
@@ -46,10 +49,10 @@ class PhaseConstants:
     """Constants of one phase in one mode. Rates in GB/s for each GPU at the calibration's nominal links; 0: unused.
 
     ``fill_tokens``: the pipeline must fill before it flows: so many tokens' worth of bytes are latency.
-    ``local_share``: what a copy that stays on its GPU costs, relative to one that travels. ``channel_share``: normal
-    mode splits its SMs evenly over destinations, so that part of the time follows the busiest destination (times
-    their number: what the busiest GPU receives), the rest all copies that a GPU hands out. ``engine_us``: what an
-    engine pays beside the kernel: normal mode's layout kernel and its wait for the received counts on the CPU.
+    ``local_share``: what a copy that stays on its GPU costs, relative to one that travels; ``channel_local_share`` the
+    same for the channels. ``channel_buffer_copies``: for each destination. Without channel constants NVLink takes as
+    long as the busiest GPU receives or sends. ``engine_us``: what an engine pays beside the kernel: normal mode's
+    layout kernel and its wait for the received counts on the CPU.
     """
 
     base_us: float
@@ -63,8 +66,25 @@ class PhaseConstants:
     wire_gb_per_s: float = 0.0
     per_copy_ns: float = 0.0
     local_share: float = 1.0
-    channel_share: float = 1.0
+    channel_gb_per_s: float = 0.0
+    channel_copy_ns: float = 0.0
+    channel_buffer_copies: float = 0.0
+    channel_local_share: float = 1.0
     engine_us: float = 0.0
+
+    @property
+    def has_channels(self) -> bool:
+        return bool(self.channel_gb_per_s or self.channel_copy_ns)
+
+    def channels_us(self, load: LinkBytes, nvlink_scale: float) -> float:
+        """Of the busiest destination."""
+        if not self.has_channels or not load.tokens:
+            return 0.0
+        ns_of_bytes = (
+            load.source / load.tokens / (self.channel_gb_per_s * nvlink_scale) if self.channel_gb_per_s else 0.0
+        )
+        copies = max(0.0, load.received - self.channel_buffer_copies * (load.peers + 1))
+        return copies * (ns_of_bytes + self.channel_copy_ns) / 1e3
 
 
 @dataclass(frozen=True)
@@ -82,8 +102,8 @@ class Calibration:
 class LinkBytes:
     """Bytes of the busiest GPU and NIC in one phase, and who they are. -1: nobody (the link is not used).
 
-    ``tokens`` are those of each GPU, ``copies`` those of the busiest one; ``wire`` the bytes that
-    really cross NVLink, into or out of one GPU.
+    ``tokens`` are those of each GPU, ``copies`` those of the busiest one; ``received`` the copies that arrive at the
+    busiest; ``wire`` the bytes that really cross NVLink, into or out of one GPU.
     """
 
     nvlink: float
@@ -93,6 +113,7 @@ class LinkBytes:
     tokens: float = 0.0
     copies: float = 0.0
     wire: float = 0.0
+    received: float = 0.0
     nvlink_gpu: int = -1
     nvlink_direction: str = ""
     rdma_gpu: int = -1
@@ -124,43 +145,47 @@ def phase_time(
     if load.tokens:
         size = load.source / load.tokens
         us += constants.fill_tokens * size / (constants.nvlink_gb_per_s * nvlink_scale * 1e3)
-    transfer = sum(term**OVERLAP_POWER for term in (copies, nvlink, wire, rdma)) ** (1 / OVERLAP_POWER)
+    channels = constants.channels_us(load, nvlink_scale)
+    transfer = sum(term**OVERLAP_POWER for term in (copies, nvlink, channels, wire, rdma)) ** (1 / OVERLAP_POWER)
     if transfer < us:
         slowest = "latency"
-    elif rdma > max(nvlink, wire, copies):
+    elif rdma > max(nvlink, channels, wire, copies):
         slowest = f"RDMA {load.rdma_direction} GPU {load.rdma_gpu}"
     else:
-        slowest = (
-            f"{'NVLink' if max(nvlink, wire) > copies else 'copies'} {load.nvlink_direction} GPU {load.nvlink_gpu}"
-        )
+        which = "NVLink" if max(nvlink, channels, wire) > copies else "copies"
+        slowest = f"{which} {load.nvlink_direction} GPU {load.nvlink_gpu}"
     return PhaseTime(us + transfer, slowest)
 
 
 def link_bytes(
     counters: np.ndarray, mode: str, phase: str, bytes_per_copy: float, tokens_per_gpu: float, peers: int,
-    local: float = 1.0, channel: float = 1.0,
+    constants: PhaseConstants | None = None,
 ) -> LinkBytes:  # fmt: skip
     """Bytes of the busiest links from ``counters`` [NUM_COUNTERS, gpus]; combine sends dispatch's copies back."""
+    constants = constants or PhaseConstants(0.0, 0.0)
+    local, of_channels = constants.local_share, constants.channel_local_share
     if mode == "normal":
+        received = counters[NORMAL_RECEIVED] - (1 - of_channels) * counters[NORMAL_LOCAL]
         stay = (1 - local) * counters[NORMAL_LOCAL]
         inward, outward = counters[NORMAL_RECEIVED] - stay, counters[NORMAL_FORWARDED] - stay
         rdma_out, rdma_in = counters[NORMAL_RDMA_OUT], counters[NORMAL_RDMA_IN]
     else:
+        received = counters[LATENCY_NVLINK_IN] - (1 - of_channels) * counters[LATENCY_LOCAL]
         stay = (1 - local) * counters[LATENCY_LOCAL]
         inward, outward = counters[LATENCY_NVLINK_IN] - stay, counters[LATENCY_NVLINK_OUT] - stay
         rdma_out, rdma_in = counters[LATENCY_RDMA_OUT], counters[LATENCY_RDMA_IN]
     names = ("into", "out of") if phase == "dispatch" else ("out of", "into")
     nvlink, nvlink_gpu, nvlink_direction = _busiest(inward, outward, names)
-    if mode == "normal":
-        nvlink = channel * nvlink + (1 - channel) * float(outward.max())
     wire = 0.0
     if mode == "normal":
+        if constants.has_channels:
+            nvlink = float(outward.max())
         travel = counters[NORMAL_RECEIVED] - counters[NORMAL_LOCAL]
         wire = float(max(travel.max(), counters[NORMAL_NVLINK_OUT].max())) * bytes_per_copy
     rdma, rdma_gpu, rdma_direction = _busiest(rdma_in, rdma_out, names)
     return LinkBytes(
         nvlink * bytes_per_copy, rdma * bytes_per_copy, tokens_per_gpu * bytes_per_copy, peers, tokens_per_gpu, nvlink,
-        wire, nvlink_gpu, nvlink_direction, rdma_gpu, rdma_direction,
+        wire, float(received.max()), nvlink_gpu, nvlink_direction, rdma_gpu, rdma_direction,
     )  # fmt: skip
 
 

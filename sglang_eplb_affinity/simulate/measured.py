@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,21 @@ def load_measured(path: Path) -> dict[str, Any]:
     return data
 
 
-def engine_us(data: dict[str, Any]) -> float:
+def engine_us(measured: Sequence[dict[str, Any]]) -> float:
     """Median of what normal mode's dispatch costs an engine beyond its kernel (layout, wait on the CPU)."""
-    rows = [row for row in data["sections"].get("normal", {}).get("rows", []) if "error" not in row]
+    rows = [
+        row for data in measured for row in data["sections"].get("normal", {}).get("rows", []) if "error" not in row
+    ]
     extra = [row["full_dispatch_us"]["median"] - row["dispatch_us"]["median"] for row in rows]
     return max(0.0, float(np.median(extra))) if extra else 0.0
 
 
-def measured_points(
-    data: dict[str, Any], calibration: str, key: str, local_share: float, channel_share: float
-) -> Iterator[Point]:
-    """Points of one "mode.phase", with link bytes for these shares (see PhaseConstants)."""
+def measured_points(data: dict[str, Any], key: str, local_share: float, channel_local_share: float) -> Iterator[Point]:
+    """Points `h200-xGPUS` of one "mode.phase", with link bytes for these shares (see PhaseConstants)."""
     source = f"{data.get('command')} on {data.get('hardware')}, {data.get('date')}"
     mode, phase = key.split(".")
     gpus = data["settings"]["gpus"]
+    calibration = f"h200-x{gpus}"
     for row in data["sections"].get(mode, {}).get("rows", []):
         if "error" in row:
             continue
@@ -50,12 +51,11 @@ def measured_points(
         prefix = "copies" if mode == "normal" else "expert_copies"
         away, stay = row[f"{prefix}_remote"], local_share * row[f"{prefix}_local"]
         copies = away + stay
-        if mode == "normal":
-            busiest = gpus * max(stay, away / (gpus - 1))
-            copies = channel_share * busiest + (1 - channel_share) * copies
         tokens = row["tokens"]
+        # All GPUs route alike, so this is what one that is the busiest destination of all would receive.
+        received = tokens * gpus * max(channel_local_share * row[f"{prefix}_local"], away / (gpus - 1))
         wire = tokens * away * size if mode == "normal" else 0.0
-        load = LinkBytes(tokens * copies * size, 0.0, tokens * size, gpus - 1, tokens, tokens * copies, wire)
+        load = LinkBytes(tokens * copies * size, 0.0, tokens * size, gpus - 1, tokens, tokens * copies, wire, received)
         label = f"{row['tokens']} tokens, hidden {row['hidden']}, {row['dtype']}, {row['routing']}"
         fit = row["hidden"] != HELD_OUT_HIDDEN and row["routing"] != "1.5"
         yield Point(calibration, key, label, row[f"{phase}_us"]["median"], load, fit, source)

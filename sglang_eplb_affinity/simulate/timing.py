@@ -67,9 +67,7 @@ class TimeModel:
         times = []
         for phase, size in (("dispatch", model.dispatch_bytes), ("combine", model.combine_bytes)):
             constants = self.calibration.phases[f"{mode}.{phase}"]
-            load = link_bytes(
-                counters, mode, phase, size, tokens, peers, constants.local_share, constants.channel_share
-            )
+            load = link_bytes(counters, mode, phase, size, tokens, peers, constants)
             time = phase_time(constants, load, self._nvlink_scale, self._rdma_scale)
             times.append(PhaseTime(time.us + constants.engine_us, time.slowest_link))
         experts_us, gpu = self.experts(traffic.slot_load * scale)

@@ -13,7 +13,7 @@ import numpy as np
 
 from sglang_eplb_affinity._numba import kernel
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.dispatch_kernel import choose_slots
+from sglang_eplb_affinity.dispatch_kernel import choose_slots, static_slots
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.topology import Topology
 
@@ -71,13 +71,17 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
     seen_node = np.full(num_nodes, -1, np.int64)
     free = np.empty(table.shape[1], np.int64)
     slots = np.empty(k, np.int64)
+    static = np.empty((0, 0), np.int32)
+    if rule == 1:
+        static = static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node)
     for t in range(tokens.shape[0]):
         home = np.int64(source[t])
         home_node = home // gpus_per_node
         index = home % gpus_per_node
         choose_slots(
-            t, tokens[t], home, table, replicas, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, free, slots
-        )
+            t, tokens[t], home, table, replicas, static, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, free,
+            slots,
+        )  # fmt: skip
         for j in range(k):
             slot = slots[j]
             gpu = slot // slots_per_gpu

@@ -124,7 +124,7 @@ def test_a_map_planned_from_a_dump_knows_the_models_expert_groups(
         get_model_config=lambda: model_config, model_path="org/model", init_expert_location=str(tmp_path / "dump.pt"),
         eplb_algorithm="affinity", eplb_affinity_nodes=2, nnodes=1, ep_num_redundant_experts=2, device="cpu",
         eplb_affinity_max_load_increase=0.01, eplb_affinity_incremental=False, eplb_affinity_max_moves=None,
-        moe_a2a_backend="none", deepep_mode="auto", ep_dispatch_algorithm="dynamic",
+        eplb_min_gain=0.02, moe_a2a_backend="none", deepep_mode="auto", ep_dispatch_algorithm="dynamic",
     )  # fmt: skip
     loaded = loaded_map.load(arguments, model_config, 0)
     assert [config.num_groups for config in seen] == [2]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_eplb_affinity.dispatch import choose_replicas
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.topology import Topology
 
 LAYERS, EXPERTS, SLOTS = 2, 8, 12
 
@@ -38,6 +40,7 @@ def make_round(monkeypatch: pytest.MonkeyPatch):
         eplb_affinity_max_load_increase=0.01,
         eplb_affinity_incremental=False,
         eplb_affinity_max_moves=None,
+        eplb_min_gain=0.02,
         nnodes=1,
         moe_a2a_backend="none",
         deepep_mode="auto",
@@ -107,6 +110,41 @@ def test_a_plan_becomes_metadata_and_the_line_has_both_maps(make_round, caplog: 
     assert 0 < line["balancedness_before"] <= line["balancedness_after"] <= 1
 
 
+def test_a_map_that_is_good_enough_stays(make_round, caplog: pytest.LogCaptureFixture) -> None:
+    first = make_round(some_window()).plan()
+    found = make_round(some_window())
+    found._before = ExpertMap(first[1], EXPERTS)
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    assert found.plan() is None
+    line = record(caplog)
+    assert (line["result"], line["moved_experts"]) == ("unchanged", 0)
+    assert line["reason"] == "no layer gains 2.00%"
+
+
+@pytest.mark.parametrize("rule", ["static", "cover"])
+def test_sglang_serves_by_the_static_table_that_was_planned_with(make_round, monkeypatch, rule: str) -> None:
+    from sglang_eplb_affinity.sglang_hooks import rebalance
+
+    location = sys.modules["sglang.srt.eplb.expert_location"]
+    monkeypatch.setattr(location, "ExpertLocationMetadata", SimpleNamespace, raising=False)
+    topology = Topology(4, 2)
+    slots = np.random.default_rng(3).permuted(np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1)), axis=1)
+    expert_map = ExpertMap(slots.astype(np.int32), EXPERTS)
+    table = expert_map.logical_to_all_physical()
+    for rank in range(4):
+        found = rebalance.metadata_of(expert_map, topology, rule, "cpu", rank)
+        assert found.logical_to_all_physical_map.shape == (LAYERS, EXPERTS, SLOTS) and found.ep_size == 4
+        assert (found.logical_to_all_physical_map_num_valid.numpy() == expert_map.replica_counts()).all()
+        if rule != "static":
+            assert found.logical_to_rank_dispatch_physical_map is None
+            continue
+        for layer in range(LAYERS):
+            ids = torch.arange(EXPERTS)[None]
+            expected = choose_replicas(ids, torch.from_numpy(table[layer]), topology, SLOTS, "static", rank)
+            assert (found.logical_to_rank_dispatch_physical_map[layer] == expected[0]).all()
+
+
 def test_layers_without_experts_do_not_count_as_moved(make_round, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     found = make_round(some_window())
@@ -151,12 +189,14 @@ def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, norm
         ep_dispatch_algorithm="cover",
         eplb_affinity_incremental=False,
         eplb_affinity_max_moves=None,
+        eplb_min_gain=0.0,
     )
     from sglang_eplb_affinity.sglang_hooks.rebalance import planner_config
 
     counts = np.array([[[1, 1]], [[3, 3]]])
     config = planner_config(arguments).for_window(RoutingWindow(counts.sum(0), phase_counts=counts))
     assert (config.objective, config.normal_share, config.dispatch) == (objective, normal_share, "cover")
+    assert config.minimum_gain is None
 
 
 def test_the_planner_is_told_the_models_expert_groups(make_round) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_eplb_affinity.dispatch import DISPATCH_RULES, choose_replicas, dispatch_trace
+from sglang_eplb_affinity.dispatch_kernel import static_slots
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import measure
 from sglang_eplb_affinity.expert_map import ExpertMap
@@ -81,6 +82,38 @@ def test_dynamic_ignores_the_other_experts_and_static_follows_the_source():
     chosen = np.array(choose([[0, 1]] * 1000, slots, Topology(2), source=0, rule="dynamic"))[:, 0]
     assert 0.4 < (chosen == 0).mean() < 0.6
     assert choose([[0, 1]], slots, Topology(2), source=1, rule="static") == [[2, 1]]
+
+
+def test_static_deals_sources_out_evenly():
+    # Expert 0 sits on GPUs 0 and 2 of four: GPUs 1 and 3 must not both go to the same replica.
+    slots = [0, 1, 2, 3, 0, 4, 5, 6]
+    served = [choose([[0]], slots, Topology(4), source=gpu, rule="static")[0][0] for gpu in range(4)]
+    assert (served[0], served[2]) == (0, 4) and {served[1], served[3]} == {0, 4}
+    # On two nodes a GPU stays on its own.
+    served = [choose([[0]], slots, Topology(4, 2), source=gpu, rule="static")[0][0] for gpu in range(4)]
+    assert served == [0, 0, 4, 4]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (8, 2), (8, 4)])
+def test_no_replica_serves_two_sources_more_than_another(sizes):  # type: ignore[no-untyped-def]
+    topology = Topology(*sizes)
+    rng = np.random.default_rng(4)
+    slots = rng.permutation(np.r_[np.arange(16), rng.integers(0, 16, 16)]).astype(np.int32)
+    table = ExpertMap(slots[None], 16).logical_to_all_physical()[0]
+    counts = (table >= 0).sum(1).astype(np.int32)
+    served = static_slots(table, counts, topology.num_gpus, 4, topology.gpus_per_node)
+    for expert in range(16):
+        replicas = table[expert, : counts[expert]]
+        nodes = replicas // 4 // topology.gpus_per_node
+        of_gpu = np.arange(topology.num_gpus) // topology.gpus_per_node
+        near = np.isin(of_gpu, nodes)
+        own = np.isin(np.arange(topology.num_gpus), replicas // 4)
+        assert (served[own, expert] // 4 == np.flatnonzero(own)).all()
+        groups = [~own & near & (of_gpu == node) for node in range(topology.num_nodes)] + [~own & ~near]
+        for node, group in enumerate(groups):
+            choices = replicas[nodes == node] if node < topology.num_nodes else replicas
+            dealt = [(served[group, expert] == replica).sum() for replica in choices]
+            assert sum(dealt) == group.sum() and (not dealt or max(dealt) - min(dealt) <= 1)
 
 
 def test_unknown_rule_is_named():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numba
 import numpy as np
 import pytest
@@ -13,10 +16,12 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import measure, moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
-from sglang_eplb_affinity.planner.core import NO_AFFINITY, NO_TRAFFIC
-from sglang_eplb_affinity.routing import RoutingWindow, coactivation_of
+from sglang_eplb_affinity.planner.core import LITTLE_GAIN, NO_AFFINITY, NO_TRAFFIC
+from sglang_eplb_affinity.planner.judge import Judgement, worth_moving
+from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow, coactivation_of
 from sglang_eplb_affinity.topology import Topology
 
+ROOT = Path(__file__).parents[2]
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -166,6 +171,47 @@ def test_replanning_the_same_window_moves_nothing_that_does_not_pay():
     costly = plan(window, Topology(8, 2), 32, PlannerConfig(incremental=True, move_cost=10**6), first).report
     assert costly.moved_experts is not None and costly.moved_experts.sum() == 0
     assert free.current is not None and (free.planned.cost <= free.current.cost + 1e-9).all()
+
+
+@pytest.mark.parametrize("rule", ["static", "cover", "dynamic"])
+def test_a_layer_moves_only_for_the_gain_asked_for(rule):  # type: ignore[no-untyped-def]
+    tokens = skewed_tokens(np.random.default_rng(9), 3, 4000, 32, 4)
+    earlier, later = window_of(tokens[:, ::2], 32), window_of(tokens[:, 1::2], 32)
+    config = PlannerConfig(dispatch=rule, minimum_gain=0.02)
+    home = ExpertMap.contiguous(3, 32, 40)
+    first = plan(earlier, Topology(8, 2), 40, config, home)
+    assert first.report.moved_experts is not None and (first.report.moved_experts > 0).all()
+    half = replace(config, minimum_gain=0.5)
+    again = plan(later, Topology(8, 2), 40, half, first.expert_map)
+    assert again.report.fallback == (LITTLE_GAIN,) * 3
+    assert (again.expert_map.physical_to_logical == first.expert_map.physical_to_logical).all()
+    later_plan = plan(later, Topology(8, 2), 40, config, first.expert_map).report
+    kept = np.array([reason == LITTLE_GAIN for reason in later_plan.fallback])
+    now, before = later_plan.planned, later_plan.current
+    assert before is not None and (now.cost[kept] == before.cost[kept]).all()
+    gained = np.minimum(now.cost / before.cost, now.load_max_over_mean / before.load_max_over_mean)
+    assert (gained[~kept] <= 0.98 + 1e-9).all()
+    worse = plan(later, Topology(8, 2), 40, config, eplb_placement(later.counts, Topology(8, 2), 40)).report
+    assert worse.fallback == ("",) * 3
+
+
+def test_a_current_map_over_the_cap_moves_for_load_alone():
+    heavy = Judgement(cost=2.0, gpu_fanout=2.0, node_fanout=1.0, load=1.5)
+    even = Judgement(cost=3.0, gpu_fanout=3.0, node_fanout=1.0, load=1.02)
+    assert worth_moving(heavy, even, 1.1, 0.02) and not worth_moving(heavy, even, 1.6, 0.02)
+    assert worth_moving(even, heavy, 1.1, 0.02)  # cheaper; that it is within the cap is the search's business
+    assert not worth_moving(even, even, 1.1, 0.0)
+
+
+def test_static_dispatch_leaves_no_layer_to_eplb():
+    ids = RoutingTrace.load(ROOT / "bench" / "data" / "tiny_moe_test.npz").topk_ids
+    tokens = np.ascontiguousarray(ids[::6].transpose(1, 0, 2))
+    for topology in (Topology(4), Topology(8), Topology(8, 2)):
+        report = plan(
+            window_of(tokens, 64), topology, 64 + 4 * topology.num_gpus, PlannerConfig(dispatch="static")
+        ).report
+        assert report.fallback == ("",) * 6
+        assert (report.planned.cost < report.eplb.cost).all()
 
 
 def test_low_latency_spreads_replicas_over_nodes():

@@ -11,7 +11,7 @@ import pytest
 from tests.server.harness import RunningServer, ServerCase, prompts, serve
 
 HERE = Path(__file__).parent
-FLAGS = ("--eplb-async", "--eplb-async-phase-limit", "10", "--eplb-async-min-gain", "0")
+FLAGS = ("--eplb-async", "--eplb-async-phase-limit", "10", "--eplb-min-gain", "0")
 
 
 def rounds(server: RunningServer) -> list[dict]:
