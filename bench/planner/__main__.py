@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bench.environment import describe_environment, now, provenance, versions
 from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
 from bench.planner.report import report_text
+from bench.planner.rounds import ROUND_CASES, round_rows
 from bench.planner.speed import speed_rows, start_up_and_memory
 from bench.planner.torch_search import search_rows, workloads
 from bench.planner.tried import tried_rows
@@ -24,7 +25,7 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
 
-PARTS = ("quality", "curves", "floor", "drift", "tried", "torch", "speed")
+PARTS = ("quality", "curves", "floor", "drift", "rounds", "tried", "torch", "speed")
 OWN_TRACE = "bench/data/tiny_moe_plan.npz,bench/data/tiny_moe_test.npz"
 Row = dict[str, Any]
 
@@ -76,6 +77,9 @@ def main(
     if "drift" in chosen:
         drift_cases = [(s, c) for s, c in cases if (c.gpus, c.nodes) == (8, 2) and c.redundant in (0, 8)]
         tables["drift"] = _each("drift", drift_cases, drift_rows)
+    if "rounds" in chosen:
+        fitting = [(s, c) for s in splits for c in _chosen(ROUND_CASES, labels) if c.fits(s.plan.num_experts)]
+        tables["rounds"] = _each("rounds", fitting, round_rows)
     if "tried" in chosen:
         tables["tried"] = _each("tried", cases, lambda s, c: tried_rows(s, c, rebalance))
     if "torch" in chosen:

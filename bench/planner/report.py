@@ -38,6 +38,14 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
             "Means over pairs of domains; `drift.csv` has every pair.",
             _drift(tables["drift"]),
         ]
+    if tables.get("rounds"):
+        parts += [
+            "## Rebalances in a row (fast effort, one seed)",
+            "Each round plans on another third of the plan tokens (steady) or sequences (changing), starting from the "
+            "map before, and is measured on the test tokens under the rule named. `worst` and `load` are of the rounds "
+            "after the first, `moved` is experts a round of those, over all layers.",
+            _plain(tables["rounds"]),
+        ]
     if tables.get("tried"):
         parts += [
             "## One setting changed at a time, six splits by sequence (fast effort, one seed)",

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from bench.planner.__main__ import main
 from bench.planner.quality import Case, Split
+from bench.planner.rounds import round_rows
 from bench.planner.synthetic import synthetic_trace
 from bench.planner.torch_search import Problem, numba_search, torch_search
 from bench.planner.tried import several_splits, tried_rows
@@ -36,6 +37,17 @@ def test_quality_and_curves(tmp_path):  # type: ignore[no-untyped-def]
         assert row["arm"] != "deepseek" or float(row["gpu_fanout_ratio"]) == 1
     figures = parse_figures(json.loads((tmp_path / "out" / "summary_entries.json").read_text()), "summary_entries.json")
     assert "planner.small.8x2.node_fanout_ratio" in {figure.name for figure in figures}
+
+
+def test_rounds_that_need_a_gain_move_fewer_experts():
+    trace = synthetic_trace(4096, 1, 32, 4)
+    halves = several_splits(trace, "small")["even"]
+    rows = round_rows(Split("small", halves.plan, halves.test), Case(4, 1, 8))
+    assert {row["traffic"] for row in rows} == {"steady", "changing"} and len(rows) == 12
+    steady = {row["arm"]: row for row in rows if row["traffic"] == "steady"}
+    for rule in ("static", "cover"):
+        free, held = (steady[f"affinity, {rule}, {arm}"] for arm in ("every plan taken", "minimum gain 0.02"))
+        assert held["moved"] < free["moved"] and held["gpu_fanout_worst"] < steady[f"EPLB, {rule}"]["gpu_fanout_last"]
 
 
 def test_splits_share_no_sequence_and_variants_change_the_plan():
