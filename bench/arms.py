@@ -24,13 +24,19 @@ class Arm:
     expects_rebalances: bool = False
 
     @property
+    def only_observed(self) -> bool:
+        """Whether the recorder only measures this arm's EPLB, which does without it."""
+        return self.uses_eplb and self.recorded and _AFFINITY[2] not in self.flags
+
+    @property
     def recorded(self) -> bool:
         """Whether the server says what its rebalances moved and how balanced its placement is."""
         return _RECORDER in self.flags
 
 
-# Lets the server measure the placement it serves with. With EPLB it records all the time (it adds to what EPLB itself
-# records, alike for both algorithms); without EPLB it records only while it is asked to, between measured rows.
+# Lets the server measure the placement it serves with. An affinity server records all the time, since it plans on that;
+# one with SGLang's EPLB the last tenth of the passes before each rebalance (on a CPU all); one without EPLB only while
+# it is asked to, between measured rows.
 _RECORDER = "--enable-expert-affinity-recorder"
 _AFFINITY = ("--enable-eplb", "--eplb-algorithm", "affinity", _RECORDER)
 _UNRECORDED = ("--enable-eplb", "--eplb-algorithm", "deepseek")
@@ -48,7 +54,7 @@ _ARMS = (
     Arm("cover", "affinity EPLB, cover", (*_AFFINITY, "--ep-dispatch-algorithm", "cover"), True, True),
     # Perfectly balanced routing without EPLB: what balance alone could gain. Its outputs are not the model's.
     Arm("balanced", "balanced routing", (_RECORDER, "--ep-forced-routing", "balanced")),
-    # SGLang's EPLB as anybody runs it: `vanilla` pays for the recorder that tells its placement, this one does not.
+    # SGLang's EPLB as anybody runs it: `vanilla` pays a little for the recorder that tells its placement.
     Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", _UNRECORDED, True, True),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}

@@ -25,6 +25,9 @@ HOST = "127.0.0.1"
 PORT_STEP = 25  # a server with data-parallel attention takes a dozen ports that follow from its first
 
 
+_INTERVAL = "--eplb-rebalance-num-iterations"
+
+
 class ServerFailed(RuntimeError):
     """The server ended or was not ready in time; the message is the one line that says why."""
 
@@ -42,6 +45,10 @@ def server_command(config: ServerConfig, arm: Arm, model: str, place: int = 0) -
     command += ["--host", HOST, "--port", str(config.port + PORT_STEP * place), *config.flags]
     if arm.uses_eplb:
         command += [*config.eplb_flags, *(["--eplb-affinity-nodes", str(config.nodes)] if config.nodes > 1 else [])]
+        # Recording slows the passes that it is on in, and is not what this arm is about.
+        if arm.only_observed and config.engine != "cpu" and _INTERVAL in config.eplb_flags:
+            interval = int(config.eplb_flags[config.eplb_flags.index(_INTERVAL) + 1])
+            command += ["--expert-affinity-record-last-passes", str(max(1, interval // 10))]
     return [*command, *arm.flags]  # of a flag that is given twice the last counts
 
 

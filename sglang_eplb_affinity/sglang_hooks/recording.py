@@ -60,6 +60,8 @@ class ServerRecorder:
             server_args.eplb_rebalance_num_iterations,
         )
         self._passes = 0
+        self._records_pass = True
+        self._on_cuda = str(server_args.device).startswith("cuda")
         self.recorder = AffinityRecorder(
             num_layers=expert_location_metadata.num_layers,
             num_experts=expert_location_metadata.num_logical_experts,
@@ -85,8 +87,8 @@ class ServerRecorder:
     def on_forward_pass_start(self, forward_batch: Any) -> None:
         if self._reduction.contributes:
             phase = 0 if forward_batch.forward_mode.is_extend() else 1
-            record = self._schedule.records(self._passes)
-            self.recorder.begin_pass(self._tokens_of_groups(forward_batch), phase, record)
+            self._records_pass = self._schedule.records(self._passes)
+            self.recorder.begin_pass(self._tokens_of_groups(forward_batch), phase, self._records_pass)
         self._passes += 1
 
     def on_forward_pass_end(self) -> None:
@@ -97,13 +99,19 @@ class ServerRecorder:
     def rows_to_record(self, layer: int, num_rows: int) -> RowLayout | None:
         """How the rows of a layer's input map to the pass's tokens; None if they are not recorded here.
 
-        Whether the pass counts is known on the device, so rows are recorded in every pass and capture.
+        A captured pass is replayed in other passes too, so there the device knows whether it counts; in other passes
+        that do not count nothing is launched.
         """
         if not self._reduction.contributes or not layer < self.recorder.num_layers:
+            return None
+        if not self._records_pass and not self._is_captured():
             return None
         if not self._owner.records_affinity_now():
             return None
         return self._row_layout(num_rows)
+
+    def _is_captured(self) -> bool:
+        return torch.compiler.is_compiling() or (self._on_cuda and torch.cuda.is_current_stream_capturing())
 
     def reset(self) -> None:
         self._passes = 0

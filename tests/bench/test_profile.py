@@ -143,3 +143,13 @@ def test_emulated_nodes_are_told_to_arms_with_eplb() -> None:
     command = server_command(config, ARMS["vanilla"], "m")
     assert command[command.index("--eplb-affinity-nodes") + 1] == "2"
     assert "--eplb-affinity-nodes" not in server_command(config, ARMS["none"], "m")
+
+
+@pytest.mark.parametrize(("engine", "recorded"), [("cuda", ["15"]), ("cpu", [])])
+def test_on_gpus_vanilla_records_only_before_its_rebalances(engine: str, recorded: list[str]) -> None:
+    rules = 'ranks = 2\neplb_flags = ["--eplb-rebalance-num-iterations", "150"]'
+    config = replace(parse(MINIMAL.replace("ranks = 2", rules)).server, engine=engine)
+    for name, expected in (("vanilla", recorded), ("vanilla-again", recorded), ("affinity", []), ("async", [])):
+        command = server_command(config, ARMS[name], "m")
+        assert [v for f, v in pairwise(command) if f == "--expert-affinity-record-last-passes"] == expected
+    assert "--expert-affinity-record-last-passes" not in server_command(config, ARMS["vanilla-unrecorded"], "m")

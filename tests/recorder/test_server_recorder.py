@@ -1,0 +1,59 @@
+"""Which passes launch a recording kernel, without a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_eplb_affinity.recorder import RecordSchedule, one_group
+from sglang_eplb_affinity.sglang_hooks import recording
+
+
+class Passes:
+    """A recorder that keeps what each pass begins with."""
+
+    num_layers = 2
+
+    def __init__(self) -> None:
+        self.begun: list[bool] = []
+
+    def begin_pass(self, tokens: list[int], phase: int, record: bool) -> None:
+        self.begun.append(record)
+
+
+@pytest.fixture
+def server_recorder() -> recording.ServerRecorder:
+    found = object.__new__(recording.ServerRecorder)
+    found._reduction = SimpleNamespace(contributes=True)  # type: ignore[assignment]
+    found._owner = SimpleNamespace(records_affinity_now=lambda: True)
+    found._schedule, found._passes, found._num_groups = RecordSchedule(every=2), 0, 1
+    found.recorder = Passes()  # type: ignore[assignment]
+    found._records_pass, found._on_cuda = True, False
+    return found
+
+
+def begin(found: recording.ServerRecorder) -> None:
+    mode = SimpleNamespace(is_extend=lambda: True)
+    found.on_forward_pass_start(SimpleNamespace(forward_mode=mode, num_token_non_padded_cpu=3))
+
+
+def test_a_pass_that_does_not_count_launches_nothing(server_recorder: recording.ServerRecorder) -> None:
+    launched = []
+    for _ in range(4):
+        begin(server_recorder)
+        launched.append(server_recorder.rows_to_record(0, 3))
+    assert server_recorder.recorder.begun == [True, False, True, False]  # type: ignore[attr-defined]
+    assert launched == [one_group(3), None, one_group(3), None]
+
+
+def test_a_captured_pass_always_records(server_recorder: recording.ServerRecorder, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    begin(server_recorder)
+    begin(server_recorder)
+    assert server_recorder.rows_to_record(0, 3) is None
+    server_recorder._on_cuda = True
+    monkeypatch.setattr(recording.torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert server_recorder.rows_to_record(0, 3) == one_group(3)
+    monkeypatch.setattr(recording.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(recording.torch.compiler, "is_compiling", lambda: True)
+    assert server_recorder.rows_to_record(0, 3) == one_group(3)
