@@ -26,7 +26,7 @@ class Arm:
     @property
     def only_observed(self) -> bool:
         """Whether the recorder only measures this arm's EPLB, which does without it."""
-        return self.uses_eplb and self.recorded and _AFFINITY[2] not in self.flags
+        return self.uses_eplb and self.recorded and "affinity" not in self.flags
 
     @property
     def recorded(self) -> bool:

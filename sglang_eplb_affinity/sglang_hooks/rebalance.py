@@ -83,12 +83,15 @@ def topology_of(server_args: Any, ep_size: int) -> Topology:
 
 
 def warm_up_planner(server_args: Any) -> None:
-    """Compile or load the planner's kernels on rank 0 before the server is ready, not at the first rebalance."""
+    """Compile or load kernels before the server is ready, not at the first rebalance: the planner's on rank 0, on all
+    ranks that of the static dispatch table."""
     if server_args.eplb_algorithm != ALGORITHM or not server_args.enable_eplb or server_args.eplb_async:
-        return  # with --eplb-async the planner process warms up by itself
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
+        return  # with --eplb-async the planner process warms up by itself, and fills the tables
     try:
+        if dispatch_rule(server_args) == "static":
+            static_choice(np.zeros((1, 1), np.int32), Topology(1), 1)
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return
         logger.info("[eplb-affinity] planner ready after %.1f s", warm_up(planner_config(server_args)))
     except Exception:  # the first rebalance will say it again and keep the map in force
         logger.exception("[eplb-affinity] planner could not be warmed up")

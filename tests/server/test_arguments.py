@@ -69,6 +69,9 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "async deepseek": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-async"],
         "async warm-up": [*ASYNC, "--eplb-async-warm-up-passes", "-1"],
         "async gain": [*ASYNC, "--eplb-min-gain", "1.5"],
+        "gain": [*AFFINITY, "--eplb-min-gain", "0"],
+        "gain range": [*AFFINITY, "--eplb-min-gain", "-0.1"],
+        "gain off": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-min-gain", "0.1"],
         "async off": [*AFFINITY, "--eplb-async-layers-in-flight", "4"],
         "async without eplb": [*EP2, "--eplb-async"],
         "async algorithm": [*EP2, "--enable-eplb", "--eplb-algorithm", "elasticity_aware", "--eplb-async"],
@@ -127,8 +130,8 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
     }
 
 
-@pytest.mark.parametrize("case", ["async", "async deepseek"])
-def test_async_rebalancing_is_accepted(results: dict[str, dict], case: str) -> None:
+@pytest.mark.parametrize("case", ["async", "async deepseek", "gain"])
+def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> None:
     assert results[case]["code"] == 0, results[case]["errors"]
 
 
@@ -156,6 +159,8 @@ def test_async_rebalancing_is_accepted(results: dict[str, dict], case: str) -> N
         ("dense", "has no routed experts"),
         ("async warm-up", "--eplb-async-warm-up-passes -1: must be 0 or more"),
         ("async gain", "--eplb-min-gain 1.5: must be a fraction, 0 to below 1"),
+        ("gain range", "--eplb-min-gain -0.1: must be a fraction, 0 to below 1"),
+        ("gain off", "--eplb-min-gain 0.1: needs --eplb-async or --eplb-algorithm affinity"),
         ("async off", "--eplb-async-layers-in-flight 4: needs --eplb-async"),
         ("async without eplb", "--eplb-async: needs --enable-eplb"),
         ("async algorithm", "not with --eplb-algorithm elasticity_aware"),
