@@ -31,6 +31,8 @@ class PlannerConfig:
     blocks of time: EPLB's balance is fitted to the window and holds no closer on later tokens. 0: strict on the window.
     ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it.
     ``incremental``: improve the current map instead of planning anew; only experts that pay for their move are moved.
+    ``warm_start``: the search starts from the current map, less hot, wherever that costs less than EPLB's: a plan then
+    refines it and moves less. A layer for which that fails is planned anew.
     ``max_moves``: at most so many experts newly placed on each rank in each layer; makes the plan incremental.
     ``move_cost``: what one moved expert must save in an incremental plan, in copies to another GPU per million tokens.
     An expert of DeepSeek-V3 is as large as 6000 tokens; over 4 million tokens between rebalances that makes 1500.
@@ -52,6 +54,7 @@ class PlannerConfig:
     dispatch: DispatchRule = "cover"
     seed: int = 0
     incremental: bool = False
+    warm_start: bool = False
     max_moves: int | None = None
     move_cost: int = 1500
     minimum_gain: float | None = None

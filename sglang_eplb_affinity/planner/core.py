@@ -32,6 +32,7 @@ LITTLE_GAIN = "the current map is as good, or nearly"
 PSEUDO_TOKENS = 4096
 ATTEMPTS = 3
 GROUPED_HOT_SHARE = 0.1  # hotter, the search would scatter the groups and find no way back
+WARM_HOT_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,9 @@ def _plan_layer(
     problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
     if grouped is not None and judge(grouped, counts, tokens, topology, config).cost < by_eplb.cost:
         problem = replace(problem, start=grouped, hot_share=GROUPED_HOT_SHARE)
+    anew = problem
+    if config.warm_start and current is not None and in_use is not None and in_use.cost < by_eplb.cost:
+        problem = replace(problem, start=current, hot_share=WARM_HOT_SHARE, adapts_replicas=True)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
     tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
     mean = counts.sum() / topology.num_gpus
@@ -180,6 +184,9 @@ def _plan_layer(
     cap = max(problem.load_cap / mean + tolerance, by_kept.load)
     for attempt in range(ATTEMPTS):
         found = search_layer(problem, topology, config, budget)
+        if found is None and problem.start is not anew.start:
+            problem = anew
+            continue
         if found is None:
             return result(kept, DUPLICATES, by_kept)
         if current is not None:
@@ -190,6 +197,9 @@ def _plan_layer(
         lighter = by_search.load < by_kept.load - 0.005
         if by_search.load <= cap and (by_search.cost < by_kept.cost or lighter):
             return result(found, "", by_search)
+        if problem.start is not anew.start:
+            problem = anew
+            continue
         if by_search.load <= cap or len(eplb) == len(counts):
             break
         # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
@@ -235,6 +245,7 @@ def _problem(
         move_cost=move_cost,
         max_moves=max_moves,
         seed=(config.seed << 20) + layer + 1,
+        adapts_replicas=config.keeps_current,
     )
 
 

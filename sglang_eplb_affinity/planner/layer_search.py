@@ -27,7 +27,8 @@ class LayerProblem:
     """counts int64 [experts]; tokens int16 [T, k]; start int32 [slots]; load_cap in counts.
 
     home uint8 [experts, gpus]: 1 where an expert may be without it counting as a move; ``move_cost`` in copies to
-    another GPU per million tokens; ``max_moves`` per GPU; ``hot_share``: factor of the first temperature.
+    another GPU per million tokens; ``max_moves`` per GPU; ``hot_share``: factor of the first temperature;
+    ``adapts_replicas``: slots of replicas take other experts first while a GPU is loaded over the cap.
     """
 
     counts: np.ndarray
@@ -40,6 +41,7 @@ class LayerProblem:
     max_moves: int
     seed: int
     hot_share: float = 1.0
+    adapts_replicas: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def search_layer(
     replicas = np.bincount(out, minlength=len(problem.counts))
     if not spread_duplicates(out, len(out) // topology.num_gpus, problem.counts // replicas):
         return None
-    if config.keeps_current and len(out) > len(replicas):
+    if problem.adapts_replicas and len(out) > len(replicas):
         adapt_replicas(
             out, problem.counts, len(out) // topology.num_gpus, problem.load_cap, problem.home, problem.max_moves
         )

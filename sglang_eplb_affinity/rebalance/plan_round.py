@@ -116,7 +116,7 @@ def _place(request: PlanRequest) -> ExpertMap:
     if settings.algorithm == "affinity":
         config = settings.planner
         if request.first and config.max_moves is None:
-            config = replace(config, incremental=False)
+            config = replace(config, incremental=False, warm_start=False)
         return plan(window, settings.topology, current.num_slots, config, current).expert_map
     hierarchical = settings.algorithm == "deepseek_hierarchical"
     nodes = settings.nodes_of_eplb if hierarchical else 1

@@ -67,6 +67,7 @@ def planner_config(server_args: Any, *, first: bool = True, num_groups: int | No
         effort="fast",
         dispatch=dispatch_rule(server_args),
         incremental=server_args.eplb_affinity_incremental and not first,
+        warm_start=not first,
         max_moves=None if first else server_args.eplb_affinity_max_moves,
         minimum_gain=server_args.eplb_min_gain or None,
         num_groups=num_groups,

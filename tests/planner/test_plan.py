@@ -195,6 +195,22 @@ def test_a_layer_moves_only_for_the_gain_asked_for(rule):  # type: ignore[no-unt
     assert worse.fallback == ("",) * 3
 
 
+@pytest.mark.parametrize("rule", ["static", "cover"])
+def test_a_warm_start_refines_a_good_map_and_replaces_a_bad_one(rule):  # type: ignore[no-untyped-def]
+    tokens = skewed_tokens(np.random.default_rng(12), 4, 4000, 32, 4)
+    earlier, later = window_of(tokens[:, ::2], 32), window_of(tokens[:, 1::2], 32)
+    topology, cold = Topology(8, 2), PlannerConfig(dispatch=rule)
+    first = plan(earlier, topology, 40, cold).expert_map
+    warm = plan(later, topology, 40, replace(cold, warm_start=True), first).report
+    anew = plan(later, topology, 40, cold, first).report
+    assert warm.moved_experts.sum() < anew.moved_experts.sum()
+    assert (warm.planned.cost < warm.eplb.cost).all() and warm.planned.cost.mean() < 1.01 * anew.planned.cost.mean()
+    # EPLB's own map dispatches for no less than EPLB's: nothing to refine.
+    bad = eplb_placement(later.counts, topology, 40)
+    maps = [plan(later, topology, 40, replace(cold, warm_start=on), bad).expert_map for on in (True, False)]
+    assert (maps[0].physical_to_logical == maps[1].physical_to_logical).all()
+
+
 def test_a_current_map_over_the_cap_moves_for_load_alone():
     heavy = Judgement(cost=2.0, gpu_fanout=2.0, node_fanout=1.0, load=1.5)
     even = Judgement(cost=3.0, gpu_fanout=3.0, node_fanout=1.0, load=1.02)
