@@ -59,7 +59,8 @@ def main(
     warm_up()
     tables: dict[str, list[Row]] = {}
     cases = [(split, case) for split in splits for case in _chosen(CASES, labels) if case.fits(split.plan.num_experts)]
-    if not cases:
+    every = dict.fromkeys((*CASES, *CURVE_CASES, *ROUND_CASES))
+    if not any(case.fits(split.plan.num_experts) for split in splits for case in _chosen(tuple(every), labels)):
         raise InputError(f"--case {', '.join(labels)}: no such case, or it does not fit the trace; omit it to see all")
     if "speed" in chosen:  # first, before anything else has heated up the machine
         tables["speed"] = speed_rows(rebalance, repeats)

@@ -38,7 +38,7 @@ def round_rows(split: Split, case: Case) -> list[dict[str, Any]]:
     """
     slots = split.plan.num_experts + case.redundant
     home = ExpertMap.contiguous(split.plan.num_layers, split.plan.num_experts, slots)
-    head = {"trace": split.name, "case": f"{case.gpus}x{case.nodes}, {case.redundant} redundant"}
+    head = {"trace": split.name, "case": case.label}
     rows: list[dict[str, Any]] = []
     for traffic in TRAFFIC:
         windows = [window_of_round(split.plan, number, traffic) for number in range(ROUNDS)]

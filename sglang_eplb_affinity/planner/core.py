@@ -182,7 +182,7 @@ def _plan_layer(
     mean = counts.sum() / topology.num_gpus
     limit = max(problem.load_cap / mean + tolerance, by_eplb.load)
     cap = max(problem.load_cap / mean + tolerance, by_kept.load)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS + (problem is not anew)):
         found = search_layer(problem, topology, config, budget)
         if found is None and problem.start is not anew.start:
             problem = anew
