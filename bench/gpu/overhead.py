@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,16 @@ from bench.gpu.flags import (
     end_cleanly,
     gpu_gib,
     need_gpus,
-    ranks_of,
     seconds_left,
     timing_options,
     used_gib,
     wait_for,
 )
-from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
+from bench.gpu.overhead_report import REHEARSAL, entries, finish, unfinished, values_of
+from bench.gpu.resident import Load, ResidentArm, ResidentServers, incomplete
 from bench.gpu.serving_process import ServingProcess
 from bench.output_paths import result_folder
 from bench.side_by_side import give_turn
-from bench.stats import Ratio, ratio_by_block
-from bench.summary import of_ranks
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 
@@ -66,7 +64,6 @@ LOW_LATENCY_TOKENS = 128
 # could use: for DeepSeek's 160k tokens 64 MB a request.
 CONTEXT = ("--context-length", "1280", "--triton-attention-split-tile-size", "160")  # 8 splits
 STAGGER_SECONDS = 10.0  # between two starts of the large model
-METRICS = ("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ GROUPS = (
 
 
 # A rehearsal, not among those that are run unasked.
-CPU = Group("cpu", None, ("cpu",), requests=6, concurrency=2)
+CPU = Group(REHEARSAL, None, ("cpu",), requests=6, concurrency=2)
 
 
 def mode_flags(mode: str) -> tuple[str, ...]:
@@ -212,97 +209,6 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
         # Before the servers are stopped, which takes a while, and time may be up.
         write_atomically(path, json.dumps(result, indent=1).encode())
     return result
-
-
-def values_of(
-    rows: Sequence[Mapping[str, Any]], load: Load, arms: Sequence[str], before: Mapping[str, Any]
-) -> dict[str, dict[str, dict[int, float]]]:
-    """Each arm's metrics by block, those of earlier sittings first; without streams there are no latencies."""
-    metrics = METRICS if load.streams else METRICS[:1]
-
-    def known(arm: str, metric: str) -> dict[int, float]:
-        found = before.get("values", {}).get(load.name, {}).get(arm, {}).get(metric, {})
-        return {int(block): value for block, value in found.items()}
-
-    return {arm: {m: {**known(arm, m), **by_block(rows, arm, load.name, m)} for m in metrics} for arm in arms}
-
-
-def unfinished(rows: Sequence[Mapping[str, Any]], loads: Mapping[Load, Sequence[str]], blocks: range) -> list[str]:
-    """Which arms did not get through all their blocks in the time given."""
-    done = {(row["arm"], row["load"], row["block"]) for row in rows}
-    found = []
-    for load, arms in loads.items():
-        for arm in arms:
-            missing = sum((arm, load.name, block) not in done for block in blocks)
-            if missing:
-                found.append(f"{arm}, {load.name}: {missing} of {len(blocks)} blocks not done in the time given")
-    return found
-
-
-Values = Mapping[str, Mapping[str, Mapping[Any, float]]]
-
-
-def compare(values: Values, arm: str, base: str, metric: str) -> Ratio | None:
-    """arm / base by block; None where no block has both."""
-    a, b = ({int(k): v for k, v in values.get(name, {}).get(metric, {}).items()} for name in (arm, base))
-    return ratio_by_block(a, b) if set(a) & set(b) else None
-
-
-def losses(values: Values, mode: str) -> dict[str, dict[str, Any]]:
-    """Percent of throughput that each EPLB costs against none: value, lower and upper."""
-    found = {
-        eplb: compare(values, f"{eplb}-{mode}", f"none-{mode}", "total_throughput") for eplb in ("upstream", "ours")
-    }
-    return {eplb: ratio.loss_pct() for eplb, ratio in found.items() if ratio is not None}
-
-
-def finish(result: dict[str, Any]) -> dict[str, Any]:
-    """The comparisons of one group, from its values."""
-    values = result["values"]
-    result["throughput_loss_pct"] = {mode: losses(values[mode], mode) for mode in values if mode != "latency"}
-    if "latency" in values:
-        result["ratios"] = {
-            f"auto / {base}": {
-                metric: ratio.as_dict(5)
-                for metric in METRICS
-                if metric.endswith("_ms")
-                and (ratio := compare(values["latency"], "ours-auto", f"ours-{base}", metric)) is not None
-            }
-            for base in ("normal", "low_latency")
-        }
-    return result
-
-
-def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Summary entries of groups with an interval and nothing void."""
-    found: list[dict[str, Any]] = []
-
-    def add(result: Mapping[str, Any], name: str, unit: str, value: float, lower: float, upper: float) -> None:
-        entry = {"name": name, "value": value, "lower": lower, "upper": upper, "unit": unit, "kind": "measured"}
-        # A group that an earlier sitting left in the folder may be of another machine or commit than this run.
-        entry |= {"hardware": result["hardware"], "versions": source["versions"]}
-        entry |= {"commit": result["sittings"][-1]["commit"]}
-        found.append({**entry, "date": result["date"], "command": "python -m bench.gpu.overhead --out FOLDER"})
-
-    for result in results:
-        if result["void"] or result["group"] == CPU.name:
-            continue
-        ep = of_ranks(ranks_of(result["flags"]))
-        size = "" if result["group"].startswith("large") else f"{result['group']}."
-        for mode, of_mode in result["throughput_loss_pct"].items():
-            for eplb, loss in of_mode.items():
-                if loss["blocks"] > 1:
-                    name = f"{ep}overhead.{mode}.{size}throughput_loss_pct"
-                    name += ".upstream" if eplb == "upstream" else ""
-                    add(result, name, "% of tokens/s without EPLB", loss["value"], loss["lower"], loss["upper"])
-        for base, metric, name in (
-            ("low_latency", "mean_ttft_ms", "auto.ttft_ratio_to_low_latency"),
-            ("normal", "mean_tpot_ms", "auto.tpot_ratio_to_normal"),
-        ):
-            ratio = result.get("ratios", {}).get(f"auto / {base}", {}).get(metric)
-            if ratio and ratio["blocks"] > 1:
-                add(result, ep + name, f"ratio to {base} mode", ratio["ratio"], ratio["lower"], ratio["upper"])
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

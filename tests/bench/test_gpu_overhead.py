@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.gpu import kernel_times, overhead, rebalance_check, rebalance_stall
+from bench.gpu import kernel_times, overhead, overhead_report, rebalance_check, rebalance_stall
 from bench.gpu.deepseek_shaped import DeepseekSizes, write_config
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import decode_graphs, need_gpus, seconds_left, timing_options, wait_for
@@ -64,7 +64,7 @@ def test_the_pool_holds_every_request_of_a_rank() -> None:
 
 
 def test_losses_are_paired_by_block() -> None:
-    found = overhead.losses(values("normal", none=[100, 200], upstream=[98, 196], ours=[99.5, 199]), "normal")
+    found = overhead_report.losses(values("normal", none=[100, 200], upstream=[98, 196], ours=[99.5, 199]), "normal")
     assert found["upstream"] == {"value": 2.0, "lower": 2.0, "upper": 2.0, "blocks": 2}
     assert found["ours"]["value"] == 0.5
 
@@ -72,14 +72,14 @@ def test_losses_are_paired_by_block() -> None:
 def test_entries_leave_out_void_groups_and_single_blocks() -> None:
     def result(group: str, mode: str, **throughput: list[float]) -> dict:
         found = {"group": group, "void": [], "values": {mode: values(mode, **throughput)}, **MEASURED}
-        return overhead.finish(json.loads(json.dumps(found)))
+        return overhead_report.finish(json.loads(json.dumps(found)))
 
     large = result("large.normal", "normal", none=[100, 101], upstream=[98, 99], ours=[100, 100])
     small = result("small", "low_latency", none=[100, 101], ours=[99, 100])
     void = {**result("large.low_latency", "low_latency", none=[1, 1], ours=[1, 1]), "void": ["ours rebalanced"]}
     once = result("large.low_latency", "low_latency", none=[100], ours=[99])
-    entries = overhead.entries([large, {**small, "hardware": "2 x other GPU"}, void, once], SOURCE)
-    assert overhead.entries([{**small, "flags": ["--tp", "4"]}], SOURCE)[0]["name"].startswith("ep4.overhead.")
+    entries = overhead_report.entries([large, {**small, "hardware": "2 x other GPU"}, void, once], SOURCE)
+    assert overhead_report.entries([{**small, "flags": ["--tp", "4"]}], SOURCE)[0]["name"].startswith("ep4.overhead.")
     assert [entry["hardware"] for entry in entries] == ["2 x GPU", "2 x GPU", "2 x other GPU"]
     assert [entry["name"] for entry in entries] == [
         "overhead.normal.throughput_loss_pct.upstream",
@@ -93,15 +93,17 @@ def test_entries_of_modes_compare_auto_with_the_mode_it_should_beat() -> None:
     of_arm = {"auto": 1.0, "normal": 2.0, "low_latency": 4.0}
     found = {f"ours-{mode}": {metric: {0: ms, 1: ms} for metric in metrics} for mode, ms in of_arm.items()}
     given = {"group": "large.low_latency", "void": [], "values": {"latency": found}, **MEASURED}
-    entries = {entry["name"]: entry["value"] for entry in overhead.entries([overhead.finish(given)], SOURCE)}
+    entries = {
+        entry["name"]: entry["value"] for entry in overhead_report.entries([overhead_report.finish(given)], SOURCE)
+    }
     assert entries == {"auto.ttft_ratio_to_low_latency": 0.25, "auto.tpot_ratio_to_normal": 0.5}
 
 
 def test_arms_that_ran_out_of_time_are_named() -> None:
     (load, arms), *_ = overhead.GROUPS[0].loads(0).items()
     rows = [{"arm": arm, "load": load.name, "block": block} for arm in arms for block in (-1, 0, 1)]
-    assert overhead.unfinished(rows, {load: arms}, range(2)) == []
-    found = overhead.unfinished(rows[:-1], {load: arms}, range(2))
+    assert overhead_report.unfinished(rows, {load: arms}, range(2)) == []
+    found = overhead_report.unfinished(rows[:-1], {load: arms}, range(2))
     assert found == ["ours-normal, normal: 1 of 2 blocks not done in the time given"]
 
 
@@ -181,12 +183,12 @@ def test_measuring_waits_for_its_file_and_ends_at_its_time(tmp_path, capsys) -> 
 
 def test_blocks_of_sittings_add_up() -> None:
     before = {"values": {"normal": {"none-normal": {"total_throughput": {"0": 100.0, "1": 101.0}}}}}
-    rows = [{"arm": "none-normal", "load": "normal", "block": 2, **dict.fromkeys(overhead.METRICS, 7.0)}]
+    rows = [{"arm": "none-normal", "load": "normal", "block": 2, **dict.fromkeys(overhead_report.METRICS, 7.0)}]
     load = Load("normal", 4, 2, 8, 8)
-    found = overhead.values_of(rows, load, ["none-normal"], before)["none-normal"]
+    found = overhead_report.values_of(rows, load, ["none-normal"], before)["none-normal"]
     assert found["total_throughput"] == {0: 100.0, 1: 101.0, 2: 7.0} and found["mean_ttft_ms"] == {2: 7.0}
     # Whole answers have no inter-token latency, and their first token comes with the last.
-    found = overhead.values_of(rows, replace(load, streams=False), ["none-normal"], {})["none-normal"]
+    found = overhead_report.values_of(rows, replace(load, streams=False), ["none-normal"], {})["none-normal"]
     assert found == {"total_throughput": {2: 7.0}}
 
 
