@@ -41,7 +41,7 @@ from bench.gpu.flags import (
     used_gib,
     wait_for,
 )
-from bench.gpu.overhead_report import REHEARSAL, entries, finish, unfinished, values_of
+from bench.gpu.overhead_report import LOSSES, REHEARSAL, entries, finish, unfinished, values_of
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, incomplete
 from bench.gpu.serving_process import ServingProcess
 from bench.output_paths import result_folder
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed = True
             continue
         failed = failed or bool(result["void"])
-        shown = {key: result.get(key) for key in ("void", "unfinished", "throughput_loss_pct", "ratios")}
+        shown = {key: result.get(key) for key in ("void", "unfinished", *LOSSES, "ratios")}
         print(f"{name}: {json.dumps(shown)}", flush=True)
     source = provenance()
     results = [json.loads(path.read_text()) for path in sorted(options.out.glob("overhead-*.json"))]

@@ -11,14 +11,22 @@ from bench.stats import Ratio, ratio_by_block
 from bench.summary import of_ranks
 
 REHEARSAL = "cpu"  # the group whose figures mean nothing
-METRICS = ("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
+# Of the whole load, and of its passes alone (server_log.pass_rates): the figure of the results, and its metric.
+LOSSES = {
+    "throughput_loss_pct": "total_throughput",
+    "decode_loss_pct": "decode_throughput",
+    "prefill_loss_pct": "prefill_throughput",
+}
+# Those that become entries of the summary, and what their unit says after "% of tokens/s without EPLB".
+HEADLINES = {"throughput_loss_pct": "", "decode_loss_pct": ", in decode passes"}
+LATENCIES = ("mean_ttft_ms", "median_ttft_ms", "p95_ttft_ms", "mean_tpot_ms", "median_tpot_ms")
 
 
 def values_of(
     rows: Sequence[Mapping[str, Any]], load: Load, arms: Sequence[str], before: Mapping[str, Any]
 ) -> dict[str, dict[str, dict[int, float]]]:
     """Each arm's metrics by block, those of earlier sittings first; without streams there are no latencies."""
-    metrics = METRICS if load.streams else METRICS[:1]
+    metrics = (*LOSSES.values(), *(LATENCIES if load.streams else ()))
 
     def known(arm: str, metric: str) -> dict[int, float]:
         found = before.get("values", {}).get(load.name, {}).get(arm, {}).get(metric, {})
@@ -48,25 +56,23 @@ def compare(values: Values, arm: str, base: str, metric: str) -> Ratio | None:
     return ratio_by_block(a, b) if set(a) & set(b) else None
 
 
-def losses(values: Values, mode: str) -> dict[str, dict[str, Any]]:
-    """Percent of throughput that each EPLB costs against none: value, lower and upper."""
-    found = {
-        eplb: compare(values, f"{eplb}-{mode}", f"none-{mode}", "total_throughput") for eplb in ("upstream", "ours")
-    }
+def losses(values: Values, mode: str, metric: str = "total_throughput") -> dict[str, dict[str, Any]]:
+    """Percent of a throughput that each EPLB costs against none: value, lower and upper."""
+    found = {eplb: compare(values, f"{eplb}-{mode}", f"none-{mode}", metric) for eplb in ("upstream", "ours")}
     return {eplb: ratio.loss_pct() for eplb, ratio in found.items() if ratio is not None}
 
 
 def finish(result: dict[str, Any]) -> dict[str, Any]:
     """The comparisons of one group, from its values."""
     values = result["values"]
-    result["throughput_loss_pct"] = {mode: losses(values[mode], mode) for mode in values if mode != "latency"}
+    for loss, metric in LOSSES.items():
+        result[loss] = {mode: losses(values[mode], mode, metric) for mode in values if mode != "latency"}
     if "latency" in values:
         result["ratios"] = {
             f"auto / {base}": {
                 metric: ratio.as_dict(5)
-                for metric in METRICS
-                if metric.endswith("_ms")
-                and (ratio := compare(values["latency"], "ours-auto", f"ours-{base}", metric)) is not None
+                for metric in LATENCIES
+                if (ratio := compare(values["latency"], "ours-auto", f"ours-{base}", metric)) is not None
             }
             for base in ("normal", "low_latency")
         }
@@ -89,12 +95,13 @@ def entries(results: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> 
             continue
         ep = of_ranks(ranks_of(result["flags"]))
         size = "" if result["group"].startswith("large") else f"{result['group']}."
-        for mode, of_mode in result["throughput_loss_pct"].items():
-            for eplb, loss in of_mode.items():
-                if loss["blocks"] > 1:
-                    name = f"{ep}overhead.{mode}.{size}throughput_loss_pct"
-                    name += ".upstream" if eplb == "upstream" else ""
-                    add(result, name, "% of tokens/s without EPLB", loss["value"], loss["lower"], loss["upper"])
+        for figure, of_what in HEADLINES.items():
+            unit = f"% of tokens/s without EPLB{of_what}"
+            for mode, of_mode in result.get(figure, {}).items():
+                for eplb, loss in of_mode.items():
+                    if loss["blocks"] > 1:
+                        name = f"{ep}overhead.{mode}.{size}{figure}" + (".upstream" if eplb == "upstream" else "")
+                        add(result, name, unit, loss["value"], loss["lower"], loss["upper"])
         for base, metric, name in (
             ("low_latency", "mean_ttft_ms", "auto.ttft_ratio_to_low_latency"),
             ("normal", "mean_tpot_ms", "auto.tpot_ratio_to_normal"),

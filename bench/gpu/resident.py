@@ -24,6 +24,7 @@ from bench.gpu.serving_process import ServingProcess
 from bench.process import last_error, scrub_file
 from bench.schedule import williams_rows
 from bench.server import HOST, PORT_STEP, Server, ServerFailed
+from bench.server_log import pass_rates
 from bench.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
@@ -136,8 +137,9 @@ class ResidentServers:
         ``arms_of``: for loads that only some arms are to run, those arms, by the load's name. ``client``: a load
         generator that was started while the servers were; without one it starts now, which takes ten seconds.
         ``first_block``: the number of the first, where an earlier sitting did others.
-        Returns bench_serving's rows with ``arm``, ``load`` and ``block`` added; block -1 is the warm-up. What was not
-        done after ``timeout_s`` is missing. Raises ServerFailed if the client could not run at all.
+        Returns bench_serving's rows with ``arm``, ``load``, ``block`` and the server's :func:`pass_rates` added; block
+        -1 is the warm-up. What was not done after ``timeout_s`` is missing. Raises ServerFailed if the client could not
+        run at all.
         """
         order = self._order(list(loads), range(first_block, first_block + blocks), warm_up, arms_of)
         log = self._folder / "client.log"
@@ -180,11 +182,16 @@ class ResidentServers:
             # The same requests for all arms of a block. A load that fails leaves no row; the others go on.
             try:
                 began = time.monotonic()
+                log = self.servers[name].log
+                logged = log.stat().st_size  # what is there is of other loads
                 give_turn(self.servers, name)
                 client.begin(load.arguments(self._model, self.servers[name].port, 1000 + block, out))
                 client.wait(max(deadline - time.monotonic(), 0))
                 row = json.loads(out.read_text().splitlines()[-1])
-                results.append({"arm": name, "load": load.name, "block": block, **row})
+                with log.open("rb") as of_server:
+                    of_server.seek(logged)
+                    rates = pass_rates(of_server.read().decode(errors="replace"))
+                results.append({"arm": name, "load": load.name, "block": block, **row, **rates})
                 print(f"{name} {load.name} block {block}: {time.monotonic() - began:.1f} s", flush=True)
             except (RuntimeError, OSError) as error:
                 print(f"{name} {load.name} block {block}: {error}", flush=True)
@@ -195,11 +202,11 @@ class ResidentServers:
 
 
 def by_block(rows: Sequence[Mapping[str, Any]], arm: str, load: str, metric: str) -> dict[int, float]:
-    """One metric of one arm's measured blocks, for bench.stats.ratio_by_block."""
+    """One metric of one arm's measured blocks that have it, for bench.stats.ratio_by_block."""
     return {
         int(row["block"]): float(row[metric])
         for row in rows
-        if row["arm"] == arm and row["load"] == load and row["block"] >= 0
+        if row["arm"] == arm and row["load"] == load and row["block"] >= 0 and metric in row
     }
 
 

@@ -24,7 +24,14 @@ SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef0"
 
 
 def servers(folder: Path, *names: str) -> ResidentServers:
+    for name in names:
+        (folder / f"server-{name}.log").write_text(decode_lines(1.0))
     return ResidentServers([ResidentArm(name) for name in names], folder, ["--flag"], {}, folder, 31000)
+
+
+def decode_lines(rate: float) -> str:
+    line = "[2026-11-21 22:30:24 TP0] Decode batch, #running-req: 4, gen throughput (token/s): {}, #queue-req: 0\n"
+    return line.format(0.5) + line.format(rate)
 
 
 def test_each_arm_takes_each_place_equally_often(tmp_path: Path) -> None:
@@ -77,7 +84,7 @@ def test_nothing_goes_on_without_a_server_that_ended(tmp_path: Path, monkeypatch
 
 
 class FakeClient:
-    """The second load fails."""
+    """The second load fails; the servers' logs get longer with each."""
 
     def __init__(self, log: Path, environment: object) -> None:
         self.begun, self.log = 0, log
@@ -91,6 +98,8 @@ class FakeClient:
 
     def begin(self, arguments: list[str]) -> None:
         self.begun += 1
+        for log in self.log.parent.glob("server-*.log"):
+            log.write_text(log.read_text() + decode_lines(100.0 * self.begun))
         if self.begun != 2:
             Path(arguments[arguments.index("--output-file") + 1]).write_text(json.dumps({"completed": self.begun}))
 
@@ -104,10 +113,10 @@ def test_a_load_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(resident, "ServingProcess", FakeClient)
     rows = servers(tmp_path, "a", "b").run(LOADS, 1, timeout_s=60, warm_up=0)
-    assert [(row["arm"], row["load"], row["completed"]) for row in rows] == [
-        ("a", "prefill", 1),
-        ("a", "decode", 3),
-        ("b", "decode", 4),
+    assert [(row["arm"], row["load"], row["completed"], row["decode_throughput"]) for row in rows] == [
+        ("a", "prefill", 1, 100.0),
+        ("a", "decode", 3, 300.0),
+        ("b", "decode", 4, 400.0),
     ]
 
 

@@ -69,6 +69,22 @@ def test_losses_are_paired_by_block() -> None:
     assert found["ours"]["value"] == 0.5
 
 
+def test_passes_have_losses_of_their_own() -> None:
+    of_passes = {"none": [100.0, 200.0], "upstream": [98.0, 196.0], "ours": [99.0, 198.0]}
+    found = values("low_latency", none=[100, 90], upstream=[100, 90], ours=[90, 100])
+    for arm, rates in of_passes.items():
+        for metric in ("decode_throughput", "prefill_throughput"):
+            found[f"{arm}-low_latency"][metric] = dict(enumerate(rates))
+    given = {"group": "large.low_latency", "void": [], "values": {"low_latency": found}, **MEASURED}
+    finished = overhead_report.finish(given)
+    assert finished["prefill_loss_pct"]["low_latency"]["upstream"]["value"] == 2.0
+    names = {entry["name"]: entry for entry in overhead_report.entries([finished], SOURCE)}
+    ours = names["overhead.low_latency.decode_loss_pct"]
+    assert ours["lower"] == ours["value"] == 1.0 and ours["unit"].endswith("in decode passes")
+    assert names["overhead.low_latency.decode_loss_pct.upstream"]["value"] == 2.0
+    assert names["overhead.low_latency.throughput_loss_pct"]["lower"] < -10
+
+
 def test_entries_leave_out_void_groups_and_single_blocks() -> None:
     def result(group: str, mode: str, **throughput: list[float]) -> dict:
         found = {"group": group, "void": [], "values": {mode: values(mode, **throughput)}, **MEASURED}
@@ -183,13 +199,14 @@ def test_measuring_waits_for_its_file_and_ends_at_its_time(tmp_path, capsys) -> 
 
 def test_blocks_of_sittings_add_up() -> None:
     before = {"values": {"normal": {"none-normal": {"total_throughput": {"0": 100.0, "1": 101.0}}}}}
-    rows = [{"arm": "none-normal", "load": "normal", "block": 2, **dict.fromkeys(overhead_report.METRICS, 7.0)}]
+    metrics = (*overhead_report.LOSSES.values(), *overhead_report.LATENCIES)
+    rows = [{"arm": "none-normal", "load": "normal", "block": 2, **dict.fromkeys(metrics, 7.0)}]
     load = Load("normal", 4, 2, 8, 8)
     found = overhead_report.values_of(rows, load, ["none-normal"], before)["none-normal"]
     assert found["total_throughput"] == {0: 100.0, 1: 101.0, 2: 7.0} and found["mean_ttft_ms"] == {2: 7.0}
     # Whole answers have no inter-token latency, and their first token comes with the last.
     found = overhead_report.values_of(rows, replace(load, streams=False), ["none-normal"], {})["none-normal"]
-    assert found == {"total_throughput": {2: 7.0}}
+    assert found == {metric: {2: 7.0} for metric in overhead_report.LOSSES.values()}
 
 
 def test_sittings_on_other_hardware_do_not(tmp_path) -> None:
