@@ -1,9 +1,11 @@
-"""The rule `cover` in Triton: each thread chooses the replicas of its own token, in registers.
+"""The rule `cover` in Triton.
 
-Which replica serves a column depends on what the columns before it got, so the columns of a token are K steps, and an
-exchange between threads would be paid in every one. Here tensors are [tokens, columns] with at least as many tokens as
-threads. Triton then keeps all columns of a token in one thread: a reduction over columns exchanges nothing, and taking
-a column whose number is known when the kernel is compiled costs nothing.
+Which replica serves a column depends on what the columns before it got, so the columns of a token are K steps. In a
+large pass each thread chooses for a token of its own (choose_in_registers): tensors are [tokens, columns] with at least
+as many tokens as threads. Triton then keeps all columns of a token in one thread: a reduction over columns exchanges
+nothing, and taking a column whose number is known when the kernel is compiled costs nothing. A small pass waits for the
+one thread that does all of a token's work, so there each column has a thread (choose_in_lanes), which pays for an
+exchange in every step and has little else to do.
 
 A step compares the GPUs of an expert's first replicas with the places the token goes to already (the GPUs of its other
 columns), which gives a mask with one bit per candidate. The mask and the hash decide which bit is taken; a 32-bit word
@@ -94,7 +96,7 @@ def _packed(
 def _doubled_mask(candidates, FIELD: tl.constexpr):
     """Twice the 4-bit mask of the fields whose top bit is set."""
     if FIELD == 8:
-        return ((candidates >> 7) * 0x01020408) >> 23  # the four bits meet at 24 to 27
+        return (candidates * 0x00204081) >> 27  # the four bits meet at 28 to 31, and nothing else reaches 27
     else:
         bits = candidates >> 15
         folded = bits.to(tl.uint32) | ((bits >> 32).to(tl.uint32) << 2)
@@ -168,6 +170,85 @@ def choose_in_registers(
         place = ((gpus_j >> (index * FIELD).to(WORD)) & FULL) * EACH
         places = tl.where(is_j, place[:, None], places)
         anywhere |= _column(used.to(tl.int32), is_j)
+    return pick(slots, indices)
+
+
+@triton.jit
+def _from_column(of, first, j: tl.constexpr):
+    """[items]: the token's column j in all its columns, one exchange between threads of a warp."""
+    return tl.gather(of, first + j, 0)
+
+
+@triton.jit
+def choose_in_lanes(
+    row, col, experts, counts, slots,
+    K: tl.constexpr, SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr,
+    SOURCE: tl.constexpr, FIELD: tl.constexpr, NODE_STEP: tl.constexpr,
+):  # fmt: skip
+    """As choose_in_registers, with one thread for each column: all are [items], the columns of a token side by side.
+
+    Every thread keeps which of its replicas are on a GPU (or node) that the token goes to, and each step tells all
+    threads of a token where one more column goes, which is one exchange. The items must be those of one warp, or
+    exchanges go through shared memory.
+    """
+    WORD: tl.constexpr = tl.uint32 if FIELD == 8 else tl.uint64
+    EACH: tl.constexpr = 0x01010101 if FIELD == 8 else 0x0001000100010001
+    FULL: tl.constexpr = (1 << FIELD) - 1
+    ALL: tl.constexpr = FULL * EACH
+    LOW: tl.constexpr = (FULL >> 1) * EACH
+    TOP: tl.constexpr = ((FULL >> 1) + 1) * EACH
+    NOWHERE: tl.constexpr = ((FULL >> 1) - 1) * EACH
+    NODE: tl.constexpr = ((FULL >> 1) // NODE_STEP * NODE_STEP) * EACH
+    NODES: tl.constexpr = NUM_NODES > 1 and GPUS_PER_NODE > 1
+    SOURCE_CODE: tl.constexpr = (SOURCE + SOURCE // GPUS_PER_NODE * (NODE_STEP - GPUS_PER_NODE)) * EACH
+    used = experts >= 0
+    single = counts == 1
+    gpus = tl.where(used, _packed(slots, FIELD, SLOTS_PER_GPU, GPUS_PER_NODE, NODE_STEP), NOWHERE).to(WORD)
+    valid = TOP >> ((4 * FIELD - FIELD * counts) & (4 * FIELD - 1)).to(WORD)
+    otherwise = valid
+    if SOURCE >= 0:
+        if NODES:
+            near = valid & ((((gpus ^ SOURCE_CODE) & NODE) + LOW) ^ ALL)
+            otherwise = tl.where(near != 0, near, otherwise)
+        near = valid & (((gpus ^ SOURCE_CODE) + LOW) ^ ALL)
+        otherwise = tl.where(near != 0, near, otherwise)
+    choices = _choices(replica_hash(row, tl.maximum(experts, 0)))
+    first = tl.arange(0, experts.numel) - col  # the token's first item
+    # The place of each replica, in every field.
+    a = (gpus & FULL) * EACH
+    b = ((gpus >> FIELD) & FULL) * EACH
+    c = ((gpus >> (2 * FIELD)) & FULL) * EACH
+    d = ((gpus >> (3 * FIELD)) & FULL) * EACH
+    # The top bits of replicas on a GPU (or a node) that the token goes to.
+    near = tl.zeros(gpus.shape, WORD)
+    near_node = near
+    places = tl.where(single, a, NOWHERE).to(WORD)
+    anywhere = experts < -1
+    for j in tl.static_range(K):
+        differences = gpus ^ _from_column(places, first, j)
+        near |= valid & ((differences + LOW) ^ ALL)
+        if NODES:
+            near_node |= valid & (((differences & NODE) + LOW) ^ ALL)
+        if NUM_NODES == 1 and SOURCE >= 0:  # the node of one column is every column's
+            state = _from_column(single.to(tl.int32) * 2 + used.to(tl.int32), first, j)
+            anywhere |= (state == 3) | ((state == 1) & (j < col))
+    if NUM_NODES == 1 and SOURCE >= 0:
+        otherwise = tl.where(anywhere, valid, otherwise)
+    indices = experts * 0
+    for j in tl.static_range(K):
+        candidates = otherwise
+        if NODES:
+            candidates = tl.where(near_node != 0, near_node, candidates)
+        candidates = tl.where(near != 0, near, candidates)
+        index = choices >> _doubled_mask(candidates, FIELD)  # and what is above its two bits
+        indices = tl.where(col == j, (index & 3).to(tl.int32), indices)
+        if j < K - 1:
+            odd = index & 1 != 0
+            place = tl.where(index & 2 != 0, tl.where(odd, d, c), tl.where(odd, b, a))
+            differences = gpus ^ _from_column(place, first, j)
+            near |= valid & ((differences + LOW) ^ ALL)
+            if NODES:
+                near_node |= valid & (((differences & NODE) + LOW) ^ ALL)
     return pick(slots, indices)
 
 

@@ -14,12 +14,14 @@ THREADS_OF_WARP = 32
 class LaunchShape:
     """``block``: (row, column) items of a program, or whole rows for `cover`; a power of 2, and for `cover` no fewer
     than the program has threads. ``count_in_program``: counts are added up in the program before they are added to the
-    expert's, because many tokens queue for a hot expert's.
+    expert's, because many tokens queue for a hot expert's. ``lanes``, for `cover`: items as well, a thread of the one
+    warp each, with columns padded to a power of 2.
     """
 
     block: int
     num_warps: int
     count_in_program: bool = False
+    lanes: bool = False
 
     @property
     def max_registers(self) -> int:
@@ -32,6 +34,13 @@ class LaunchShape:
             if number < 1 or number & (number - 1):
                 raise InputError(f"launch shape: {name} {number} is not a power of 2")
         threads = self.num_warps * THREADS_OF_WARP
+        if self.lanes:
+            if rule != "cover" or self.block != threads or self.num_warps != 1:
+                raise InputError(
+                    f"launch shape: lanes are for `cover`, in one warp of {THREADS_OF_WARP} items, not for "
+                    f"{rule or 'recording alone'} in {self.num_warps} of {self.block}"
+                )
+            return
         if rule == "cover" and self.block < threads:
             raise InputError(
                 f"launch shape: `cover` needs a row for each thread, but {self.block} are fewer than {threads}"
@@ -46,15 +55,17 @@ class LaunchShapes:
     many: LaunchShape
     many_items: int = 16384
 
-    def of(self, items: int) -> LaunchShape:
-        return self.many if items >= self.many_items else self.few
+    def of(self, items: int, columns: int) -> LaunchShape:
+        """``columns``: top-k, padded to a power of 2; with more than a warp's lanes a thread takes them all."""
+        fits = not self.few.lanes or columns <= self.few.block
+        return self.few if items < self.many_items and fits else self.many
 
 
 # The fastest of bench.gpu.kernel_tuning on an H100 at 256 experts and top-8, or within its noise of it.
 _ITEMS = LaunchShapes(LaunchShape(32, 1), LaunchShape(512, 4, count_in_program=True))
-_ROWS = LaunchShapes(LaunchShape(32, 1), LaunchShape(64, 2, count_in_program=True))
+_COVER = LaunchShapes(LaunchShape(32, 1, lanes=True), LaunchShape(64, 2, count_in_program=True))
 
 
 def default_shapes(rule: DispatchRule | None) -> LaunchShapes:
-    """`cover` is launched by rows, the other rules by (row, column) items."""
-    return _ROWS if rule == "cover" else _ITEMS
+    """Large passes of `cover` are launched by rows, all others by (row, column) items."""
+    return _COVER if rule == "cover" else _ITEMS

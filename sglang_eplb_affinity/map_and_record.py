@@ -145,10 +145,12 @@ class MapAndRecord:
                 *known[2], *numbers, *constants,
             )  # fmt: skip
             return
-        shape = shapes.of(items)
+        padded = triton.next_power_of_2(self.top_k)
+        shape = shapes.of(items, padded)
         shape.check(rule)
         constants = self._constants(tables, num_valid_rows is not None, even, shape)
-        width = 1 if rule == "cover" else self.top_k  # `cover` is launched by rows, the other rules by items
+        # Rows are cut into programs, or their items.
+        width = self.top_k if rule != "cover" else padded if shape.lanes else 1
         grid = (triton.cdiv(num_rows * width, shape.block),)
         tensors = (topk_ids, topk_ids if num_valid_rows is None else num_valid_rows, *known[1])
         options = {"num_warps": shape.num_warps}
@@ -197,7 +199,8 @@ class MapAndRecord:
                 codes.field_bits, codes.node_step,
             )  # fmt: skip
         bins = triton.next_power_of_2(recorder.num_experts) if shape.count_in_program and recorder is not None else 0
-        return (self.top_k, triton.next_power_of_2(self.top_k), shape.block, rule, *record, *place, bins)
+        padded = triton.next_power_of_2(self.top_k)
+        return (self.top_k, padded, shape.block, rule, *record, *place, bins, shape.lanes)
 
 
 def map_ids(topk_ids: torch.Tensor, tables: LayerTables, placement: Placement | None) -> torch.Tensor:

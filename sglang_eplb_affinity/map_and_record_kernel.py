@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sglang_eplb_affinity.cover_kernel import (
+    choose_in_lanes,
     choose_in_loops,
     choose_in_registers,
     load_replicas,
@@ -78,27 +79,35 @@ def map_and_record(
     MAX_TOKENS: tl.constexpr, SAMPLE: tl.constexpr, PHASE_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr, SOURCE: tl.constexpr,
     FIELD: tl.constexpr, NODE_STEP: tl.constexpr, BINS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK (row, column) items of a pass, or for `cover`, whose columns depend on each other, BLOCK whole rows.
+    """BLOCK (row, column) items of a pass, or for `cover`, whose columns depend on each other, BLOCK whole rows, or
+    with LANES the BLOCK // KP rows of one warp.
 
     All pointers but ``ids``, ``num_valid_rows`` and ``state`` are the layer's. KP: the power of 2 from K on. BINS > 0,
     a power of 2 no less than the number of experts: counts are added up in the block first, as many tokens queue for
-    a hot expert's. `cover` needs at least as many rows as the program has threads.
+    a hot expert's. `cover` needs at least as many rows as the program has threads, or LANES and a thread for each item.
     """
+    ROWS: tl.constexpr = RULE == 3 and not LANES
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if RULE == 3:  # [rows, columns]
+    if ROWS:  # [rows, columns]
         row = at[:, None]
         col = tl.arange(0, KP)[None, :]
-        inside = (row < num_rows) & (col < K)
-        own_col = tl.minimum(col, K - 1)
+    elif LANES:
+        row = at // KP
+        col = at % KP
     else:
         row = at // K
         col = at % K
+    if RULE == 3:
+        inside = (row < num_rows) & (col < K)
+        own_col = tl.minimum(col, K - 1)
+    else:
         inside = row < num_rows
         own_col = col
     own_row = tl.minimum(row, num_rows - 1)
     ids_at = ids + own_row.to(tl.int64) * row_stride + own_col
-    if RULE == 3:  # knowing that columns are neighbours in memory, Triton would deal them out to threads
+    if ROWS:  # knowing that columns are neighbours in memory, Triton would deal them out to threads
         ids_at = tl.max_contiguous(ids_at, [1, 1])
     # A row beyond the last may be read after its ids were overwritten: what is read there must not be used.
     expert = tl.where(inside, tl.load(ids_at).to(tl.int32), -1)
@@ -115,7 +124,7 @@ def map_and_record(
         counted = real & is_token
         sampled = counted & (slot < SAMPLE)
         sample_at = sample + slot.to(tl.int64) * K + own_col
-        if RULE == 3:
+        if ROWS:
             sample_at = tl.max_contiguous(sample_at, [1, 1])
     if RULE == 1:
         physical = tl.load(table + safe).to(tl.int32)
@@ -127,18 +136,30 @@ def map_and_record(
         _add_counts(to_counts, tl.where(counted & used, expert, -1), BINS)
         tl.store(sample_at, expert.to(tl.int16), mask=sampled & inside)
     if RULE > 1:
-        most = tl.max(tl.max(replicas, 1), 0) if RULE == 3 else tl.max(replicas, 0)
+        most = tl.max(tl.reshape(replicas, [replicas.numel], can_reorder=True), 0)
     if RULE == 2:
         hashed = replica_hash(row, safe)
-        if most <= _FEW:
-            number = tl.where(replicas == 2, hashed & 1, tl.where(replicas == 3, hashed % 3, hashed & 3))
-            physical = pick(slots, tl.where(replicas == 1, 0, number))
-        else:
+        number = tl.where(replicas == 2, hashed & 1, tl.where(replicas == 3, hashed % 3, hashed & 3))
+        physical = pick(slots, tl.where(replicas == 1, 0, number))
+        if most > _FEW:
             choice = (hashed % tl.maximum(replicas, 1).to(tl.uint32)).to(tl.int32)
             physical = tl.load(table + safe * TABLE_STRIDE + choice).to(tl.int32)
     if RULE == 3:
         physical = slots[0]
-        if most > _FEW:
+        if LANES:
+            physical = choose_in_lanes(
+                row, col, expert, replicas, slots,
+                K, SLOTS_PER_GPU, GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP,
+            )  # fmt: skip
+            if most > _FEW:
+                rows: tl.constexpr = [BLOCK // KP, KP]
+                chosen = choose_in_loops(
+                    tl.program_id(0) * (BLOCK // KP) + tl.arange(0, BLOCK // KP)[:, None], tl.arange(0, KP)[None, :],
+                    tl.reshape(expert, rows), tl.reshape(replicas, rows), tl.reshape(slots[0], rows), table,
+                    K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE,
+                )  # fmt: skip
+                physical = tl.reshape(chosen, [BLOCK])
+        elif most > _FEW:
             physical = choose_in_loops(
                 row, col, expert, replicas, slots[0], table, K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE
             )

@@ -27,6 +27,7 @@ _ITEM_SHAPES = (
     LaunchShape(256, 4, True), LaunchShape(512, 4, True), LaunchShape(1024, 8, True), LaunchShape(2048, 8, True),
 )  # fmt: skip
 _ROW_SHAPES = (
+    LaunchShape(32, 1, lanes=True), LaunchShape(32, 1, True, lanes=True),
     LaunchShape(32, 1), LaunchShape(64, 2), LaunchShape(128, 4),
     LaunchShape(32, 1, True), LaunchShape(64, 2, True), LaunchShape(128, 4, True), LaunchShape(256, 8, True),
 )  # fmt: skip
@@ -39,7 +40,9 @@ def shapes_to_try(rule: DispatchRule) -> tuple[LaunchShape, ...]:
 
 
 def label(shape: LaunchShape) -> str:
-    return f"{shape.block}/{shape.num_warps}" + ("+" if shape.count_in_program else "")
+    return (
+        f"{shape.block}/{shape.num_warps}" + ("+" if shape.count_in_program else "") + (" lanes" if shape.lanes else "")
+    )
 
 
 def best_shape(times: Mapping[LaunchShape, float], default: LaunchShape) -> LaunchShape:
@@ -73,7 +76,7 @@ def tune(cell: Cell, rule: DispatchRule) -> dict[str, object]:
         if wrong is not None:
             raise InputError(f"{rule}, {cell.tokens} tokens, shape {label(shape)}: {wrong} unlike the reference's")
         times[shape] = measure_graph(cell.ours(rule, cell.step(shapes)), cell.restore)["median"]
-    default = default_shapes(rule).of(cell.tokens * cell.top_k)
+    default = default_shapes(rule).of(cell.tokens * cell.top_k, 1 << (cell.top_k - 1).bit_length())
     unrecorded = cell.ours(rule, cell.step(recorded=False))
     return {
         "rule": rule,

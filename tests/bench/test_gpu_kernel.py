@@ -84,7 +84,20 @@ def test_tuning_says_that_it_needs_a_gpu(capsys, monkeypatch) -> None:
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shape, rule", [(LaunchShape(100, 4), "static"), (LaunchShape(64, 4), "cover")])
+REFUSED = [
+    (LaunchShape(100, 4), "static"),
+    (LaunchShape(64, 4), "cover"),
+    (LaunchShape(64, 2, lanes=True), "cover"),
+    (LaunchShape(32, 1, lanes=True), "dynamic"),
+]
+
+
+def test_more_columns_than_lanes_are_not_spread_over_lanes() -> None:
+    shapes = default_shapes("cover")
+    assert shapes.of(8, 8).lanes and shapes.of(8, 32).lanes and not shapes.of(8, 64).lanes
+
+
+@pytest.mark.parametrize("shape, rule", REFUSED)
 def test_a_shape_the_kernel_cannot_run_with_is_refused(shape, rule) -> None:
     with pytest.raises(InputError, match=f"launch shape: .*{shape.block}"):
         shape.check(rule)

@@ -54,6 +54,7 @@ COVER_CASES = [
     Case("cover", gpus=8, redundant=40, hot=6, layers=1, source=None, groups=((66, 4),)),  # in one program, not in all
     Case("cover", redundant=0, layers=1),
 ]
+ROWS = LaunchShapes(LaunchShape(32, 1), LaunchShape(32, 1))
 ONE_WARP = LaunchShapes(LaunchShape(32, 1), LaunchShape(64, 2, count_in_program=True), many_items=100)
 CASES = (
     [Case(rule) for rule in RULES]
@@ -68,6 +69,7 @@ CASES = (
         Case("dynamic", redundant=20, hot=20, most_replicas=3, k=8),
     ]  # more and fewer than are read ahead
     + COVER_CASES
+    + [replace(case, shapes=ROWS) for case in COVER_CASES]
     + [Case(rule, shapes=ONE_WARP, groups=((tokens, 5),), layers=1) for rule in RULES for tokens in (12, 70)]
     + [Case("cover", gpus=1, nodes=1, k=1), Case("dynamic", redundant=0)]
     + [_random(seed) for seed in range(24)]
