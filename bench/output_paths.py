@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
+
 from sglang_eplb_affinity.files import write_atomically
 
 
@@ -26,6 +28,18 @@ def result_folder(text: str) -> Path:
     path = Path(text)
     _check_writable(text, path)
     return path
+
+
+class ResultFolder(click.ParamType):
+    """:func:`result_folder` as the type of a click option."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            return result_folder(str(value))
+        except argparse.ArgumentTypeError as error:
+            self.fail(str(error), param, ctx)
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

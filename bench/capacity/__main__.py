@@ -16,6 +16,7 @@ import click
 from bench.capacity.docs import fill
 from bench.engine import ROOT
 from bench.environment import now, provenance
+from bench.output_paths import ResultFolder
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.files import write_atomically
 from sglang_eplb_affinity.routing import RoutingTrace
@@ -54,9 +55,9 @@ def main() -> None:
 
 
 @main.command("all")
-@click.option("--out", default="results/simulate", show_default=True, help="Folder for results.")
+@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
 @click.option("--keep", is_flag=True, help="Keep the results that are there already, and make the others.")
-def everything(out: str, keep: bool) -> None:
+def everything(out: Path, keep: bool) -> None:
     """All runs; some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def everything(out: str, keep: bool) -> None:
         into = folder / f"day-{preset}-{phase}.md"
         done = keep and into.is_file()
         _cli("replay", *_traces(), "--topology", preset, "--phase", phase, "--layers", "2",
-             "--out", f"{out}/day-{preset}-{phase}.json", "--plots", out, into=into, keep=keep)  # fmt: skip
+             "--out", f"{out}/day-{preset}-{phase}.json", "--plots", str(out), into=into, keep=keep)  # fmt: skip
         if not done:
             _thin_day(folder / f"day-{preset}-{phase}.json")
     for preset in ADVICE:
@@ -90,15 +91,15 @@ def everything(out: str, keep: bool) -> None:
 
 
 @main.command("calibration")
-@click.option("--out", default="results/simulate", show_default=True, help="Folder with results.")
-def calibration_command(out: str) -> None:
+@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder with results.")
+def calibration_command(out: Path) -> None:
     """Only the comparison of the time model with every measured point."""
     click.echo(f"largest error on points that were not fitted: {largest_error(_calibration(ROOT / out)):.1f} %")
 
 
 @main.command("docs")
-@click.option("--out", default="results/simulate", show_default=True, help="Folder with results.")
-def docs_command(out: str) -> None:
+@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder with results.")
+def docs_command(out: Path) -> None:
     """Put the tables of the last run into docs/capacity_planning.md."""
     fill(ROOT / PAGE, ROOT / out)
 

@@ -14,6 +14,7 @@ import click
 from tqdm import tqdm
 
 from bench.environment import describe_environment, now, provenance, versions
+from bench.output_paths import ResultFolder
 from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
 from bench.planner.report import report_text
 from bench.planner.rounds import ROUND_CASES, round_rows
@@ -39,7 +40,7 @@ Row = dict[str, Any]
 @click.option("--torch-repeats", type=int, default=1, show_default=True, help="Rounds of the torch comparison.")
 @click.option("--floor-layers", type=int, default=2, show_default=True)
 @click.option("--floor-scale", type=int, default=10, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("results/planner"), show_default=True)
+@click.option("--out", type=ResultFolder(), default=Path("results/planner"), show_default=True)
 def main(
     traces: tuple[str, ...], parts: tuple[str, ...], labels: tuple[str, ...], seeds: int, repeats: int,
     torch_repeats: int, floor_layers: int, floor_scale: int, out: Path,

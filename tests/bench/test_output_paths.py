@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bench.engine import ROOT
 from bench.output_paths import result_file, result_folder
 
 FILES = ["bench.forced_routing", "bench.gpu.kernel_times", "bench.gpu.kernel_tuning", "bench.gpu.rebalance_check"]
@@ -27,6 +30,17 @@ def test_a_file_is_no_result_folder(module: str, tmp_path: Path, capsys: pytest.
     path.touch()
     assert _exit_code(module, ["--out", str(path)]) == 2
     assert f"{path} is a file; name a folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["bench.planner"], ["bench.capacity", "all"], ["bench.capacity", "docs"]])
+def test_commands_with_result_folders_refuse_a_file_too(command: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--out", str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and f"{path} is a file; name a folder" in done.stderr.splitlines()[-1], done.stderr
+    assert path.read_bytes() == b""
 
 
 def test_folders_that_are_not_there_yet_are_left_to_the_run(tmp_path: Path) -> None:
