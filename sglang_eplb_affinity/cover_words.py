@@ -32,6 +32,11 @@ class GpuCodes:
         raise InputError(f"dispatch rule 'cover': {topology.num_gpus} GPUs are more than the kernel can number")
 
 
+def every_field(number: int, field_bits: int) -> int:
+    """``number`` in each of the four fields of a word."""
+    return number * sum(1 << field_bits * field for field in range(READ_AHEAD))
+
+
 def choice_word(size: int, number: int) -> int:
     """Bits 2c and 2c + 1: where the set bit ``number`` (from 0) of c is, for every 4-bit c with ``size`` set bits."""
     word = 0
