@@ -118,6 +118,12 @@ def apart(gpus, places, FIELD: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+def near_of(valid, apart_bits, FIELD: tl.constexpr):
+    """The valid candidates that are not apart."""
+    return valid & (apart_bits ^ _every_field((1 << FIELD) - 1, FIELD))  # Triton's interpreter knows no ~ of uint32
+
+
+@triton.jit
 def near_first(near, otherwise):
     """The near candidates where there are any."""
     return tl.where(near != 0, near, otherwise)
@@ -139,6 +145,6 @@ def prepared(
     if SOURCE >= 0:
         CODE: tl.constexpr = _every_field(SOURCE + SOURCE // GPUS_PER_NODE * (NODE_STEP - GPUS_PER_NODE), FIELD)
         if NODES:
-            candidates = near_first(valid & ~apart(gpus, CODE, FIELD, NODE_STEP), candidates)
-        candidates = near_first(valid & ~apart(gpus, CODE, FIELD, 1), candidates)
+            candidates = near_first(near_of(valid, apart(gpus, CODE, FIELD, NODE_STEP), FIELD), candidates)
+        candidates = near_first(near_of(valid, apart(gpus, CODE, FIELD, 1), FIELD), candidates)
     return gpus, valid, candidates, choices_of(replica_hash(row, tl.maximum(experts, 0)))

@@ -18,6 +18,7 @@ from sglang_eplb_affinity.cover_fields_kernel import (
     apart,
     doubled_mask,
     near_first,
+    near_of,
     nowhere,
     pick,
     place_of,
@@ -66,11 +67,11 @@ def choose_in_registers(
         # A replica is near unless it is apart from every place.
         if NODES:
             apart_j = tl.reduce(apart(gpus_j[:, None], places, FIELD, NODE_STEP), 1, _and)
-            candidates = near_first(valid_j & ~apart_j, candidates)
+            candidates = near_first(near_of(valid_j, apart_j, FIELD), candidates)
         if NUM_NODES == 1:
             candidates = tl.where(anywhere > 0, valid_j, candidates)
         apart_j = tl.reduce(apart(gpus_j[:, None], places, FIELD, 1), 1, _and)
-        candidates = near_first(valid_j & ~apart_j, candidates)
+        candidates = near_first(near_of(valid_j, apart_j, FIELD), candidates)
         index = (_column(choices, is_j) >> doubled_mask(candidates, FIELD)) & 3
         indices = tl.where(is_j, index[:, None].to(tl.int32), indices)
         place = place_of(gpus_j >> (index * FIELD).to(gpus.dtype), FIELD)

@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_eplb_affinity.cover_fields_kernel import apart, doubled_mask, near_first, nowhere, pick, place_of, prepared
+from sglang_eplb_affinity.cover_fields_kernel import (
+    apart,
+    doubled_mask,
+    near_first,
+    near_of,
+    nowhere,
+    pick,
+    place_of,
+    prepared,
+)
 
 
 @triton.jit
@@ -44,9 +53,9 @@ def choose_in_lanes(
     anywhere = experts < -1
     for j in tl.static_range(K):
         place = _from_column(places, first, j)
-        near |= valid & ~apart(gpus, place, FIELD, 1)
+        near |= near_of(valid, apart(gpus, place, FIELD, 1), FIELD)
         if NODES:
-            near_node |= valid & ~apart(gpus, place, FIELD, NODE_STEP)
+            near_node |= near_of(valid, apart(gpus, place, FIELD, NODE_STEP), FIELD)
         if NUM_NODES == 1 and SOURCE >= 0:  # the node of one column is every column's
             state = _from_column(single.to(tl.int32) * 2 + (experts >= 0).to(tl.int32), first, j)
             anywhere |= (state == 3) | ((state == 1) & (j < col))
@@ -63,7 +72,7 @@ def choose_in_lanes(
         if j < K - 1:
             odd = index & 1 != 0
             place = _from_column(tl.where(index & 2 != 0, tl.where(odd, d, c), tl.where(odd, b, a)), first, j)
-            near |= valid & ~apart(gpus, place, FIELD, 1)
+            near |= near_of(valid, apart(gpus, place, FIELD, 1), FIELD)
             if NODES:
-                near_node |= valid & ~apart(gpus, place, FIELD, NODE_STEP)
+                near_node |= near_of(valid, apart(gpus, place, FIELD, NODE_STEP), FIELD)
     return pick(slots, indices)
