@@ -177,7 +177,8 @@ class Rank:
         for layer, tensors in self.tensors.items():
             for number, tensor in enumerate(tensors):
                 expected = (layer * 64 + own[layer] * 2 + number).to(tensor.dtype).view(-1, 1, 1)
-                self._wrong += (tensor != expected).sum()
+                # Of large experts some hundred values all over: a copy that is torn is torn in long runs.
+                self._wrong += (tensor[:, :: max(1, tensor.shape[1] // 256)] != expected).sum()
         first = self.table.gather(2, (self.valid - 1)[:, :, None])[:, :, 0]  # the last replica of each expert
         self._wrong += (self.slots.gather(1, first) != torch.arange(EXPERTS, device=self.device)).sum()
         self._wrong += (
