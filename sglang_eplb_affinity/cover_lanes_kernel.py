@@ -28,6 +28,15 @@ def _from_column(of, first, j: tl.constexpr):
 
 
 @triton.jit
+def _with_place(near, near_node, valid, gpus, place, NODES: tl.constexpr, FIELD: tl.constexpr, NODE_STEP: tl.constexpr):
+    """The near replicas when the token goes to one more place."""
+    near |= near_of(valid, apart(gpus, place, FIELD, 1), FIELD)
+    if NODES:
+        near_node |= near_of(valid, apart(gpus, place, FIELD, NODE_STEP), FIELD)
+    return near, near_node
+
+
+@triton.jit
 def choose_in_lanes(
     row, col, experts, counts, slots,
     K: tl.constexpr, SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr,
@@ -53,9 +62,7 @@ def choose_in_lanes(
     anywhere = experts < -1
     for j in tl.static_range(K):
         place = _from_column(places, first, j)
-        near |= near_of(valid, apart(gpus, place, FIELD, 1), FIELD)
-        if NODES:
-            near_node |= near_of(valid, apart(gpus, place, FIELD, NODE_STEP), FIELD)
+        near, near_node = _with_place(near, near_node, valid, gpus, place, NODES, FIELD, NODE_STEP)
         if NUM_NODES == 1 and SOURCE >= 0:  # the node of one column is every column's
             state = _from_column(single.to(tl.int32) * 2 + (experts >= 0).to(tl.int32), first, j)
             anywhere |= (state == 3) | ((state == 1) & (j < col))
@@ -72,7 +79,5 @@ def choose_in_lanes(
         if j < K - 1:
             odd = index & 1 != 0
             place = _from_column(tl.where(index & 2 != 0, tl.where(odd, d, c), tl.where(odd, b, a)), first, j)
-            near |= near_of(valid, apart(gpus, place, FIELD, 1), FIELD)
-            if NODES:
-                near_node |= near_of(valid, apart(gpus, place, FIELD, NODE_STEP), FIELD)
+            near, near_node = _with_place(near, near_node, valid, gpus, place, NODES, FIELD, NODE_STEP)
     return pick(slots, indices)

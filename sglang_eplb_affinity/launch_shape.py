@@ -55,9 +55,9 @@ class LaunchShapes:
     many: LaunchShape
     many_items: int = 16384
 
-    def of(self, items: int, columns: int) -> LaunchShape:
-        """``columns``: top-k, padded to a power of 2; with more than a warp's lanes a thread takes them all."""
-        fits = not self.few.lanes or columns <= self.few.block
+    def of(self, items: int, top_k: int) -> LaunchShape:
+        """``few`` with lanes only where a token's columns fit a warp."""
+        fits = not self.few.lanes or top_k <= self.few.block
         return self.few if items < self.many_items and fits else self.many
 
 

@@ -145,12 +145,11 @@ class MapAndRecord:
                 *known[2], *numbers, *constants,
             )  # fmt: skip
             return
-        padded = triton.next_power_of_2(self.top_k)
-        shape = shapes.of(items, padded)
+        shape = shapes.of(items, self.top_k)
         shape.check(rule)
         constants = self._constants(tables, num_valid_rows is not None, even, shape)
         # Rows are cut into programs, or their items.
-        width = self.top_k if rule != "cover" else padded if shape.lanes else 1
+        width = self.top_k if rule != "cover" else triton.next_power_of_2(self.top_k) if shape.lanes else 1
         grid = (triton.cdiv(num_rows * width, shape.block),)
         tensors = (topk_ids, topk_ids if num_valid_rows is None else num_valid_rows, *known[1])
         options = {"num_warps": shape.num_warps}

@@ -73,8 +73,7 @@ def map_and_record(
     HAS_VALID: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, SLOT_OFFSET: tl.constexpr,
     MAX_TOKENS: tl.constexpr, SAMPLE: tl.constexpr, PHASE_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr, SOURCE: tl.constexpr,
-    FIELD: tl.constexpr, NODE_STEP: tl.constexpr, BINS: tl.constexpr,
-    LANES: tl.constexpr,
+    FIELD: tl.constexpr, NODE_STEP: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK (row, column) items of a pass, or for `cover`, whose columns depend on each other, BLOCK whole rows, or
     with LANES the BLOCK // KP rows of one warp.

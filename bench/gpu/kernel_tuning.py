@@ -40,9 +40,8 @@ def shapes_to_try(rule: DispatchRule) -> tuple[LaunchShape, ...]:
 
 
 def label(shape: LaunchShape) -> str:
-    return (
-        f"{shape.block}/{shape.num_warps}" + ("+" if shape.count_in_program else "") + (" lanes" if shape.lanes else "")
-    )
+    counted, lanes = "+" if shape.count_in_program else "", " lanes" if shape.lanes else ""
+    return f"{shape.block}/{shape.num_warps}{counted}{lanes}"
 
 
 def best_shape(times: Mapping[LaunchShape, float], default: LaunchShape) -> LaunchShape:
@@ -76,7 +75,7 @@ def tune(cell: Cell, rule: DispatchRule) -> dict[str, object]:
         if wrong is not None:
             raise InputError(f"{rule}, {cell.tokens} tokens, shape {label(shape)}: {wrong} unlike the reference's")
         times[shape] = measure_graph(cell.ours(rule, cell.step(shapes)), cell.restore)["median"]
-    default = default_shapes(rule).of(cell.tokens * cell.top_k, 1 << (cell.top_k - 1).bit_length())
+    default = default_shapes(rule).of(cell.tokens * cell.top_k, cell.top_k)
     unrecorded = cell.ours(rule, cell.step(recorded=False))
     return {
         "rule": rule,
