@@ -34,7 +34,9 @@ from bench.gpu.flags import (
     cpu_flags,
     deepep_flags,
     end_cleanly,
+    host_options,
     need_gpus,
+    other_hosts,
     seconds_left,
     timing_options,
     wait_for,
@@ -66,11 +68,11 @@ ARMS = (
 )
 
 
-def server_flags(gpus: int, cpu: bool = False) -> list[str]:
+def server_flags(gpus: int, cpu: bool = False, mode: str = "auto") -> list[str]:
     """The CPU engine has no DeepEP; replicas are chosen there as it chooses by default."""
     if cpu:
         return [*cpu_flags(), "--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", *INTERVAL]
-    flags = [*deepep_flags(gpus), "--deepep-mode", "auto", "--cuda-graph-max-bs-decode", "32"]
+    flags = [*deepep_flags(gpus), "--deepep-mode", mode, "--cuda-graph-max-bs-decode", "32"]
     flags += [*SHARED_MEMORY, "--max-total-tokens", "50000", "--chunked-prefill-size", "4096"]
     flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
     return [*flags, *INTERVAL]
@@ -218,26 +220,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=result_file, required=True)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--mode", choices=("auto", "normal", "low_latency"), default="auto", help="of DeepEP")
     parser.add_argument("--rebalances", type=int, default=50)
+    host_options(parser)
     timing_options(parser, "asking each server")
     parser.add_argument("--work", type=Path, default=Path("/tmp/rebalance-check"), help="model and logs")
     parser.add_argument("--port", type=int, default=31900)
     options = parser.parse_args(arguments)
     try:
+        hosts = other_hosts(options, options.gpus)
         if not options.cpu:
-            need_gpus("bench.gpu.rebalance_check", options.gpus)
+            need_gpus("bench.gpu.rebalance_check", options.gpus // (1 + len(hosts.names)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     end_cleanly()
     device = "cpu" if options.cpu else "cuda"
     build(options.work / "model", CPU_SIZES if options.cpu else SIZES, device)
-    flags = server_flags(options.gpus, options.cpu)
+    flags = server_flags(options.gpus, options.cpu, options.mode)
     environment = cpu_environment(2) if options.cpu else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
     command = "python -m bench.gpu.rebalance_check --out FILE.json" + (" --cpu" if options.cpu else "")
+    command += (f" --mode {options.mode}" if options.mode != "auto" else "") + str(hosts)
     found: dict[str, Any] = {"date": now(), "command": command, "provenance": provenance(), "flags": flags}
     with ResidentServers(
-        ARMS, options.work / "model", flags, environment, options.work / "servers", options.port
+        ARMS, options.work / "model", flags, environment, options.work / "servers", options.port, hosts=hosts
     ) as servers:
         print(f"ready {servers.seconds_to_ready} failed {servers.failed or 'none'}", flush=True)
         wait_for(options.hold)

@@ -30,10 +30,13 @@ from bench.environment import now, provenance
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
     SHARED_MEMORY,
+    OtherHosts,
     cpu_flags,
     decode_graphs,
     deepep_flags,
     end_cleanly,
+    host_options,
+    other_hosts,
     seconds_left,
     timing_options,
     wait_for,
@@ -159,6 +162,7 @@ def run(
     environment: dict[str, str],
     save: Callable[[Cells, dict[str, str], dict[str, str]], None],
     cells: Cells,
+    hosts: OtherHosts,
 ) -> None:
     """Measure everything; ``save`` gets the cells, the logs and the servers that failed, after every block. ``cells``:
     those of earlier sittings, to which this one adds."""
@@ -169,7 +173,7 @@ def run(
     with (
         ServingProcess(folder / "measured.log", everything) as measured,
         ServingProcess(folder / "background.log", everything) as background,
-        ResidentServers(arms, model, flags, environment, folder / "servers", options.port) as servers,
+        ResidentServers(arms, model, flags, environment, folder / "servers", options.port, hosts=hosts) as servers,
     ):
         print(f"ready {servers.seconds_to_ready} failed: {servers.failed or 'none'}", flush=True)
         if options.hold:
@@ -234,11 +238,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", default="normal,low_latency", help="of DeepEP")
     parser.add_argument("--verify", action="store_true", help="one more server, which proves the weights of every slot")
     parser.add_argument("--blocks", type=int, default=4)
+    host_options(parser)
     timing_options(parser, "loads, once the servers are ready")
     parser.add_argument("--port", type=int, default=31700)
     options = parser.parse_args(arguments)
     if not options.cpu and options.gpus < 2:
         print(f"error: --gpus: {options.gpus}, but expert parallelism needs at least 2", file=sys.stderr)
+        return 2
+    try:
+        hosts = other_hosts(options, 2 if options.cpu else options.gpus)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     end_cleanly()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -248,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting, flags = gpu_setting(options.gpus, options.modes.split(",")), gpu_flags(options.gpus)
         model, environment = options.out / "model", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(CHUNK)}
         write_config(model, SIZES)
-    source, command = provenance(), f"{name} --out FOLDER" + (" --cpu" if options.cpu else "")
+    source, command = provenance(), f"{name} --out FOLDER" + (" --cpu" if options.cpu else "") + str(hosts)
     identity = {
         "command": command,
         "hardware": source["hardware"],
@@ -278,7 +288,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["entries"] = [] if options.cpu else entries(result)
         write_atomically(path, json.dumps(result, indent=1, default=float).encode())
 
-    run(setting, options, model, flags, environment, save, [c for c in before.get("cells", []) if c["block"] >= 0])
+    run(
+        setting,
+        options,
+        model,
+        flags,
+        environment,
+        save,
+        [c for c in before.get("cells", []) if c["block"] >= 0],
+        hosts,
+    )
     shown = {key: result[key] for key in ("ratios_to_no_rebalancing", "rounds", "verified")}
     print(json.dumps(shown, indent=1, default=float))
     return 1 if result["failed_servers"] or not result["cells"] or result["verified"]["wrong"] else 0

@@ -20,10 +20,12 @@ from types import TracebackType
 from typing import Any
 
 from bench.engine import Engine
+from bench.gpu.flags import THIS_HOST, OtherHosts
 from bench.gpu.serving_process import ServingProcess
 from bench.process import last_error, scrub_file
+from bench.profile import ServerConfig
 from bench.schedule import williams_rows
-from bench.server import HOST, PORT_STEP, Server, ServerFailed
+from bench.server import HOST, PORT_STEP, Server, ServerFailed, commands_of_hosts
 from bench.server_log import pass_rates
 from bench.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
@@ -79,6 +81,7 @@ class ResidentServers:
     ``flags`` are common to all arms and must leave memory for them: limit the pool with --max-total-tokens and let
     --mem-fraction-static be high, because a starting server takes what others use for memory that is gone. Large dummy
     weights take some GB more while they are drawn; ``stagger_s`` between two starts keeps these peaks apart.
+    Servers over several ``hosts`` are not paused: this host cannot stop the others' processes.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class ResidentServers:
         port: int,
         ready_timeout_s: float = 400.0,
         stagger_s: float = 0.0,
+        hosts: OtherHosts = THIS_HOST,
     ) -> None:
         self._model, self._folder = model, folder
         self._environment = {**os.environ, **SIDE_BY_SIDE_ENVIRONMENT, **environment}
@@ -104,7 +108,10 @@ class ResidentServers:
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
             command += ["--port", str(at), "--nccl-port", str(free_port()), *SIDE_BY_SIDE_FLAGS, *flags, *arm.flags]
             engine = Engine(str(model), {**self._environment, **arm.environment})
-            self.servers[arm.name] = Server(command, engine, folder / f"server-{arm.name}.log", at, ready_timeout_s)
+            config = ServerConfig(str(model), 1, other_hosts=hosts.names, dist_init_addr=hosts.dist_init_addr)
+            first, *others = commands_of_hosts(config, command, engine, number)
+            log = folder / f"server-{arm.name}.log"
+            self.servers[arm.name] = Server(first, engine, log, at, ready_timeout_s, others)
 
     def __enter__(self) -> ResidentServers:
         started = start_together(self.servers, partial(print, flush=True), self._stagger_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +18,22 @@ from sglang_eplb_affinity.rebalance.weights import LayerWeights
 logger = logging.getLogger(__name__)
 
 
+def host_identity() -> str:
+    """The same for processes that may share memory: one machine's name and boot, as NCCL tells hosts apart.
+
+    By name alone, hosts that were all called `localhost` would count as one.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
+
+
 class Members:
     """Where the expert-parallel ranks are: all ranks of the same ``replica`` hold one set of the experts."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, replica: tuple[int, ...]) -> None:
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (replica, rank, socket.gethostname()), group=group)
-        self.group, self.rank, self.replica, self.host = group, rank, replica, socket.gethostname()
+        self.group, self.rank, self.replica, self.host = group, rank, replica, host_identity()
+        dist.all_gather_object(found, (replica, rank, self.host), group=group)
         self.global_rank = {r: world_rank for world_rank, (of, r, _) in enumerate(found) if of == replica}
         self.on_this_host = frozenset(r for of, r, host in found if of == replica and host == self.host)
 

@@ -49,6 +49,14 @@ def check_server_args(server_args: Any) -> None:
     arguments.check(server_args)
 
 
+def check_hosts(server_args: Any) -> None:
+    """In each rank of the target model, before the first collective call of EPLB: hosts were given the same flags."""
+    if server_args.nnodes > 1:
+        from sglang_eplb_affinity.sglang_hooks import host_agreement
+
+        host_agreement.check_hosts(server_args)
+
+
 def init_forced_routing(server_args: Any, rank: int) -> None:
     """In each rank's process, before the first forward pass, if --ep-forced-routing is given."""
     global forced_routing

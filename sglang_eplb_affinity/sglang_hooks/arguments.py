@@ -128,7 +128,7 @@ def check(server_args: Any) -> None:
     nodes = server_args.eplb_affinity_nodes
     if (ours or loads) and nodes is not None and (nodes < 1 or view.ep_size % nodes):
         raise InputError(f"--eplb-affinity-nodes {nodes}: must divide the EP size {view.ep_size}")
-    if loads:
+    if loads and server_args.node_rank == 0:  # the host of rank 0, which reads it for all
         # Not at the top: it needs numba, which servers that do not use this package's flags need not load.
         from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of, read_initial_map
 
