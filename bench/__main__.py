@@ -17,6 +17,7 @@ from bench.arms import ARMS, arms_named
 from bench.console import ConsoleProgress
 from bench.engine import CACHE, ROOT, check_gpus, check_sglang
 from bench.environment import command_line, describe_environment, hardware, provenance
+from bench.hosts import other_hosts as parse_hosts
 from bench.links import with_link
 from bench.profile import PROFILE_DIR, Profile
 from bench.rehearsal import rehearsal
@@ -54,6 +55,8 @@ def main() -> None:
 @click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
 @click.option("--model", help="Model path or hub id instead of the profile's.")
 @click.option("--port", type=int, help="Port of the server on 127.0.0.1. Default: the profile's.")
+@click.option("--other-hosts", default="", help="NAME,...: hosts the server runs on besides this one, reached by ssh.")
+@click.option("--dist-init-addr", default="", help="HOST:PORT of this host, as the others reach it.")
 @click.option("--link", default="", help="nvlink (the machine's own), or emulatedN: N GB/s between nodes.")
 @click.option("--seconds", type=float, help="Start no row that would not be over by then; go on with the same command.")
 @click.option(
@@ -70,6 +73,8 @@ def run(
     blocks: int | None,
     model: str | None,
     port: int | None,
+    other_hosts: str,
+    dist_init_addr: str,
     link: str,
     seconds: float | None,
     rehearse: bool,
@@ -79,6 +84,8 @@ def run(
     profile = Profile.named(profile_name)
     profile = rehearsal(profile) if rehearse else profile.with_model(model)
     profile = with_link(profile, link)
+    if other_hosts or dist_init_addr:
+        profile = profile.over(parse_hosts(other_hosts, dist_init_addr, profile.server.ranks))
     if port is not None:
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))

@@ -77,26 +77,19 @@ class EmulatedHosts:
             text = _gpus_of_second() + text
         return ["nsenter", "-t", str(self._tenants[host].pid), "--net", "--uts", "--mount", "--", "sh", "-c", text]
 
-    def enter(self, host: int) -> None:
-        """Take this process, which has one thread, into ``host`` for good; its working directory is kept."""
-        directory = Path.cwd()
-        for fd in self._namespaces(host, _KINDS):
-            _setns(fd)
-        os.chdir(directory)
+    def tenant(self, host: int) -> int:
+        """The process whose namespaces are ``host``, for :func:`enter`."""
+        return self._tenants[host].pid
 
     @contextmanager
     def network(self, host: int) -> Iterator[None]:
         """The network of ``host`` in this thread, and in the threads that it starts meanwhile."""
         before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
-            for fd in self._namespaces(host, ("net",)):
-                _setns(fd)
+            _setns(os.open(f"/proc/{self.tenant(host)}/ns/net", os.O_RDONLY))
             yield
         finally:
             _setns(before)
-
-    def _namespaces(self, host: int, kinds: Sequence[str]) -> list[int]:
-        return [os.open(f"/proc/{self._tenants[host].pid}/ns/{kind}", os.O_RDONLY) for kind in kinds]
 
     def _start(self) -> None:
         if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
@@ -151,6 +144,23 @@ class EmulatedHosts:
             tenant.communicate()
         self._tenants.clear()
         self._folder.cleanup()
+
+
+def emulation_missing() -> str | None:
+    """Why this process cannot make emulated hosts; None if it can."""
+    try:
+        with EmulatedHosts():
+            return None
+    except InputError as error:
+        return str(error)
+
+
+def enter(tenant: int) -> None:
+    """Take this process, which has one thread, to the host of ``tenant`` for good; its working directory is kept."""
+    directory = Path.cwd()
+    for fd in [os.open(f"/proc/{tenant}/ns/{kind}", os.O_RDONLY) for kind in _KINDS]:
+        _setns(fd)
+    os.chdir(directory)
 
 
 def _gpus_of_second() -> str:

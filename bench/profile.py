@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bench.arms import ARMS
+from bench.hosts import OtherHosts
 from sglang_eplb_affinity.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -121,6 +122,12 @@ class Profile:
         profile: Profile = _build(Profile, {"name": name, "server": server, "load": load, **data}, source)
         profile._check(source)
         return profile
+
+    def over(self, hosts: OtherHosts) -> Profile:
+        """With its server over several hosts; each is a node, unless the profile says what nodes are."""
+        nodes = self.server.nodes if self.server.nodes > 1 else 1 + len(hosts.names)
+        server = replace(self.server, other_hosts=hosts.names, dist_init_addr=hosts.dist_init_addr, nodes=nodes)
+        return replace(self, server=server)
 
     def _check(self, source: str) -> None:
         if unknown := [arm for arm in self.arms if arm not in ARMS]:

@@ -7,10 +7,10 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from bench.hosts import OtherHosts, other_hosts
 from sglang_eplb_affinity.errors import InputError
 
 # Servers that start beside each other: what one has not taken yet looks free to the others, so the pool is limited by
@@ -93,39 +93,17 @@ def timing_options(parser: argparse.ArgumentParser, of: str) -> None:
     parser.add_argument("--hold", type=Path, help="measure once this file exists; servers start meanwhile")
 
 
-@dataclass(frozen=True)
-class OtherHosts:
-    """Hosts that a server runs on besides this one, and HOST:PORT of this one as they reach it; none by default."""
-
-    names: tuple[str, ...] = ()
-    dist_init_addr: str = ""
-
-    def __str__(self) -> str:
-        return f" --other-hosts {','.join(self.names)} --dist-init-addr HOST:PORT" if self.names else ""
-
-
-THIS_HOST = OtherHosts()
-
-
 def host_options(parser: argparse.ArgumentParser) -> None:
-    """--other-hosts and --dist-init-addr, for :func:`other_hosts`."""
+    """--other-hosts and --dist-init-addr, for :func:`hosts_of`."""
     parser.add_argument(
         "--other-hosts", default="", help="NAME,...: each reached by ssh, this folder in the same place"
     )
     parser.add_argument("--dist-init-addr", default="", help="HOST:PORT of this host, as the others reach it")
 
 
-def other_hosts(options: argparse.Namespace, ranks: int) -> OtherHosts:
-    """Raise InputError unless the address goes with the hosts and the ranks divide over them."""
-    names = tuple(filter(None, options.other_hosts.split(",")))
-    if bool(names) != (":" in options.dist_init_addr):
-        raise InputError(
-            f"--dist-init-addr {options.dist_init_addr or '(none)'}: --other-hosts needs HOST:PORT of this host, and "
-            "without other hosts there is none"
-        )
-    if ranks % (1 + len(names)):
-        raise InputError(f"--other-hosts {options.other_hosts}: {ranks} GPUs do not divide over {1 + len(names)} hosts")
-    return OtherHosts(names, options.dist_init_addr)
+def hosts_of(options: argparse.Namespace, ranks: int) -> OtherHosts:
+    """What :func:`host_options` were given. Raises InputError unless the ranks divide over the hosts."""
+    return other_hosts(options.other_hosts, options.dist_init_addr, ranks)
 
 
 def end_cleanly() -> None:

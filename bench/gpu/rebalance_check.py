@@ -35,8 +35,8 @@ from bench.gpu.flags import (
     deepep_flags,
     end_cleanly,
     host_options,
+    hosts_of,
     need_gpus,
-    other_hosts,
     seconds_left,
     timing_options,
     wait_for,
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=31900)
     options = parser.parse_args(arguments)
     try:
-        hosts = other_hosts(options, options.gpus)
+        hosts = hosts_of(options, options.gpus)
         if not options.cpu:
             need_gpus("bench.gpu.rebalance_check", options.gpus // (1 + len(hosts.names)))
     except InputError as error:

@@ -30,13 +30,12 @@ from bench.environment import now, provenance
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
     SHARED_MEMORY,
-    OtherHosts,
     cpu_flags,
     decode_graphs,
     deepep_flags,
     end_cleanly,
     host_options,
-    other_hosts,
+    hosts_of,
     seconds_left,
     timing_options,
     wait_for,
@@ -46,6 +45,7 @@ from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, settled, spread, verification
+from bench.hosts import OtherHosts
 from bench.output_paths import result_folder
 from bench.schedule import williams_rows
 from bench.side_by_side import give_turn
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --gpus: {options.gpus}, but expert parallelism needs at least 2", file=sys.stderr)
         return 2
     try:
-        hosts = other_hosts(options, 2 if options.cpu else options.gpus)
+        hosts = hosts_of(options, 2 if options.cpu else options.gpus)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

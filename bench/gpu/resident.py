@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from bench.engine import Engine
-from bench.gpu.flags import THIS_HOST, OtherHosts
 from bench.gpu.serving_process import ServingProcess
+from bench.hosts import THIS_HOST, OtherHosts
 from bench.process import last_error, scrub_file
 from bench.profile import ServerConfig
 from bench.schedule import williams_rows

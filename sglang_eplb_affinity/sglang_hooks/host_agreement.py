@@ -26,7 +26,7 @@ _HOST, _READ = "sglang_eplb_affinity/host/", "sglang_eplb_affinity/read/"
 _WAIT = timedelta(seconds=300)
 _FAREWELL = timedelta(seconds=10)
 # SGLang's own flags that decide which collective calls are made, and with what shapes.
-_UPSTREAM = (
+UPSTREAM = (
     "deepep_mode",
     "enable_eplb",
     "enable_expert_distribution_metrics",
@@ -45,7 +45,7 @@ _OF_FIRST_HOST = ("eplb_record_map",)  # rank 0 writes the file
 
 def told_by(server_args: Any) -> dict[str, Any]:
     """What this host tells: flag or other name, and its value."""
-    names = [name for name in sorted({*ADDED, *_UPSTREAM}) if name not in _OF_FIRST_HOST]
+    names = [name for name in sorted({*ADDED, *UPSTREAM}) if name not in _OF_FIRST_HOST]
     told = {"--" + name.replace("_", "-"): getattr(server_args, name) for name in names}
     # Rank 0 reads the file; its name may differ, or the file be missing elsewhere.
     told["--init-expert-location other than trivial"] = server_args.init_expert_location != "trivial"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bench.emulated_hosts import NAMES, emulation_missing
 from bench.engine import ROOT, check_sglang
 from bench.profile import PROFILE_DIR
 from bench.side_by_side import free_port
@@ -47,13 +48,19 @@ def bench_run(folder: Path, name: str, *options: str) -> subprocess.CompletedPro
     except InputError as error:
         pytest.skip(str(error))
     command = [sys.executable, "-m", "bench", "run", "--results-dir", str(folder), "--run", name, *options]
+    if "--other-hosts" in options:
+        command = [sys.executable, "-m", "bench.emulated_hosts", *command]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.timeout(900)
 def test_affinity_arm_from_prompts_to_report(tmp_path: Path) -> None:
+    """Over two hosts, where this machine can emulate them."""
+    can_emulate = emulation_missing() is None
     options = ["--profile", str(small_profile(tmp_path)), "--arms", "affinity", "--sharegpt", str(prompts(tmp_path))]
     options += ["--port", str(free_port())]
+    if can_emulate:
+        options += ["--other-hosts", NAMES[1], "--dist-init-addr", f"{NAMES[0]}:5000"]
     done = bench_run(tmp_path, "one", *options)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -70,6 +77,9 @@ def test_affinity_arm_from_prompts_to_report(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "report.html").is_file()
     log = (tmp_path / "one" / "server" / "b0-affinity.log").read_text()
     assert str(ROOT) not in log
+    if can_emulate:
+        second = (tmp_path / "one" / "server" / "b0-affinity-host1.log").read_text()
+        assert "TP3 EP3]" in second and "TP3 EP3]" not in log and str(ROOT) not in second
 
     again = bench_run(tmp_path, "one", *options, "--no-report")
     assert again.returncode == 0 and "starting the server" not in again.stderr

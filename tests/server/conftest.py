@@ -2,6 +2,8 @@ import importlib.metadata
 import itertools
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from bench.cpu_engine import tiny_models
+from bench.emulated_hosts import EmulatedHosts
+from sglang_eplb_affinity.errors import InputError
 from tests.conftest import first_port
 from tests.server.harness import NUM_PROMPTS, OUTPUT_TOKENS, ServerCase, prompts, serve
 
@@ -51,6 +55,17 @@ def free_port() -> int:
             if probe.connect_ex(("127.0.0.1", candidate)):
                 return candidate
     raise AssertionError
+
+
+@pytest.fixture
+def hosts() -> Iterator[EmulatedHosts | None]:
+    """Two hosts; None where this machine cannot emulate them, and the server then runs on this one."""
+    with ExitStack() as stack:
+        try:
+            emulated = stack.enter_context(EmulatedHosts())
+        except InputError:  # tests/bench/test_emulated_hosts.py is skipped then, and says why
+            emulated = None
+        yield emulated
 
 
 @pytest.fixture(scope="session")

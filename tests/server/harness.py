@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from bench.emulated_hosts import NAMES, EmulatedHosts
 from bench.engine import ROOT, cpu_environment
 from bench.process import Process, last_error, start_group, stop_group
 from bench.rebalance_log import LogSummary, parse_log
@@ -116,9 +117,13 @@ def serve(
     ranks: int,
     python_path: tuple[str, ...] = (),
     cwd: Path = ROOT,
+    hosts: EmulatedHosts | None = None,
     **environment: str,
 ) -> Iterator[RunningServer]:
-    """A server that is ready inside the context; its log is kept. With ``python_path`` its interpreter is a new one."""
+    """A server that is ready inside the context; its log is kept. With ``python_path`` its interpreter is a new one.
+
+    With ``hosts`` it runs over both, half of its ranks on each, and the thread is in the network of the first.
+    """
     arguments = ["--model-path", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--attention-backend", "torch_native", "--disable-cuda-graph", "--dtype", "float32"]
     arguments += ["--max-total-tokens", "8192", "--context-length", "2048", "--max-running-requests", "16"]
@@ -126,16 +131,29 @@ def serve(
     env = {**os.environ, **cpu_environment(ranks), "SGLANG_DISABLED_MODEL_ARCHS": _other_models(), **environment}
     env["PYTHONPATH"] = os.pathsep.join([*python_path, env["PYTHONPATH"]])
     process: Process
+    if hosts is not None:
+        arguments += ["--nnodes", "2", "--dist-init-addr", f"{NAMES[0]}:{port + 1}", "--node-rank"]
+        second = WarmServer([*arguments, "1"], log.with_name(f"{log.name}-host1"), env, cwd, hosts.tenant(1))
+        try:
+            first = WarmServer([*arguments, "0"], log, env, cwd, hosts.tenant(0))
+            with hosts.network(0):
+                yield from _ready(RunningServer(f"http://127.0.0.1:{port}", log, first))
+        finally:
+            stop_group(second, 1)
+        return
     if python_path:
         process = start_group([sys.executable, "-m", "sglang.launch_server", *arguments], log, env, cwd)
     else:
         process = WarmServer(arguments, log, env, cwd)
-    server = RunningServer(f"http://127.0.0.1:{port}", log, process)
+    yield from _ready(RunningServer(f"http://127.0.0.1:{port}", log, process))
+
+
+def _ready(server: RunningServer) -> Iterator[RunningServer]:
     try:
         _wait_until_ready(server, 480)  # half a minute on a quiet machine
         yield server
     finally:
-        stop_group(process, 1)
+        stop_group(server.process, 1)
 
 
 @cache

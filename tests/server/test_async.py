@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.emulated_hosts import EmulatedHosts
 from tests.server.harness import RunningServer, ServerCase, prompts, serve
 
 HERE = Path(__file__).parent
@@ -103,11 +104,15 @@ def test_faults_cost_their_round_and_no_output(models: Path, tmp_path: Path, por
     ServerCase("dsv3", ep=2, redundant=4, dp_attention=True, algorithm="deepseek", iterations=8, extra=FLAGS),
 ], ids=lambda case: case.name)  # fmt: skip
 def test_data_parallel_attention_and_eplbs_own_algorithm(
-    case: ServerCase, models: Path, tmp_path: Path, port: int
+    case: ServerCase, models: Path, tmp_path: Path, port: int, hosts: EmulatedHosts | None
 ) -> None:
+    """Over two hosts: all that moves crosses the network between them."""
     verify = {"EPLB_AFFINITY_VERIFY": "1"}
-    with serve(models / case.model, case.flags, tmp_path / "log", port=port, ranks=2, **verify) as server:
+    with serve(models / case.model, case.flags, tmp_path / "log", port=port, ranks=2, hosts=hosts, **verify) as server:
         server.generate_until(lambda: sum(record["result"] == "applied" for record in rounds(server)) >= 3, 16)
     assert {record["algorithm"] for record in rounds(server)} == {"deepseek"}
     text = server.log.read_text(errors="replace")
     assert "has wrong weights" not in text and "hold what the map says" in text
+    if hosts is not None:
+        of_second = (tmp_path / "log-host1").read_text(errors="replace")
+        assert "has wrong weights" not in of_second and "DP1 TP1 EP1] [eplb-affinity] verify: all" in of_second

@@ -1,6 +1,7 @@
 """A map recorded by one server is loaded by another, with and without EPLB; outputs stay those of no EPLB."""
 
 import json
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.emulated_hosts import EmulatedHosts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.interchange import load_map, save_map
 from sglang_eplb_affinity.rebalance.map_file import origin_of
@@ -130,12 +132,17 @@ def test_loaded_without_eplb(recorded, reference, models: Path, tmp_path: Path, 
     assert {"balancedness_contiguous", "balancedness_loaded", "gpu_fanout_loaded"} <= set(measured)
 
 
-def test_loaded_with_eplb_which_goes_on_from_it(recorded, reference, models: Path, tmp_path: Path, port: int) -> None:
+def test_loaded_with_eplb_which_goes_on_from_it(
+    recorded, reference, models: Path, tmp_path: Path, port: int, hosts: EmulatedHosts | None
+) -> None:
+    """Over two hosts, of which only the first has the file."""
     path = recorded("dsv3")
     expected = reference("dsv3", 2, True)
     case = ServerCase("dsv3", dp_attention=True, algorithm="affinity", redundant=REDUNDANT,
-                      extra=("--init-expert-location", str(path)))  # fmt: skip
-    with serve(models / "dsv3", case.flags, tmp_path / "log", port=port, ranks=2) as server:
+                      extra=("--init-expert-location", str(path), "--eplb-affinity-nodes", "1"))  # fmt: skip
+    if hosts is not None:
+        subprocess.run(hosts.command(1, ["mount", "-t", "tmpfs", "tmpfs", str(path.parent)]), check=True)
+    with serve(models / "dsv3", case.flags, tmp_path / "log", port=port, ranks=2, hosts=hosts) as server:
         outputs = [result["output_ids"] for result in server.generate(prompts(NUM_PROMPTS))]
         rounds = lines(server.log, "rebalance")
         loaded, measured = lines(server.log, "map")

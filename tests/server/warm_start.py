@@ -18,6 +18,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from unittest.mock import patch
 
+from bench.emulated_hosts import enter
 from bench.engine import cpu_environment
 
 IMPORTED = ["sglang.srt.entrypoints.http_server", "sglang.srt.managers.data_parallel_controller"]
@@ -26,9 +27,12 @@ IMPORTED = ["sglang.srt.entrypoints.http_server", "sglang.srt.managers.data_para
 class WarmServer:
     """As much of subprocess.Popen as the harness needs; the process leads a group of its own."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str], cwd: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str], cwd: Path, tenant: int | None = None
+    ) -> None:
+        """``tenant``: of the emulated host that it runs on."""
         self.args = list(arguments)
-        self._process = _context().Process(target=_launch, args=(self.args, log, dict(environment), cwd))
+        self._process = _context().Process(target=_launch, args=(self.args, log, dict(environment), cwd, tenant))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -55,8 +59,10 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _launch(arguments: list[str], log: Path, environment: dict[str, str], cwd: Path) -> None:
+def _launch(arguments: list[str], log: Path, environment: dict[str, str], cwd: Path, tenant: int | None) -> None:
     os.setsid()
+    if tenant is not None:
+        enter(tenant)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(output, stream)
