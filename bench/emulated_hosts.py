@@ -18,6 +18,7 @@ import ctypes
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -201,6 +202,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with EmulatedHosts(options.gbit) as hosts:
             process = subprocess.Popen(hosts.command(0, command))
+            signal.signal(signal.SIGTERM, lambda *_: process.terminate())
             while True:
                 try:
                     return process.wait()

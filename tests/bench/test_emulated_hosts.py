@@ -81,6 +81,17 @@ def test_the_command_line_gives_the_commands_exit_code() -> None:
     assert (done.returncode, done.stdout) == (7, "host0\nhost1\n")
 
 
+@pytest.mark.usefixtures("hosts")
+def test_what_ends_it_ends_the_command() -> None:
+    command = [sys.executable, "-m", "bench.emulated_hosts", "sh", "-c", "echo $$; exec sleep 4321"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        inside = psutil.Process(int(process.stdout.readline()))
+        process.terminate()
+        assert process.wait(30)
+    assert not inside.is_running()
+
+
 @pytest.mark.parametrize(("arguments", "message"), [((), "no command"), (("--gbit", "0", "true"), "--gbit 0.0")])
 def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str) -> None:
     done = program(*arguments)
