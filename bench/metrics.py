@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from bench.profile import LoadConfig
 from bench.rebalance_log import FAILED, UNCHANGED, LogSummary, mean_of
 from bench.request_log import RequestLog
-from bench.server_log import batch_lines, queue_metrics
+from bench.server_log import batch_lines, full_prefills, queue_metrics
 from bench.steady import Targets, client_metrics, steady_metrics, steady_window
 
 PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "remote_node_copies")
@@ -16,7 +16,7 @@ PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "
 def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_log: str = "") -> dict[str, float]:
     """What the requests say, and the server's log of the row about them; latencies in ms, rates in 1/s.
 
-    All but ``completed``, ``duration_s`` and the token totals is of the row's steady part.
+    All but ``completed``, ``duration_s``, the token totals and full prefill passes is of the row's steady part.
     """
     ends = log.end[log.ok]
     found = {
@@ -31,7 +31,9 @@ def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_
         return found
     targets = Targets(load.slo_ttft_ms, load.slo_tpot_ms, load.stall_ms)
     found |= steady_metrics(log, window, targets) | client_metrics(log, window)
-    return found | queue_metrics(batch_lines(server_log), log.epoch + window.start, log.epoch + window.end)
+    lines = batch_lines(server_log)
+    found |= queue_metrics(lines, log.epoch + window.start, log.epoch + window.end)
+    return found | full_prefills(lines)
 
 
 def placement_metrics(

@@ -33,6 +33,11 @@ CONDITIONS = {
     "client_cores": "client's core busy",
     "client_lag_p99_ms": "client's lag P99 ms",
 }
+PASSES = {
+    "full_prefill_ms": "full prefill pass ms",
+    "full_prefills": "of them timed",
+    "full_prefill_tokens": "tokens of a GPU in one",
+}
 Cells = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
@@ -60,18 +65,20 @@ def original_layout(summary: Cells, concurrency: Sequence[int], with_published: 
     return lines
 
 
-def ratio_table(frame: pd.DataFrame, baselines: Sequence[str] = ("vanilla", "none")) -> list[str]:
+def ratio_table(
+    frame: pd.DataFrame, titles: Mapping[str, str] = HEADLINE, baselines: Sequence[str] = ("vanilla", "none")
+) -> list[str]:
     """Every arm against each baseline; empty where there is none to compare with."""
-    found = [compare(frame, baseline, list(HEADLINE)) for baseline in baselines]
+    found = [compare(frame, baseline, list(titles)) for baseline in baselines]
     ratios = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     if ratios.empty:
         return []
-    header = ["concurrency", "arm", "against", *(title.removesuffix(" ms") for title in HEADLINE.values()), "blocks"]
-    lines = [row(header), row(["---:", "---", "---"] + ["---:"] * (len(HEADLINE) + 1))]
+    header = ["concurrency", "arm", "against", *(title.removesuffix(" ms") for title in titles.values()), "blocks"]
+    lines = [row(header), row(["---:", "---", "---"] + ["---:"] * (len(titles) + 1))]
     keys = ["baseline", "concurrency", "arm"]
     for (baseline, level, arm), rows in ratios.groupby(keys, sort=False):
         by_metric = {r["metric"]: r for r in rows.to_dict("records")}
-        cells = [_ratio(by_metric.get(metric)) for metric in HEADLINE]
+        cells = [_ratio(by_metric.get(metric)) for metric in titles]
         lines.append(row([str(level), ARMS[arm].title, ARMS[baseline].title, *cells, str(rows["blocks"].max())]))
     return lines
 

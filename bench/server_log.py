@@ -15,24 +15,28 @@ _BATCH = re.compile(
 )
 _RATE = re.compile(r"(?:input|gen) throughput \(token/s\): (?P<rate>[\d.]+)")
 _NEW_TOKENS = re.compile(r"#new-token: (?P<tokens>\d+)")
+_FEWEST_PREFILLS = 20
 LOG_TIME = re.compile(r"^\[(?P<time>\d{4}-[\d-]+ [\d:.]+)")
 
 
 @dataclass(frozen=True)
 class BatchLine:
-    """One batch as a scheduler logged it: Unix time, its rank, whether it decoded, requests running and waiting."""
+    """One batch as a scheduler logged it: Unix time, its rank, whether it decoded, requests running and waiting, and
+    the tokens that it prefilled."""
 
     time: float
     rank: str
     decode: bool
     running: int
     queue: int
+    new_tokens: int = 0
 
 
 def batch_lines(text: str) -> list[BatchLine]:
     found = []
     for line in text.splitlines():
         if match := _BATCH.match(line):
+            tokens = _NEW_TOKENS.search(line)
             found.append(
                 BatchLine(
                     unix_time(match["time"]),
@@ -40,6 +44,7 @@ def batch_lines(text: str) -> list[BatchLine]:
                     match["phase"] == "Decode",
                     int(match["running"]),
                     int(match["queue"]),
+                    int(tokens["tokens"]) if tokens else 0,
                 )
             )
     return found
@@ -76,6 +81,32 @@ def queue_metrics(lines: Sequence[BatchLine], start: float, end: float) -> dict[
     return {
         "server_in_flight": sum(fmean(line.running + line.queue for line in own) for own in by_rank.values()),
         "server_queue": sum(median(line.queue for line in own) for own in by_rank.values()),
+    }
+
+
+def full_prefills(lines: Sequence[BatchLine]) -> dict[str, float]:
+    """How long a full prefill pass takes: ``full_prefill_ms``, the median, ``full_prefill_tokens`` of a rank in one,
+    and ``full_prefills``, how many were timed. Empty with fewer than 20.
+
+    Full are those with the most tokens. One is timed from a scheduler's line to its next where both are of full
+    prefills, so that it neither waits for work nor follows decoding. Such passes wait for the GPUs and not for the
+    host, and do not depend on how prefills and decodes happen to follow each other: they tell placements apart where
+    the latencies of requests are too noisy. The server must log milliseconds.
+    """
+    most = max((line.new_tokens for line in lines if not line.decode), default=0)
+    before: dict[str, BatchLine] = {}
+    seconds = []
+    for line in lines:
+        previous = before.get(line.rank)
+        if previous is not None and previous.new_tokens == line.new_tokens == most:
+            seconds.append(line.time - previous.time)
+        before[line.rank] = line
+    if most == 0 or len(seconds) < _FEWEST_PREFILLS:
+        return {}
+    return {
+        "full_prefill_ms": round(1000 * median(seconds), 2),
+        "full_prefill_tokens": float(most),
+        "full_prefills": float(len(seconds)),
     }
 
 

@@ -14,7 +14,17 @@ from bench.contention import CROWDED_CORES
 from bench.links import Link
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
-from bench.sections import CONDITIONS, HEADLINE, TAILS, metric_table, noise_text, number, original_layout, ratio_table
+from bench.sections import (
+    CONDITIONS,
+    HEADLINE,
+    PASSES,
+    TAILS,
+    metric_table,
+    noise_text,
+    number,
+    original_layout,
+    ratio_table,
+)
 from bench.sections import row as row_line
 from bench.store import CellRecord
 from sglang_eplb_affinity.files import write_atomically
@@ -107,6 +117,9 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
         lines += original_layout(by_cell, plan.concurrency, profile.server.engine != "cpu")
         if ratios := ratio_table(frame):
             lines += ["", f"## Ratios{emulated}", "", _RATIO_TEXT, "", *ratios, "", noise_text(frame)]
+        if passes := metric_table(rows, PASSES):
+            ratios = ratio_table(frame, dict(list(PASSES.items())[:1]))
+            lines += ["", f"## Full prefill passes{emulated}", "", _PASSES_TEXT, "", *passes, "", *ratios]
         if tails := metric_table(rows, TAILS):
             lines += ["", f"## Tails, stalls and goodput{emulated}", "", _targets_text(plan), "", *tails]
         lines += ["", f"## Placement, as the server saw it{emulated}", "", _PLACEMENT_TEXT, ""]
@@ -159,6 +172,10 @@ _RATIO_TEXT = (
     "Geometric mean over blocks of the paired ratio, 95 % interval (Student's t on the logarithms); bold where it "
     "differs from 1 after Holm's adjustment over the table (p < 0.05). Below 1 is better for "
     "latencies, above 1 for QPS."
+)
+_PASSES_TEXT = (
+    "From the server's log: the time from one full prefill pass of a scheduler to its next, median over a row. Such "
+    "passes wait for the GPUs, so they tell placements apart where latencies of requests are too noisy."
 )
 _CONDITIONS_TEXT = (
     "What could make a row lie: requests in flight as the client and as the schedulers saw them, requests that waited "

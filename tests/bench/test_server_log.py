@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.server_log import batch_lines, lines_between, pass_rates, queue_metrics, unix_time
+from bench.server_log import BatchLine, batch_lines, full_prefills, lines_between, pass_rates, queue_metrics, unix_time
 
 LOG = """\
 [2026-11-21 22:30:24.100 DP0 TP0 EP0] Prefill batch, #new-seq: 3, #new-token: 90, #cached-token: 0, token usage: 0.05, \
@@ -55,3 +55,15 @@ def test_rates_are_of_full_passes_alone() -> None:
     text += line(0, "Decode", 4, 90.0) + line(0, "Decode", 4, 80.0)
     assert pass_rates(text) == {"decode_throughput": 320.0, "prefill_throughput": 110.0}
     assert pass_rates("[2026-11-21 22:30:24 TP0] something else\n") == {}
+
+
+def test_full_prefills_are_timed_from_one_to_the_next_of_the_same_scheduler() -> None:
+    def line(time: float, tokens: int, rank: str = "DP0", decode: bool = False) -> BatchLine:
+        return BatchLine(time, rank, decode, 0, 0, tokens)
+
+    # Passes of 70 ms, of two schedulers at the same time; then one that followed decoding, and one that is not full.
+    lines = [line(0.07 * number, 8192, rank) for number in range(16) for rank in ("DP0", "DP1")]
+    lines += [line(1.5, 0, decode=True), line(9.0, 8192), line(9.01, 100), line(9.02, 8192)]
+    assert full_prefills(lines) == {"full_prefill_ms": 70.0, "full_prefill_tokens": 8192.0, "full_prefills": 30.0}
+    assert full_prefills(lines[:20]) == {} and full_prefills([]) == {}
+    assert [line.new_tokens for line in batch_lines(LOG)] == [90, 0, 0, 0, 0]
