@@ -4,7 +4,7 @@ Each is a set of Linux namespaces: a network of its own (joined to the other's b
 shared memory. Processors and files are the machine's; of its GPUs each host has its half first. The command runs on
 ``host0``, and finds an ``ssh`` that reaches ``host1``:
 
-    python -m bench.emulated_hosts python -m bench run --profile cpu-two-hosts
+    python -m bench.emulated_hosts python -m bench run --other-hosts host1 --dist-init-addr host0:5000
     python -m bench.emulated_hosts --gbit 10 sh -c 'hostname; ssh host1 hostname'
 
 Needs Linux with util-linux and iproute2, and root or user namespaces. Nothing is left behind: the namespaces go with
@@ -93,7 +93,8 @@ class EmulatedHosts:
             _setns(before)
 
     def _start(self) -> None:
-        if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
+        tools = _TOOLS if self._gbit is None else (*_TOOLS, "tc")
+        if missing := [tool for tool in tools if shutil.which(tool) is None]:
             raise InputError(f"emulated hosts need {missing[0]}, which this machine does not have")
         hosts = Path(self._folder.name, "hosts")
         lines = ["127.0.0.1 localhost", *(f"{a} {n}" for a, n in zip(ADDRESSES, NAMES, strict=True))]
