@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from sglang_eplb_affinity.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 STAND_INS = ROOT / "bench" / "cpu_engine" / "stand_ins"
+
+
+# What the models made for the CPU and random ones are, and SGLang's files of them.
+_OWN_MODELS = {"Qwen3MoeForCausalLM": "qwen3_moe", "DeepseekV3ForCausalLM": "deepseek_v2"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,24 @@ def prepare_engine(config: ServerConfig) -> Engine:
         model = str(build_tiny_model(model.removeprefix("tiny:")))
     if model.startswith("random:"):
         model = str(build_random_model(model.removeprefix("random:")))
+    if config.engine == "cpu" and _architecture(model) in _OWN_MODELS:
+        environment |= own_models_only()
     return Engine(model, environment)
+
+
+def own_models_only() -> dict[str, str]:
+    """Keeps each rank from importing SGLang's files of all other models, which takes 2 s of a core."""
+    spec = importlib.util.find_spec("sglang")
+    (package,) = (spec.submodule_search_locations if spec else None) or (".",)
+    names = {path.stem for path in Path(package, "srt", "models").glob("*.py")}
+    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names - set(_OWN_MODELS.values())))}
+
+
+def _architecture(model: str) -> str:
+    try:
+        return str(json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["architectures"][0])
+    except (OSError, ValueError, LookupError, TypeError):  # a hub id, or something that SGLang will complain of
+        return ""
 
 
 def cpu_environment(ranks: int) -> dict[str, str]:

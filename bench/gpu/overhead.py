@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.engine import cpu_environment
+from bench.engine import cpu_environment, own_models_only
 from bench.environment import now, provenance
 from bench.gpu import deepseek_shaped, random_moe
 from bench.gpu.earlier import earlier
@@ -140,7 +140,12 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
     flags = server_flags(options.gpus, group.concurrency)
     environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS)}
     if group == CPU:
-        sizes, model, flags, environment = SMALL, random_moe.TOKENIZER, cpu_flags(), cpu_environment(2)
+        sizes, model, flags, environment = (
+            SMALL,
+            random_moe.TOKENIZER,
+            cpu_flags(),
+            cpu_environment(2) | own_models_only(),
+        )
     elif group.moe_layers:
         sizes = deepseek_shaped.DeepseekSizes(moe_layers=options.moe_layers or group.layers_on(gpu_gib()))
         deepseek_shaped.write_config(model, sizes)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.engine import cpu_environment
+from bench.engine import cpu_environment, own_models_only
 from bench.environment import now, provenance
 from bench.gpu.flags import (
     SHARED_MEMORY,
@@ -238,7 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cpu" if options.cpu else "cuda"
     build(options.work / "model", CPU_SIZES if options.cpu else SIZES, device)
     flags = server_flags(options.gpus, options.cpu, options.mode)
-    environment = cpu_environment(2) if options.cpu else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
+    environment = (
+        cpu_environment(2) | own_models_only()
+        if options.cpu
+        else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
+    )
     command = "python -m bench.gpu.rebalance_check --out FILE.json" + (" --cpu" if options.cpu else "")
     command += (f" --mode {options.mode}" if options.mode != "auto" else "") + str(hosts)
     found: dict[str, Any] = {"date": now(), "command": command, "provenance": provenance(), "flags": flags}

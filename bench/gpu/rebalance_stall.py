@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.engine import cpu_environment
+from bench.engine import cpu_environment, own_models_only
 from bench.environment import now, provenance
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_cleanly()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cpu:
-        setting, model, flags, environment = CPU_SETTING, TOKENIZER, cpu_flags(), cpu_environment(2)
+        setting, model, flags, environment = CPU_SETTING, TOKENIZER, cpu_flags(), cpu_environment(2) | own_models_only()
     else:
         setting, flags = gpu_setting(options.gpus, options.modes.split(",")), gpu_flags(options.gpus)
         model, environment = options.out / "model", {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(CHUNK)}

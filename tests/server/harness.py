@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -13,11 +12,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from bench.emulated_hosts import NAMES, EmulatedHosts
-from bench.engine import ROOT, cpu_environment
+from bench.engine import ROOT, cpu_environment, own_models_only
 from bench.process import Process, last_error, start_group, stop_group
 from bench.rebalance_log import LogSummary, parse_log
 from tests.server.warm_start import WarmServer
@@ -128,7 +126,7 @@ def serve(
     arguments += ["--attention-backend", "torch_native", "--disable-cuda-graph", "--dtype", "float32"]
     arguments += ["--max-total-tokens", "8192", "--context-length", "2048", "--max-running-requests", "16"]
     arguments += ["--disable-radix-cache", "--random-seed", "1", *flags]
-    env = {**os.environ, **cpu_environment(ranks), "SGLANG_DISABLED_MODEL_ARCHS": _other_models(), **environment}
+    env = {**os.environ, **cpu_environment(ranks), **own_models_only(), **environment}
     env["PYTHONPATH"] = os.pathsep.join([*python_path, env["PYTHONPATH"]])
     process: Process
     if hosts is not None:
@@ -154,14 +152,6 @@ def _ready(server: RunningServer) -> Iterator[RunningServer]:
         yield server
     finally:
         stop_group(server.process, 1)
-
-
-@cache
-def _other_models() -> str:
-    """SGLang's model files but those of the tests' models: each rank would import all of them, for 2 s of a core."""
-    (package,) = importlib.util.find_spec("sglang").submodule_search_locations or ()
-    names = {path.stem for path in Path(package, "srt", "models").glob("*.py")}
-    return ",".join(sorted(names - {"qwen3_moe", "deepseek_v2"}))
 
 
 def _wait_until_ready(server: RunningServer, seconds: float) -> None:
