@@ -171,13 +171,13 @@ class Cluster:
     def __init__(self, config: AsyncConfig, targets: list[np.ndarray]) -> None:
         self.board, self.targets, self.passes = Board(), targets, 0
         self.before_transfer: Callable[[int, LayerJob], None] = lambda rank, job: None
-        self.planning_error: dict[int, Exception] = {}
+        self.planning_error: dict[int, Exception] = {}  # by rank, in the first round
         self.replies: list[PlanReply] = []
         self._lock = threading.Lock()
         self.ranks = [Rank(self, rank, config) for rank in range(RANKS)]
 
     def plan(self, rank: Rank, current: ExpertMap, first: bool) -> PlanReply:
-        if rank.rank in self.planning_error:
+        if rank.rank in self.planning_error and rank.rebalancer.rounds == 1:
             raise self.planning_error[rank.rank]
         number = rank.rebalancer.rounds - 1
         with self._lock:
