@@ -140,12 +140,8 @@ def run_group(group: Group, folder: Path, options: argparse.Namespace) -> dict[s
     flags = server_flags(options.gpus, group.concurrency)
     environment = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(LOW_LATENCY_TOKENS)}
     if group == CPU:
-        sizes, model, flags, environment = (
-            SMALL,
-            random_moe.TOKENIZER,
-            cpu_flags(),
-            cpu_environment(2) | own_models_only(),
-        )
+        sizes, model, flags = SMALL, random_moe.TOKENIZER, cpu_flags()
+        environment = cpu_environment(2) | own_models_only()
     elif group.moe_layers:
         sizes = deepseek_shaped.DeepseekSizes(moe_layers=options.moe_layers or group.layers_on(gpu_gib()))
         deepseek_shaped.write_config(model, sizes)

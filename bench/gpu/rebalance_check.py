@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=31900)
     options = parser.parse_args(arguments)
     try:
-        hosts = hosts_of(options, options.gpus)
+        hosts = hosts_of(options, 2 if options.cpu else options.gpus)
         if not options.cpu:
             need_gpus("bench.gpu.rebalance_check", options.gpus // (1 + len(hosts.names)))
     except InputError as error:

@@ -107,12 +107,10 @@ def _let_others_read(store: dist.Store, rank: int, num_ranks: int) -> None:
 
 
 def check_hosts(server_args: Any) -> None:
-    """The hook: nothing on one host, and nothing where hosts come and go (elastic EP).
+    """The hook, for servers of several hosts; nothing where hosts come and go (elastic EP).
 
     A host that uses neither EPLB nor anything of this package tells so and does not wait for the others.
     """
-    if server_args.nnodes < 2 or not dist.is_initialized():
-        return
     from sglang.srt.runtime_context import get_parallel
     from torch.distributed.distributed_c10d import _get_default_store
 

@@ -57,7 +57,7 @@ def test_every_rank_with_eplb_names_what_differs(flags: dict, named: str) -> Non
     assert all(named in found[rank] and "all hosts of a server need the same" in found[rank] for rank in using), found
 
 
-def test_a_host_that_tells_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_tells_nothing_is_named() -> None:
     args = SimpleNamespace(**DEFAULTS, node_rank=0)
     with pytest.raises(
         InputError, match=r"host with --node-rank 1 told no flags of EPLB within 1 s; is its SGLang patched"
