@@ -58,6 +58,8 @@ _ARMS = (
     Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", _UNRECORDED, True, True),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
+# They differ from `affinity` by one flag, so they are compared with it too.
+VARIANTS = ("async", "cover")
 
 
 def arms_named(names: Sequence[str]) -> tuple[Arm, ...]:

@@ -128,10 +128,10 @@ def rebalance_plot(rebalances: pd.DataFrame, note: str = "") -> Figure:
 
 
 def ratio_plot(ratios: pd.DataFrame, note: str = "") -> Figure:
-    """Ratios to the baseline with their intervals (output of `compare`), one panel a metric."""
+    """Ratios to the baseline with their intervals (output of `compare`, not empty), one panel a metric."""
     metrics = list(dict.fromkeys(ratios["metric"]))
-    figure = Figure(figsize=(4.2 * max(len(metrics), 1), 4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, max(len(metrics), 1), squeeze=False).flat, metrics, strict=False):
+    figure = Figure(figsize=(4.2 * len(metrics), 4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
         chosen = ratios[ratios["metric"] == metric]
         arms = _arms(chosen)
         for i, arm in enumerate(arms):
@@ -143,8 +143,7 @@ def ratio_plot(ratios: pd.DataFrame, note: str = "") -> Figure:
         axes.axhline(1.0, color="black", linewidth=0.8)
         _concurrency_axis(axes, chosen)
         axes.set_title(HEADLINE.get(metric, metric).removesuffix(" ms"))
-    baseline = ARMS[ratios["baseline"].iloc[0]].title if len(ratios) else "baseline"
-    finish(figure, f"Ratio to {baseline} (below 1 is less)", note)
+    finish(figure, f"Ratio to {ARMS[ratios['baseline'].iloc[0]].title} (below 1 is less)", note)
     return figure
 
 

@@ -92,19 +92,24 @@ def build_report(folder: RunFolder, plan: RunPlan) -> None:
 def write_plots(folder: RunFolder) -> None:
     target = folder.path / "plots"
     target.mkdir(exist_ok=True)
-    for name, figure in plot_figures(load_run(folder.path)).items():
+    figures = plot_figures(load_run(folder.path))
+    for name, figure in figures.items():
         write_atomically(target / f"{name}.png", plots.png(figure))
+    for earlier in target.glob("*.png"):  # what an earlier report drew and this one does not would be taken for its own
+        if earlier.stem not in figures:
+            earlier.unlink()
 
 
 def plot_figures(run: RunData) -> dict[str, Figure]:
     """Every plot of a run, by the name of its file."""
     figures = {
         "latency": plots.latency_plot(run.cells, run.note),
-        "ratio_to_vanilla": plots.ratio_plot(run.ratios, run.note),
         "placement": plots.placement_plot(run.cells, run.placement_titles, run.note),
         "rebalances": plots.rebalance_plot(run.rebalances, run.note),
         "rebalances_over_itl": routing_plots.timeline_plot(run.timelines, run.note),
     }
+    if len(run.ratios):
+        figures["ratio_to_vanilla"] = plots.ratio_plot(run.ratios, run.note)
     if run.views:
         figures["coactivation"] = routing_plots.coactivation_plot(run.views, shown_layers(run.views), run.note)
         figures["gpu_load"] = routing_plots.load_plot(run.views, run.note)

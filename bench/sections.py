@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench import published
-from bench.arms import ARMS
+from bench.arms import ARMS, VARIANTS
 from bench.compare import block_ratios, compare
 from bench.stats import noise_floor_pct
 
@@ -65,12 +65,17 @@ def original_layout(summary: Cells, concurrency: Sequence[int], with_published: 
     return lines
 
 
-def ratio_table(
-    frame: pd.DataFrame, titles: Mapping[str, str] = HEADLINE, baselines: Sequence[str] = ("vanilla", "none")
-) -> list[str]:
-    """Every arm against each baseline; empty where there is none to compare with."""
-    found = [compare(frame, baseline, list(titles)) for baseline in baselines]
-    ratios = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+def ratio_table(frame: pd.DataFrame, titles: Mapping[str, str] = HEADLINE) -> list[str]:
+    """Every arm against the arms without affinity, and its variants against it; empty where nothing can be compared."""
+    variants = frame[frame["arm"].isin(("affinity", *VARIANTS))]
+    ratios = pd.concat(
+        [
+            compare(frame, "vanilla", list(titles)),
+            compare(frame, "none", list(titles)),
+            compare(variants, "affinity", list(titles)),
+        ],
+        ignore_index=True,
+    )
     if ratios.empty:
         return []
     header = ["concurrency", "arm", "against", *(title.removesuffix(" ms") for title in titles.values()), "blocks"]

@@ -38,8 +38,11 @@ display(Image(plots.png(plots.latency_plot(run.cells, run.note))))
 # is only one block. A single block cannot tell a difference from noise.
 
 # %%
-display(Image(plots.png(plots.ratio_plot(run.ratios, run.note))))
-display(run.ratios)
+if run.ratios.empty:
+    print("Nothing was measured beside vanilla EPLB.")
+else:
+    display(Image(plots.png(plots.ratio_plot(run.ratios, run.note))))
+    display(run.ratios)
 
 # %% [markdown]
 # ## Placement: balancedness and fan-out

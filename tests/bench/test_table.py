@@ -112,14 +112,14 @@ def test_rebalances_of_void_cells_are_left_out(run_folder: RunFolder) -> None:
     assert set(load_run(run_folder.path).rebalances["concurrency"]) == {1}
 
 
-def gpu_run(folder: RunFolder, link: str = "") -> RunPlan:
-    """Three blocks of vanilla and affinity (and vanilla again) at concurrency 64 and 2048, on a made-up GPU host."""
+def gpu_run(
+    folder: RunFolder, link: str = "", arms: tuple[str, ...] = ("vanilla", "affinity", "vanilla-again")
+) -> RunPlan:
+    """Three blocks of some arms at concurrency 64 and 2048, on a made-up GPU host."""
     plan = folder.plan()
     server = replace(plan.profile.server, engine="cuda", nodes=2 if link else 1)
     profile = replace(plan.profile, server=server, link=link)
-    plan = replace(
-        plan, profile=profile, arms=("vanilla", "affinity", "vanilla-again"), blocks=3, concurrency=(64, 2048)
-    )
+    plan = replace(plan, profile=profile, arms=arms, blocks=3, concurrency=(64, 2048))
     folder.store.path.unlink()
     for cell in plan.cells():
         gain = {"affinity": 0.9, "vanilla-again": 1.01}.get(cell.arm, 1.0)
@@ -145,6 +145,19 @@ def test_ratios_have_intervals_and_the_noise_floor_beside_them(run_folder: RunFo
     assert "| 64 | affinity EPLB | vanilla EPLB | **0.909 [0.887, 0.932]** |" in text
     assert "differed by up to 1.00 % (95th percentile over 24 single ratios)" in text
     assert "| 64 | affinity EPLB | 55.50 | 1.50 |" in text and "| 64 | affinity EPLB | 0.41 |" in text
+
+
+def test_a_variant_of_affinity_is_compared_with_it_and_without_vanilla_no_ratio_to_it_is_drawn(
+    run_folder: RunFolder,
+) -> None:
+    build_report(run_folder, gpu_run(run_folder, arms=("vanilla", "affinity", "cover")))
+    text = (run_folder.path / "table.md").read_text()
+    assert "| 64 | affinity EPLB, cover | affinity EPLB | **1.100 [" in text
+    assert "| vanilla EPLB | affinity EPLB |" not in text
+    drawn = run_folder.path / "plots" / "ratio_to_vanilla.png"
+    assert drawn.exists()
+    build_report(run_folder, gpu_run(run_folder, arms=("affinity", "cover")))
+    assert "Traceback" not in (run_folder.path / "report.html").read_text() and not drawn.exists()
 
 
 def test_an_emulated_link_is_named_in_every_table_and_plot(run_folder: RunFolder) -> None:
