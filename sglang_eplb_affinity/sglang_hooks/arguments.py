@@ -13,6 +13,7 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_cover,
     check_schedule,
     check_top_k,
+    gains_by_cover,
     is_ours,
     records_affinity,
 )
@@ -61,6 +62,8 @@ def resolve(server_args: Any) -> None:
     if name == ALGORITHM and not server_args.enable_eplb:
         server_args.enable_eplb = True
         logger.info("--eplb-algorithm affinity turns on --enable-eplb")
+    if server_args.ep_dispatch_algorithm is None and gains_by_cover(server_args):
+        server_args.ep_dispatch_algorithm = "cover"
     if server_args.expert_affinity_sample_tokens < 1:
         raise InputError(
             f"--expert-affinity-sample-tokens {server_args.expert_affinity_sample_tokens}: must be at least 1"
@@ -130,9 +133,10 @@ def check(server_args: Any) -> None:
         raise InputError(f"--eplb-affinity-nodes {nodes}: must divide the EP size {view.ep_size}")
     if loads and server_args.node_rank == 0:  # the host of rank 0, which reads it for all
         # Not at the top: it needs numba, which servers that do not use this package's flags need not load.
-        from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of, read_initial_map
+        from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of, read_initial_map, warn_of_rule
 
-        read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, view.ep_size))
+        loaded = read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, view.ep_size))
+        warn_of_rule(loaded, server_args)
     if ours:
         logger.info(
             "[eplb-affinity] EPLB on: rebalance every %d passes, dispatch %s, %d redundant experts, %d nodes, "

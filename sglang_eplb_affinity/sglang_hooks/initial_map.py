@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,10 @@ from sglang_eplb_affinity.rebalance.map_file import KEY, MapOrigin, ServedModel,
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.rebalance import dispatch_rule
 from sglang_eplb_affinity.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,18 @@ def read_initial_map(value: str, server: Placement) -> InitialMap:
     if kind == "MoE layers":
         expert_map = _with_dense_layers(expert_map, server.shape)
     return InitialMap(_short(value), expert_map, origin=origin)
+
+
+def warn_of_rule(loaded: InitialMap, server_args: Any) -> None:
+    """A map is worth what was recorded only under the replica choice that it was planned for."""
+    rule = dispatch_rule(server_args)
+    if loaded.origin is None or loaded.origin.dispatch == rule or not server_args.ep_num_redundant_experts:
+        return
+    logger.warning(
+        "[eplb-affinity] %s %s: was planned for --ep-dispatch-algorithm %s, but this server chooses replicas by %s; "
+        "give --ep-dispatch-algorithm %s",
+        INITIAL_MAP, loaded.source, loaded.origin.dispatch, server_args.ep_dispatch_algorithm, loaded.origin.dispatch,
+    )  # fmt: skip
 
 
 def _short(value: str) -> str:

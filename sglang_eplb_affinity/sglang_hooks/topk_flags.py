@@ -23,13 +23,30 @@ def records_affinity(server_args: Any) -> bool:
 
 def chooses_replicas(server_args: Any) -> bool:
     """Whether logical ids become physical by our rules: always with `cover`, else where our algorithm plans."""
-    from sglang.srt.utils import is_cuda
-
     if server_args.ep_dispatch_algorithm == "cover":
         return True
+    return is_ours(server_args) and _our_rules_run(server_args)
+
+
+def _our_rules_run(server_args: Any) -> bool:
+    from sglang.srt.utils import is_cuda
+
     known_device = is_cuda() or server_args.device == "cpu"
     # Elastic expert parallelism replaces the tables that our kernel reads in place.
-    return is_ours(server_args) and known_device and server_args.elastic_ep_backend is None
+    return known_device and server_args.elastic_ep_backend is None
+
+
+def gains_by_cover(server_args: Any) -> bool:
+    """Whether `cover` is the better default: our maps, replicas to choose from, and a token sent once per destination.
+
+    That is DeepEP's normal mode. The low-latency mode sends a copy per expert, so `auto` keeps SGLang's `static`.
+    """
+    return (
+        is_ours(server_args)
+        and server_args.ep_num_redundant_experts > 0
+        and (server_args.moe_a2a_backend, server_args.deepep_mode) == ("deepep", "normal")
+        and _our_rules_run(server_args)
+    )
 
 
 def replaces_counts(server_args: Any) -> bool:

@@ -15,7 +15,7 @@ from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.interchange import save_map
 from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.rebalance.map_file import MapOrigin, ServedModel, save_recorded_map
-from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map
+from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map, warn_of_rule
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.topology import Topology
 
@@ -46,6 +46,19 @@ def test_inline_json_and_recorded_map(tmp_path: Path) -> None:
     save_recorded_map(tmp_path / "map.json", MAP, ORIGIN)
     found = read_initial_map(str(tmp_path / "map.json"), SERVER)
     assert found.origin is not None and found.origin.round == 1
+
+
+@pytest.mark.parametrize(
+    ("served", "redundant", "warned"), [("static", 2, True), ("dynamic", 2, False), ("static", 0, False)]
+)
+def test_a_map_planned_for_another_replica_choice_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, served: str, redundant: int, warned: bool
+) -> None:
+    save_recorded_map(tmp_path / "map.json", MAP, ORIGIN)
+    server_args = SimpleNamespace(ep_dispatch_algorithm=served, ep_num_redundant_experts=redundant)
+    warn_of_rule(read_initial_map(str(tmp_path / "map.json"), SERVER), server_args)
+    expected = "map.json: was planned for --ep-dispatch-algorithm dynamic, but this server chooses replicas by static"
+    assert [expected in message for message in caplog.messages] == [True] * warned
 
 
 def test_moe_layers_that_are_not_in_one_piece(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from sglang_eplb_affinity.topology import Topology
 EP2 = ["--tp", "2", "--ep", "2"]
 AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
 ASYNC = [*AFFINITY, "--eplb-async"]
+REPLICAS = ["--ep-num-redundant-experts", "4"]
+NORMAL = ["--moe-a2a-backend", "deepep", "--deepep-mode", "normal"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,11 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "async chunks": [*ASYNC, "--eplb-rebalance-layers-per-chunk", "2"],
         "async threshold": [*ASYNC, "--eplb-min-rebalancing-utilization-threshold", "0.9"],
         "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
+        "normal": [*AFFINITY, *REPLICAS, *NORMAL],
+        "normal asked": [*AFFINITY, *REPLICAS, *NORMAL, "--ep-dispatch-algorithm", "static"],
+        "normal without replicas": [*AFFINITY, *NORMAL],
+        "normal vanilla": [*EP2, *REPLICAS, *NORMAL, "--enable-eplb", "--eplb-algorithm", "deepseek"],
+        "low latency": [*AFFINITY, *REPLICAS, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency"],
         "a2a": [*AFFINITY, "--moe-a2a-backend", "ascend_fuseep"],
         "cover a2a": [*EP2, "--ep-dispatch-algorithm", "cover", "--moe-a2a-backend", "ascend_fuseep"],
         "runner": [*AFFINITY, "--moe-runner-backend", "triton_kernel"],
@@ -128,6 +135,12 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
             "ep_dispatch_algorithm": "cover",
         },
     }
+
+
+def test_cover_is_the_default_only_where_it_saves_destinations(results: dict[str, dict]) -> None:
+    cases = ["normal", "normal asked", "normal without replicas", "normal vanilla", "low latency"]
+    rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in cases}
+    assert rules == {case: "cover" if case == "normal" else "static" for case in cases}, results
 
 
 @pytest.mark.parametrize("case", ["async", "async deepseek", "gain"])
