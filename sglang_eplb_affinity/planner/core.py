@@ -106,12 +106,12 @@ def _unless_little_gain(result: _LayerPlan, current: np.ndarray | None, minimum_
 def _grouped_placement(
     counts: np.ndarray, topology: Topology, num_slots: int, config: PlannerConfig
 ) -> ExpertMap | None:
-    """EPLB's hierarchical placement by expert groups, another start of the search; None where it does not apply.
+    """EPLB's hierarchical placement by expert groups, which SGLang's `auto` takes; None where it does not apply.
 
     As SGLang does, groups that do not divide over the nodes are not used.
     """
     groups, nodes, experts = config.num_groups, topology.num_nodes, counts.shape[1]
-    if groups is None or config.keeps_current or nodes < 2 or groups % nodes or num_slots % nodes:
+    if groups is None or nodes < 2 or groups % nodes or num_slots % nodes:
         return None
     if experts % groups:
         raise InputError(f"planner: num_groups={groups} does not divide the {experts} experts evenly")
@@ -154,9 +154,14 @@ def _plan_layer(
     if not counts.any():
         trivial = np.arange(len(eplb), dtype=np.int32) % len(counts)
         return _LayerPlan(trivial if current is None else current, NO_TRAFFIC)
+    tokens = _layer_tokens(window, layer, budget.annealing.tokens, config.seed)
+    scattered = None  # EPLB's global placement, where its hierarchical one dispatches for less: that is EPLB's then
+    if grouped is not None:
+        by_groups, by_experts = (judge(row, counts, tokens, topology, config) for row in (grouped, eplb))
+        if by_groups.cost < by_experts.cost:
+            eplb, scattered = grouped, eplb
     if current is not None:
         eplb = align(eplb, current, slots_per_gpu, topology.gpus_per_node)
-    tokens = _layer_tokens(window, layer, budget.annealing.tokens, config.seed)
     by_eplb = judge(eplb, counts, tokens, topology, config)
     in_use = None if current is None else judge(current, counts, tokens, topology, config)
     # What to keep if the search fails: an incremental plan may not fall back to EPLB's map, which moves everything.
@@ -172,40 +177,50 @@ def _plan_layer(
         return result(kept, NO_AFFINITY, by_kept)
 
     problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
-    if grouped is not None and judge(grouped, counts, tokens, topology, config).cost < by_eplb.cost:
-        problem = replace(problem, start=grouped, hot_share=GROUPED_HOT_SHARE)
-    anew = problem
-    if config.warm_start and current is not None and in_use is not None and in_use.cost < by_eplb.cost:
-        problem = replace(problem, start=current, hot_share=WARM_HOT_SHARE, adapts_replicas=True)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
     tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
     mean = counts.sum() / topology.num_gpus
     limit = max(problem.load_cap / mean + tolerance, by_eplb.load)
     cap = max(problem.load_cap / mean + tolerance, by_kept.load)
-    for attempt in range(ATTEMPTS + (problem is not anew)):
-        found = search_layer(problem, topology, config, budget)
-        if found is None and problem.start is not anew.start:
-            problem = anew
-            continue
-        if found is None:
-            return result(kept, DUPLICATES, by_kept)
-        if current is not None:
-            found = _settle(found, current, problem, topology, config)
+
+    def search(problem: LayerProblem, attempts: int) -> tuple[np.ndarray, Judgement] | str:
+        """What the search found and its judgement, or why that is not to be used."""
+        for attempt in range(attempts):
+            found = search_layer(problem, topology, config, budget)
             if found is None:
-                return result(kept, MOVE_CAP, by_kept)
-        by_search = judge(found, counts, tokens, topology, config)
-        lighter = by_search.load < by_kept.load - 0.005
-        if by_search.load <= cap and (by_search.cost < by_kept.cost or lighter):
-            return result(found, "", by_search)
-        if problem.start is not anew.start:
-            problem = anew
-            continue
-        if by_search.load <= cap or len(eplb) == len(counts):
-            break
-        # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
-        lower = int(problem.load_cap - (by_search.load - cap) * mean)
-        problem = replace(problem, load_cap=lower, seed=problem.seed + ((attempt + 1) << 40))
-    return result(kept, NOT_BETTER, by_kept)
+                return DUPLICATES
+            if current is not None:
+                found = _settle(found, current, problem, topology, config)
+                if found is None:
+                    return MOVE_CAP
+            judged = judge(found, counts, tokens, topology, config)
+            lighter = judged.load < by_kept.load - 0.005
+            if judged.load <= cap and (judged.cost < by_kept.cost or lighter):
+                return found, judged
+            if judged.load <= cap or len(eplb) == len(counts):
+                break
+            # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
+            lower = int(problem.load_cap - (judged.load - cap) * mean)
+            problem = replace(problem, load_cap=lower, seed=problem.seed + ((attempt + 1) << 40))
+        return NOT_BETTER
+
+    if config.warm_start and current is not None and in_use is not None and in_use.cost < by_eplb.cost:
+        warm = replace(problem, start=current, hot_share=WARM_HOT_SHARE, adapts_replicas=True)
+        refined = search(warm, ATTEMPTS + 1 if config.keeps_current else 1)
+        if not isinstance(refined, str):
+            return result(refined[0], "", refined[1])
+        if config.keeps_current:
+            return result(kept, refined, by_kept)
+    if scattered is None or config.keeps_current:
+        outcomes = [search(problem, ATTEMPTS)]
+    else:
+        outcomes = [search(replace(problem, hot_share=GROUPED_HOT_SHARE), ATTEMPTS)]
+        outcomes.append(search(replace(problem, start=scattered), ATTEMPTS))
+    usable = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+    if not usable:
+        return result(kept, str(outcomes[0]), by_kept)
+    slots, judged = min(usable, key=lambda outcome: outcome[1].cost)
+    return result(slots, "", judged)
 
 
 def _settle(

@@ -199,8 +199,9 @@ class Day:
         """(new map, seconds that planning took for the simulated layers)."""
         capped = policy.name == "affinity-async"
         config = PlannerConfig(
-            objective=self.mode, dispatch=policy.arm(self.mode).rule, max_moves=policy.max_moves if capped else None
-        )
+            objective=self.mode, dispatch=policy.arm(self.mode).rule, max_moves=policy.max_moves if capped else None,
+            num_groups=self.system.model.num_groups,
+        )  # fmt: skip
         planned = plan(window, self.system.topology, self.system.num_slots, config, current)
         report = planned.report
         if capped and report.current is not None:

@@ -104,7 +104,10 @@ def make_map(
         by_node = model.expert_groups > 1 and model.expert_groups % topology.num_nodes == 0
         groups = model.expert_groups if by_node else None
         return eplb_placement(window.counts, topology, slots, hierarchical=by_node, num_groups=groups)
-    config = PlannerConfig(objective=mode, dispatch=arm.rule, effort=arm.effort, max_moves=max_moves, seed=seed)
+    config = PlannerConfig(
+        objective=mode, dispatch=arm.rule, effort=arm.effort, max_moves=max_moves, seed=seed,
+        num_groups=model.num_groups,
+    )  # fmt: skip
     return plan(window, topology, slots, config, current).expert_map
 
 

@@ -77,6 +77,11 @@ class Model:
         return self.layers - self.dense_layers
 
     @property
+    def num_groups(self) -> int | None:
+        """As planners take it: None without group-limited routing."""
+        return self.expert_groups if self.expert_groups > 1 else None
+
+    @property
     def expert_weights(self) -> int:
         """Weights of one expert: gate, up and down projections."""
         return 3 * self.hidden * self.intermediate
