@@ -41,8 +41,8 @@ class PlannerConfig:
     decides. None: the plan is taken as it is.
     ``node_weight``: cost of a copy to another node in copies to another GPU (RDMA against NVLink bandwidth).
     ``num_groups``: expert groups of group-limited routing (DeepSeek-V3: 8 groups, ``n_group`` in the model's config; a
-    token picks from 4 of them). Where EPLB's hierarchical placement by groups dispatches for less than its global one,
-    it is what a plan is measured against, load included, and the search starts from both.
+    token picks from 4 of them). Where EPLB's hierarchical placement by groups dispatches for 2 % less than its global
+    one, it is what a plan is measured against, load included, and the search starts from both.
     ``search_scale``: multiplies the number of proposals of the effort (a longer search for the same problem).
     ``threads``: worker threads over layers; None takes 1/16 of the cores, at least 2, at most 8.
     """

@@ -32,6 +32,7 @@ LITTLE_GAIN = "the current map is as good, or nearly"
 PSEUDO_TOKENS = 4096
 ATTEMPTS = 3
 GROUPED_HOT_SHARE = 0.1  # hotter, the search would scatter the groups and find no way back
+GROUPED_GAIN = 0.02  # for less, the evener load of the global placement is worth more
 WARM_HOT_SHARE = 0.3
 
 
@@ -155,10 +156,10 @@ def _plan_layer(
         trivial = np.arange(len(eplb), dtype=np.int32) % len(counts)
         return _LayerPlan(trivial if current is None else current, NO_TRAFFIC)
     tokens = _layer_tokens(window, layer, budget.annealing.tokens, config.seed)
-    scattered = None  # EPLB's global placement, where its hierarchical one dispatches for less: that is EPLB's then
+    scattered = None  # EPLB's global placement, where its hierarchical one dispatches for less and takes its part
     if grouped is not None:
         by_groups, by_experts = (judge(row, counts, tokens, topology, config) for row in (grouped, eplb))
-        if by_groups.cost < by_experts.cost:
+        if by_groups.cost < by_experts.cost * (1 - GROUPED_GAIN):
             eplb, scattered = grouped, eplb
     if current is not None:
         eplb = align(eplb, current, slots_per_gpu, topology.gpus_per_node)
