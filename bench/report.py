@@ -35,6 +35,7 @@ from sglang_eplb_affinity.files import write_atomically
 
 NOTEBOOK = Path(__file__).parent / "notebooks" / "report.py"
 BASELINE = "vanilla"
+_OPTIONAL_PLOTS = {"ratio_to_vanilla", "coactivation", "gpu_load", "fanout"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,8 @@ def write_plots(folder: RunFolder) -> None:
     figures = plot_figures(load_run(folder.path))
     for name, figure in figures.items():
         write_atomically(target / f"{name}.png", plots.png(figure))
-    for earlier in target.glob("*.png"):  # what an earlier report drew and this one does not would be taken for its own
-        if earlier.stem not in figures:
-            earlier.unlink()
+    for name in _OPTIONAL_PLOTS - figures.keys():  # what an earlier report drew would be taken for this one's
+        (target / f"{name}.png").unlink(missing_ok=True)
 
 
 def plot_figures(run: RunData) -> dict[str, Figure]:
