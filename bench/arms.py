@@ -58,7 +58,7 @@ _ARMS = (
     Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", _UNRECORDED, True, True),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
-# They differ from `affinity` by one flag, so they are compared with it too.
+# Affinity served in another way: they are compared with `affinity` too.
 VARIANTS = ("async", "cover")
 
 

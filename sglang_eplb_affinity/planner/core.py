@@ -156,14 +156,20 @@ def _plan_layer(
         trivial = np.arange(len(eplb), dtype=np.int32) % len(counts)
         return _LayerPlan(trivial if current is None else current, NO_TRAFFIC)
     tokens = _layer_tokens(window, layer, budget.annealing.tokens, config.seed)
+
+    def in_place(row: np.ndarray) -> tuple[np.ndarray, Judgement]:
+        """``row`` with GPUs and nodes numbered as in the current map, and its judgement."""
+        if current is not None:
+            row = np.asarray(align(row, current, slots_per_gpu, topology.gpus_per_node))
+        return row, judge(row, counts, tokens, topology, config)
+
     scattered = None  # EPLB's global placement, where its hierarchical one dispatches for less and takes its part
+    by_experts = eplb
+    eplb, by_eplb = in_place(by_experts)
     if grouped is not None:
-        by_groups, by_experts = (judge(row, counts, tokens, topology, config) for row in (grouped, eplb))
-        if by_groups.cost < by_experts.cost * (1 - GROUPED_GAIN):
-            eplb, scattered = grouped, eplb
-    if current is not None:
-        eplb = align(eplb, current, slots_per_gpu, topology.gpus_per_node)
-    by_eplb = judge(eplb, counts, tokens, topology, config)
+        grouped, by_groups = in_place(grouped)
+        if by_groups.cost < by_eplb.cost * (1 - GROUPED_GAIN):
+            eplb, by_eplb, scattered = grouped, by_groups, by_experts
     in_use = None if current is None else judge(current, counts, tokens, topology, config)
     # What to keep if the search fails: an incremental plan may not fall back to EPLB's map, which moves everything.
     kept, by_kept = eplb, by_eplb

@@ -8,7 +8,7 @@ from matplotlib.text import Text
 from bench.engine import ROOT
 from bench.placements import placement_views, view
 from bench.probe import save_window
-from bench.report import build_report, load_run, plot_figures
+from bench.report import build_report, load_run, plot_figures, write_plots
 from bench.routing_plots import inside
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
@@ -150,7 +150,8 @@ def test_ratios_have_intervals_and_the_noise_floor_beside_them(run_folder: RunFo
 def test_a_variant_of_affinity_is_compared_with_it_and_without_vanilla_no_ratio_to_it_is_drawn(
     run_folder: RunFolder,
 ) -> None:
-    build_report(run_folder, gpu_run(run_folder, arms=("vanilla", "affinity", "cover")))
+    write_tables(run_folder, gpu_run(run_folder, arms=("vanilla", "affinity", "cover")))
+    write_plots(run_folder)
     text = (run_folder.path / "table.md").read_text()
     assert "| 64 | affinity EPLB, cover | affinity EPLB | **1.100 [" in text
     assert "| vanilla EPLB | affinity EPLB |" not in text
