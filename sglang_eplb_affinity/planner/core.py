@@ -1,54 +1,23 @@
-"""plan(): EPLB's placement, the search from it, the judgement, the fallback; layer by layer."""
+"""plan(): EPLB's placements, then every layer (plan_layer.py), and the report."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import moved_experts, over_layers
 from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget, budget_for
+from sglang_eplb_affinity.planner.budget import budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
-from sglang_eplb_affinity.planner.imbalance import imbalance
-from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
-from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, search_layer, thin
-from sglang_eplb_affinity.planner.layout import align, keep_slots
-from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
+from sglang_eplb_affinity.planner.judge import Judgement
+from sglang_eplb_affinity.planner.plan_layer import LayerPlan, plan_layer, unless_little_gain
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
 from sglang_eplb_affinity.routing import RoutingWindow
 from sglang_eplb_affinity.topology import Topology
-
-NO_TRAFFIC = "no traffic"
-NO_AFFINITY = "no token sample or co-activation"
-NOT_BETTER = "search not better"
-DUPLICATES = "an expert twice on a GPU, no swap to part them"
-MOVE_CAP = "duplicates in the current map need more moves than allowed"
-LITTLE_GAIN = "the current map is as good, or nearly"
-PSEUDO_TOKENS = 4096
-ATTEMPTS = 3
-GROUPED_HOT_SHARE = 0.1  # hotter, the search would scatter the groups and find no way back
-GROUPED_GAIN = 0.02  # for less, the evener load of the global placement is worth more
-WARM_HOT_SHARE = 0.3
-
-
-@dataclass(frozen=True)
-class _LayerPlan:
-    """One layer's slots int32 [slots], why it fell back ("" if not), and the judgements of the three maps.
-
-    ``load_cap``: max/mean that a plan may load a GPU.
-    """
-
-    slots: np.ndarray
-    fallback: str
-    eplb: Judgement | None = None
-    planned: Judgement | None = None
-    current: Judgement | None = None
-    load_cap: float = 0.0
 
 
 def plan(
@@ -74,11 +43,11 @@ def plan(
     budget = budget_for(window.num_experts, num_slots, config)
     grouped = _grouped_placement(window.counts, topology, num_slots, config)
 
-    def one(layer: int) -> _LayerPlan:
+    def one(layer: int) -> LayerPlan:
         in_use = None if current is None else current.physical_to_logical[layer]
         other = None if grouped is None else grouped.physical_to_logical[layer]
-        result = _plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
-        result = _unless_little_gain(result, in_use, config.minimum_gain)
+        result = plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
+        result = unless_little_gain(result, in_use, config.minimum_gain)
         if progress is not None:
             progress(1)
         return result
@@ -94,14 +63,6 @@ def plan(
         seconds=time.perf_counter() - began,
     )
     return Plan(expert_map, report)
-
-
-def _unless_little_gain(result: _LayerPlan, current: np.ndarray | None, minimum_gain: float | None) -> _LayerPlan:
-    if current is None or minimum_gain is None or result.planned is None or result.current is None:
-        return result
-    if worth_moving(result.current, result.planned, result.load_cap, minimum_gain):
-        return result
-    return replace(result, slots=current, fallback=LITTLE_GAIN, planned=result.current)
 
 
 def _grouped_placement(
@@ -144,153 +105,6 @@ def _check(
         raise InputError(
             f"current map: holds {current.num_experts} experts, but the routing window has {window.num_experts}"
         )
-
-
-def _plan_layer(
-    window: RoutingWindow, layer: int, topology: Topology, config: PlannerConfig, budget: SearchBudget,
-    eplb: np.ndarray, current: np.ndarray | None, grouped: np.ndarray | None,
-) -> _LayerPlan:  # fmt: skip
-    counts = window.counts[layer]
-    slots_per_gpu = len(eplb) // topology.num_gpus
-    if not counts.any():
-        trivial = np.arange(len(eplb), dtype=np.int32) % len(counts)
-        return _LayerPlan(trivial if current is None else current, NO_TRAFFIC)
-    tokens = _layer_tokens(window, layer, budget.annealing.tokens, config.seed)
-
-    def in_place(row: np.ndarray) -> tuple[np.ndarray, Judgement]:
-        """``row`` with GPUs and nodes numbered as in the current map, and its judgement."""
-        if current is not None:
-            row = np.asarray(align(row, current, slots_per_gpu, topology.gpus_per_node))
-        return row, judge(row, counts, tokens, topology, config)
-
-    scattered = None  # EPLB's global placement, where its hierarchical one dispatches for less and takes its part
-    by_experts = eplb
-    eplb, by_eplb = in_place(by_experts)
-    if grouped is not None:
-        grouped, by_groups = in_place(grouped)
-        if by_groups.cost < by_eplb.cost * (1 - GROUPED_GAIN):
-            eplb, by_eplb, scattered = grouped, by_groups, by_experts
-    in_use = None if current is None else judge(current, counts, tokens, topology, config)
-    # What to keep if the search fails: an incremental plan may not fall back to EPLB's map, which moves everything.
-    kept, by_kept = eplb, by_eplb
-    if current is not None and in_use is not None and config.keeps_current:
-        kept, by_kept = current, in_use
-    limit = by_eplb.load * (1 + config.max_load_increase)
-
-    def result(slots: np.ndarray, fallback: str, judged: Judgement) -> _LayerPlan:
-        return _LayerPlan(slots, fallback, by_eplb, judged, in_use, limit)
-
-    if not len(tokens):
-        return result(kept, NO_AFFINITY, by_kept)
-
-    problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
-    # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
-    tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
-    mean = counts.sum() / topology.num_gpus
-    limit = max(problem.load_cap / mean + tolerance, by_eplb.load)
-    cap = max(problem.load_cap / mean + tolerance, by_kept.load)
-
-    def search(problem: LayerProblem, attempts: int) -> tuple[np.ndarray, Judgement] | str:
-        """What the search found and its judgement, or why that is not to be used."""
-        for attempt in range(attempts):
-            found = search_layer(problem, topology, config, budget)
-            if found is None:
-                return DUPLICATES
-            if current is not None:
-                found = _settle(found, current, problem, topology, config)
-                if found is None:
-                    return MOVE_CAP
-            judged = judge(found, counts, tokens, topology, config)
-            lighter = judged.load < by_kept.load - 0.005
-            if judged.load <= cap and (judged.cost < by_kept.cost or lighter):
-                return found, judged
-            if judged.load <= cap or len(eplb) == len(counts):
-                break
-            # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
-            lower = int(problem.load_cap - (judged.load - cap) * mean)
-            problem = replace(problem, load_cap=lower, seed=problem.seed + ((attempt + 1) << 40))
-        return NOT_BETTER
-
-    if config.warm_start and current is not None and in_use is not None and in_use.cost < by_eplb.cost:
-        warm = replace(problem, start=current, hot_share=WARM_HOT_SHARE, adapts_replicas=True)
-        refined = search(warm, ATTEMPTS + 1 if config.keeps_current else 1)
-        if not isinstance(refined, str):
-            return result(refined[0], "", refined[1])
-        if config.keeps_current:
-            return result(kept, refined, by_kept)
-    if scattered is None or config.keeps_current:
-        outcomes = [search(problem, ATTEMPTS)]
-    else:
-        outcomes = [search(replace(problem, hot_share=GROUPED_HOT_SHARE), ATTEMPTS)]
-        outcomes.append(search(replace(problem, start=scattered), ATTEMPTS))
-    usable = [outcome for outcome in outcomes if not isinstance(outcome, str)]
-    if not usable:
-        return result(kept, str(outcomes[0]), by_kept)
-    slots, judged = min(usable, key=lambda outcome: outcome[1].cost)
-    return result(slots, "", judged)
-
-
-def _settle(
-    found: np.ndarray, current: np.ndarray, problem: LayerProblem, topology: Topology, config: PlannerConfig
-) -> np.ndarray | None:
-    """``found`` in the slots where it moves fewest experts; None if an incremental plan exceeds its cap."""
-    slots_per_gpu = len(found) // topology.num_gpus
-    if not config.keeps_current:
-        return np.asarray(align(found, current, slots_per_gpu, topology.gpus_per_node))
-    found = _keep_slots(found, current, slots_per_gpu)
-    new = problem.home[found, np.arange(len(found)) // slots_per_gpu] == 0
-    return None if new.reshape(-1, slots_per_gpu).sum(1).max() > problem.max_moves else found
-
-
-def _problem(
-    counts: np.ndarray, tokens: np.ndarray, eplb: np.ndarray, current: np.ndarray | None, topology: Topology,
-    config: PlannerConfig, budget: SearchBudget, layer: int,
-) -> LayerProblem:  # fmt: skip
-    replicas = np.bincount(eplb, minlength=len(counts))
-    eplb_load = float((counts / replicas)[eplb].reshape(topology.num_gpus, -1).sum(1).max())
-    balance = imbalance(tokens, counts, eplb_load, topology.num_gpus, COST_UNIT, budget.imbalance)
-    allowance = config.load_noise_allowance * balance.noise * counts.sum() / topology.num_gpus
-    start, move_cost, max_moves = eplb, 0, UNLIMITED
-    home = np.ones((len(counts), topology.num_gpus), np.uint8)
-    if current is not None and config.keeps_current:
-        start, move_cost = current, config.move_cost
-        max_moves = UNLIMITED if config.max_moves is None else config.max_moves
-        home[:] = 0
-        home[current, np.arange(len(current)) // (len(current) // topology.num_gpus)] = 1
-    return LayerProblem(
-        counts=counts,
-        tokens=tokens,
-        start=start,
-        load_cap=int(eplb_load * (1 + config.max_load_increase) + allowance),
-        imbalance=balance,
-        home=home,
-        move_cost=move_cost,
-        max_moves=max_moves,
-        seed=(config.seed << 20) + layer + 1,
-        adapts_replicas=config.keeps_current,
-    )
-
-
-def _keep_slots(found: np.ndarray, current: np.ndarray, slots_per_gpu: int) -> np.ndarray:
-    out = np.empty_like(found)
-    for start in range(0, len(found), slots_per_gpu):
-        stop = start + slots_per_gpu
-        keep_slots(found[start:stop], current[start:stop], out[start:stop])
-    return out
-
-
-def _layer_tokens(window: RoutingWindow, layer: int, limit: int, seed: int) -> np.ndarray:
-    """int16 [T, k]: the layer's sampled sets, evenly thinned to ``limit``; drawn from co-activation if none."""
-    if window.tokens is not None and window.tokens.size:
-        tokens = window.tokens[layer]
-        tokens = thin(tokens[tokens[:, 0] >= 0], limit)
-        if len(tokens):
-            return np.ascontiguousarray(tokens, dtype=np.int16)
-    if window.coactivation is not None and window.coactivation[layer].any():
-        counts, pairs = window.counts[layer], window.coactivation[layer]
-        k = int(min(max(round(1 + pairs.sum() / counts.sum()), 2), np.count_nonzero(counts)))
-        return np.asarray(draw_tokens(counts, pairs, k, min(limit, PSEUDO_TOKENS), (seed << 20) + layer))
-    return np.empty((0, 1), np.int16)
 
 
 def _quality(judgements: list[Judgement | None]) -> MapQuality:

@@ -16,8 +16,8 @@ from sglang_eplb_affinity.errors import InputError
 from sglang_eplb_affinity.evaluate import measure, moved_experts
 from sglang_eplb_affinity.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
-from sglang_eplb_affinity.planner.core import LITTLE_GAIN, NO_AFFINITY, NO_TRAFFIC
 from sglang_eplb_affinity.planner.judge import Judgement, worth_moving
+from sglang_eplb_affinity.planner.plan_layer import LITTLE_GAIN, NO_AFFINITY, NO_TRAFFIC
 from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow, coactivation_of
 from sglang_eplb_affinity.topology import Topology
 
