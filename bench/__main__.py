@@ -24,7 +24,7 @@ from bench.rehearsal import rehearsal
 from bench.run_folder import RunFolder, RunPlan, open_run
 from bench.runner import Runner
 from bench.summary_cli import readme, summary
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 INTERRUPTED = 130
 

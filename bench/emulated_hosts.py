@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 NAMES = ("host0", "host1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

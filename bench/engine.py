@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.profile import Profile, ServerConfig
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"

@@ -15,7 +15,7 @@ from bench.sections import HEADLINE
 from bench.stats import noise_floor_pct
 from bench.summary import Figure, of_ranks
 from bench.table import tidy
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 _RATIOS = {
     "p50_ttft_ms": "p50_ttft_ratio_to_vanilla",

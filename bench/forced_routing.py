@@ -19,9 +19,9 @@ import torch
 
 from bench.environment import now, provenance
 from bench.output_paths import result_file, write_result
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.forced_routing import ForcedRouting
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.device.forced_routing import ForcedRouting
+from sglang_eplb_affinity.domain.topology import Topology
 
 TOKENS = (1, 128, 8192)
 LOOP_TOKENS = (16, 64)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from bench.environment import now, provenance
 from bench.output_paths import result_file, write_result
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
 from sglang_eplb_affinity.rebalance.host_staged import HostStagedTransfer
@@ -34,9 +34,9 @@ from sglang_eplb_affinity.rebalance.map_tables import MapTables
 from sglang_eplb_affinity.rebalance.peer_copy import PeerCopyTransfer
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer
 from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
-from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig
+from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig
 from sglang_eplb_affinity.sglang_hooks.window_snapshot import RecorderWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.topology import Topology
 
 LAYERS, EXPERTS, SLOTS, TOKENS, TOP_K, WINDOW = 6, 64, 72, 64, 8, 100
 LOCAL = SLOTS // 2

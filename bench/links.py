@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from bench.emulated_link import settings
 from bench.engine import ROOT
 from bench.profile import Profile, ServerConfig
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 ACTIVE = "[emulated link] every dispatch and combine waits"  # the plugin's log line; without it a row is void
 NVLINK, LOCAL = "nvlink", "cpu"

@@ -25,7 +25,7 @@ from bench.profile import LoadConfig
 from bench.request_log import RequestLog
 from bench.server import HOST, Server
 from bench.workload import Workload, requests_of
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 _PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
 _START_TIMEOUT_S = 300.0  # imports take 10 s; minutes on a crowded machine

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 
 def result_file(text: str) -> Path:

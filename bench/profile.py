@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.arms import ARMS
 from bench.hosts import OtherHosts
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 if sys.version_info >= (3, 11):
     import tomllib

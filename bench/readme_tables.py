@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from bench.summary import Figure
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 _BLOCK = re.compile(
     r"(?P<begin><!-- results:begin (?P<name>[\w.,-]+) -->\n)(?P<body>.*?)(?P<end><!-- results:end (?P=name) -->)",

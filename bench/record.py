@@ -21,7 +21,7 @@ from bench.steady import timeline
 from bench.store import CellRecord
 from bench.validity import void_reasons
 from bench.workload import Workload
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 NOTHING = LogSummary((), 0)
 

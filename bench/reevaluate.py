@@ -19,7 +19,7 @@ from bench.run_folder import RunFolder, RunPlan
 from bench.server_log import lines_between
 from bench.store import CellRecord
 from bench.validity import void_reasons
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 # From the last token to the record: the load generator writes what it has seen.
 UNTIL_RECORDED_S = 60.0

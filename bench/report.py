@@ -31,7 +31,7 @@ from bench.table import (
     read_table,
     write_tables,
 )
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 NOTEBOOK = Path(__file__).parent / "notebooks" / "report.py"
 BASELINE = "vanilla"

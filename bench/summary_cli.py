@@ -10,8 +10,8 @@ from bench.engine import ROOT
 from bench.readme_tables import update_tables
 from bench.run_folder import RunFolder
 from bench.summary import dump_figures, load_figures, merge_figures
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 
 SUMMARY = ROOT / "results" / "summary.json"
 _summary_option = click.option("--summary", "summary_file", default=str(SUMMARY), help="The summary file.")

@@ -27,7 +27,7 @@ from bench.sections import (
 )
 from bench.sections import row as row_line
 from bench.store import CellRecord
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 PLACEMENT_TITLES = {
     "balancedness": "balancedness",

@@ -13,8 +13,8 @@ import numpy as np
 
 from bench.profile import LoadConfig
 from bench.sharegpt import Turn
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 
 # No tokenizer in use makes tokens longer than this many characters on average; spares encoding huge prompts.
 _MAX_CHARACTERS_PER_TOKEN = 16

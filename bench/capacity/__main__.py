@@ -17,9 +17,9 @@ from bench.capacity.docs import fill
 from bench.engine import ROOT
 from bench.environment import now, provenance
 from bench.output_paths import ResultFolder
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
-from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.calibrate import (
     MEASURED,
     Comparison,
@@ -30,7 +30,7 @@ from sglang_eplb_affinity.simulate.calibrate import (
 )
 from sglang_eplb_affinity.simulate.fidelity import fidelity, fidelity_table
 from sglang_eplb_affinity.simulate.measured import load_measured
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.topology import Topology
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
 PAGE = "docs/capacity_planning.md"

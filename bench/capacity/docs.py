@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 
 _MARKER = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLUMNS = (

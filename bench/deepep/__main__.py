@@ -28,7 +28,7 @@ from bench.deepep.cases import (
 from bench.deepep.worker import worker_main
 from bench.environment import now, provenance
 from bench.gpu.flags import need_gpus
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 SECTIONS = ("normal", "experts", "low_latency")
 GRACE_SECONDS = 25

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 NORMAL_HIDDEN = (7168, 4096, 2048)
 NORMAL_TOKENS = (4096, 1024, 8192, 256, 2048, 512)

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.output_paths import result_file
 from bench.summary import Figure, dump_figures, of_ranks
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 HIDDEN, DTYPE, TOKENS = 4096, "bf16", 8192
 

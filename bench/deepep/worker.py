@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.deepep.cases import Case, low_latency_cases, normal_cases
 from bench.deepep.timing import Repeats, summarise
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 MAX_FAILURES = 2
 STAGES = {"normal": ("dispatch_us", "combine_us", "full_dispatch_us"), "low_latency": ("dispatch_us", "combine_us")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 BANDWIDTH = "EPLB_BENCH_LINK_GB_PER_S"
 NODES = "EPLB_BENCH_LINK_NODES"

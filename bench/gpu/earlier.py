@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 
 def earlier(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

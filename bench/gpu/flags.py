@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from bench.hosts import OtherHosts, other_hosts
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 # Servers that start beside each other: what one has not taken yet looks free to the others, so the pool is limited by
 # --max-total-tokens and not by a share of what is free.

@@ -27,7 +27,7 @@ from bench.gpu.random_moe import MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.output_paths import result_folder
 from bench.stats import ratio_by_block
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 DATA = ROOT / "bench" / "data"
 PLAN, TEST = DATA / "tiny_moe_plan.npz", DATA / "tiny_moe_test.npz"
@@ -82,8 +82,8 @@ def write_maps(folder: Path, gpus: int) -> None:
     if (folder / "map-affinity.json").is_file():
         return
     from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
-    from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-    from sglang_eplb_affinity.topology import Topology
+    from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+    from sglang_eplb_affinity.domain.topology import Topology
 
     window = RoutingWindow.from_trace(RoutingTrace.load(PLAN), 16384)
     topology, slots = Topology(gpus), window.num_experts + REDUNDANT_PER_GPU * gpus

@@ -26,13 +26,13 @@ from bench.engine import ROOT
 from bench.environment import now, provenance
 from bench.gpu.flags import need_gpus
 from bench.output_paths import result_file, write_result
-from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.launch_shape import LaunchShapes
-from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Placement
-from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.device.launch_shape import LaunchShapes
+from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
+from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RowLayout
+from sglang_eplb_affinity.domain.topology import Topology
 
 TOKENS = (1, 16, 128, 1024, 8192)
 EXPERTS = (64, 128, 256)

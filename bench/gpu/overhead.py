@@ -46,8 +46,8 @@ from bench.gpu.resident import Load, ResidentArm, ResidentServers, incomplete
 from bench.gpu.serving_process import ServingProcess
 from bench.output_paths import result_folder
 from bench.side_by_side import give_turn
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 
 NEVER = ("--eplb-rebalance-num-iterations", "100000000", "--expert-distribution-recorder-buffer-size", "1000")
 EPLB: dict[str, tuple[str, ...]] = {

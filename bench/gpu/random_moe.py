@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.files import write_atomically
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tiny_moe" / "model"  # the small trained model's, 4096 tokens
 

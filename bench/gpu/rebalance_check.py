@@ -48,7 +48,7 @@ from bench.gpu.stall_report import rounds, verification
 from bench.output_paths import result_file, write_result
 from bench.server import Server
 from bench.side_by_side import give_turn
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance import verify
 
 SIZES = MoeSizes(layers=4)

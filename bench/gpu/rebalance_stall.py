@@ -49,8 +49,8 @@ from bench.hosts import OtherHosts
 from bench.output_paths import result_folder
 from bench.schedule import williams_rows
 from bench.side_by_side import give_turn
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
 SIZES = MoeSizes(layers=6, hidden=4096, expert_width=1024, heads=32, kv_heads=2)  # six servers fit GPUs of 80 GB

@@ -22,8 +22,8 @@ from bench.planner.speed import speed_rows, start_up_and_memory
 from bench.planner.torch_search import search_rows, workloads
 from bench.planner.tried import tried_rows
 from bench.planner.upstream import upstream_rebalance, upstream_version
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
 
 PARTS = ("quality", "curves", "floor", "drift", "rounds", "tried", "torch", "speed")

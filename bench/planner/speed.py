@@ -18,8 +18,8 @@ import numpy as np
 from bench.planner.synthetic import synthetic_trace
 from bench.planner.upstream import upstream_map
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan, warm_up
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 LAYERS, EXPERTS, SLOTS, TOP_K, TOKENS = 58, 256, 288, 8, 8192
 TOPOLOGY = Topology(32, 4)
@@ -79,8 +79,8 @@ import json, resource, sys, time
 import numpy as np
 began = time.perf_counter()
 from sglang_eplb_affinity.planner import plan, warm_up
-from sglang_eplb_affinity.routing import RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 imported = time.perf_counter() - began
 ready = warm_up()
 out = {"import_s": imported, "warm_up_s": ready}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.domain.routing import RoutingTrace
 
 TOPICS = 16
 SEQUENCE_TOKENS = 128

@@ -14,7 +14,7 @@ from bench.planner.quality import SAMPLE_TOKENS, Case, Rebalance, Split, baselin
 from sglang_eplb_affinity.planner import PlannerConfig, core, plan
 from sglang_eplb_affinity.planner.budget import SearchBudget, budget_for
 from sglang_eplb_affinity.planner.imbalance import ImbalanceWeights
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 
 SPLIT_SEEDS = (1, 2)
 RATIOS = ("gpu_fanout", "node_fanout")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 def upstream_rebalance() -> Callable[..., Any] | None:

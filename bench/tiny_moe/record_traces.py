@@ -15,7 +15,7 @@ import torch
 
 from bench.tiny_moe import checkpoint
 from bench.tiny_moe.sources import DOMAINS
-from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.domain.routing import RoutingTrace
 
 DATA_FOLDER = Path(__file__).parent.parent / "data"
 

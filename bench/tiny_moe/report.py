@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 
 from bench.tiny_moe.record_traces import DATA_FOLDER
-from sglang_eplb_affinity.evaluate import measure_trace
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.dispatch.evaluate import measure_trace
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.planner import eplb_placement, plan
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

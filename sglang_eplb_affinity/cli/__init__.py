@@ -14,7 +14,7 @@ from sglang_eplb_affinity.cli.plan import plan_command
 from sglang_eplb_affinity.cli.recommend import recommend_command
 from sglang_eplb_affinity.cli.replay import replay_command
 from sglang_eplb_affinity.cli.simulate import simulate_command
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

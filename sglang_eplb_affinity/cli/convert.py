@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.interchange import MAP_FORMATS, MapFormat, load_map, save_map
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.formats.maps import MAP_FORMATS, MapFormat, load_map, save_map
 
 
 @click.command("convert")

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.topology import Topology
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -9,14 +9,14 @@ import click
 from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
-from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
-from sglang_eplb_affinity.interchange import load_map
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.formats.maps import load_map
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.config import Effort, Objective
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.sglang_dump import read_dumps
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.formats.dumps import read_dumps
 
 SAMPLE_TOKENS = 16384
 

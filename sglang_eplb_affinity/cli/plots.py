@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.files import write_atomically
-from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.routing import RoutingWindow
 
 
 def _figure(columns: int):  # type: ignore[no-untyped-def]

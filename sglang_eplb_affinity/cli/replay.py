@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output
 from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers, sampled_layers
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
-from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate import report
 from sglang_eplb_affinity.simulate.day_report import day_table, plot_day
 from sglang_eplb_affinity.simulate.replay import HOURS, Day, standard_policies

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
 from sglang_eplb_affinity.patching.upstream import Installation
 

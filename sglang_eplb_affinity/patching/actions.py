@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.patching.series import Patch, apply_in, files_of, make_diff, read_series
 from sglang_eplb_affinity.patching.upstream import Installation, Upstream, checksum
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.routing import RoutingWindow
 
 Objective = Literal["normal", "low_latency", "mixed"]
 Effort = Literal["fast", "thorough"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel, popcount
+from sglang_eplb_affinity.domain.numba_kernel import kernel, popcount
 from sglang_eplb_affinity.planner.imbalance import SHIFT
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.planner.cover_evaluation import evaluate_cover, locate_replicas, pin_gpu
 from sglang_eplb_affinity.planner.imbalance import SHIFT
 from sglang_eplb_affinity.planner.random_steps import next_random

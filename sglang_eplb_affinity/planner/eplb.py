@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.numba_kernel import kernel
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 @kernel

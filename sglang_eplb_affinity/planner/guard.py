@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.judge import judge
-from sglang_eplb_affinity.routing import RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 def drifted_layers(

@@ -17,7 +17,7 @@ from sglang_eplb_affinity.planner.layout import spread_duplicates
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG
 from sglang_eplb_affinity.planner.replica_steps import adapt_replicas
 from sglang_eplb_affinity.planner.swap_search import search_swaps
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.topology import Topology
 
 UNLIMITED = 1 << 30
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.planner.random_steps import next_random
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 
 # -ln(u) for u at the middle of 1024 equal steps, in units of 1/1024. Rounded to integers, since the last digit of a
 # floating-point logarithm may differ between machines and every rank must take the same decisions.

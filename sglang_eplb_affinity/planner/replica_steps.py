@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.planner.cover_evaluation import locate_replicas
 
 HOTTEST = 3  # experts of the most loaded GPU that are tried in each step

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 
 
 @dataclass(frozen=True)

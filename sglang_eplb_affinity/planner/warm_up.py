@@ -7,11 +7,11 @@ import time
 
 import numpy as np
 
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.core import plan
-from sglang_eplb_affinity.routing import RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (frozen)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.rebalance.map_file import MapOrigin, save_recorded_map
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.formats.recorded_map import MapOrigin, save_recorded_map
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import sys
 import traceback
 from typing import BinaryIO
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.planner import warm_up
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings, plan_round
 

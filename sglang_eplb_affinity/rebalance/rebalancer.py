@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn
 
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance.agreement import Agreement, failure_text, failure_word
 from sglang_eplb_affinity.rebalance.background import BackgroundThread
 from sglang_eplb_affinity.rebalance.commit import Committer, StagedLayer

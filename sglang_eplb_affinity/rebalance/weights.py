@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 ALIGNMENT = 256  # bytes; every tensor's part of a staging row starts at a multiple of it
 

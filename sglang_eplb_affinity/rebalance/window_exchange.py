@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings
 from sglang_eplb_affinity.rebalance.planner_client import PlannerFailed
-from sglang_eplb_affinity.routing import RoutingWindow
-from sglang_eplb_affinity.window_reduce import sample_shares
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.rebalance.window_reduce import sample_shares
 
 
 class WindowShare(Protocol):

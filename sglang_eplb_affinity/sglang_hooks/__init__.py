@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sglang_eplb_affinity.forced_routing import ForcedRouting
+    from sglang_eplb_affinity.device.forced_routing import ForcedRouting
     from sglang_eplb_affinity.sglang_hooks.rebalance import RebalanceRound
     from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
     from sglang_eplb_affinity.sglang_hooks.topk_step import TopkStep
@@ -26,7 +26,7 @@ forced_routing: ForcedRouting | None = None
 
 def exit_on_input_error(function: Callable[..., Any], *args: Any) -> Any:
     """The command line's way to end on bad input: one line and exit code 2, no traceback."""
-    from sglang_eplb_affinity.errors import InputError
+    from sglang_eplb_affinity.domain.errors import InputError
 
     try:
         return function(*args)
@@ -71,7 +71,7 @@ def server_info(server_args: Any) -> dict[str, Any]:
 
     info: dict[str, Any] = {"sglang_eplb_affinity": __version__}
     if server_args.ep_forced_routing is not None:
-        from sglang_eplb_affinity.forced_routing import NOT_THE_MODELS
+        from sglang_eplb_affinity.device.forced_routing import NOT_THE_MODELS
 
         info["ep_forced_routing_note"] = NOT_THE_MODELS
     return info

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, async_arguments
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.topk_flags import (

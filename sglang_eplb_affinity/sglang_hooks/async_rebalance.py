@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance import verify
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter

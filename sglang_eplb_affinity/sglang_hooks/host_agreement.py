@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sglang_eplb_affinity import __version__
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance import verify
 from sglang_eplb_affinity.sglang_hooks.arguments import ADDED
 from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.recorder import PHASES, AffinityRecorder
-from sglang_eplb_affinity.window_reduce import Reduction
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.device.recorder import PHASES, AffinityRecorder
+from sglang_eplb_affinity.rebalance.window_reduce import Reduction
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
 
 if TYPE_CHECKING:
     from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
-    from sglang_eplb_affinity.routing import RoutingWindow
+    from sglang_eplb_affinity.domain.routing import RoutingWindow
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _map_recorder(server_args: Any, ep_size: int) -> Any:
     import importlib.metadata
 
     from sglang_eplb_affinity import __version__
-    from sglang_eplb_affinity.rebalance.map_file import MapOrigin
+    from sglang_eplb_affinity.formats.recorded_map import MapOrigin
     from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
     from sglang_eplb_affinity.sglang_hooks import rebalance
     from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
-from sglang_eplb_affinity.recorder import PHASES, AffinityRecorder
+from sglang_eplb_affinity.device.recorder import PHASES, AffinityRecorder
 
 
 class RecorderWindow:

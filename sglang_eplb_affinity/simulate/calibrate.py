@@ -21,8 +21,8 @@ import numpy as np
 import yaml
 from scipy.optimize import least_squares
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.simulate.calibration import PhaseConstants, phase_time
 from sglang_eplb_affinity.simulate.measured import engine_us, load_measured, measured_points
 from sglang_eplb_affinity.simulate.published import Point, published_points

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.traffic import (
     LATENCY_LOCAL,
     LATENCY_NVLINK_IN,

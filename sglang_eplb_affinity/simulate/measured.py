@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.calibration import LinkBytes
 from sglang_eplb_affinity.simulate.published import Point
 

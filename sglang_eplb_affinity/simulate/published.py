@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.simulate.calibration import LinkBytes, link_bytes
 from sglang_eplb_affinity.simulate.traffic import BatchTraffic, batch_traffic
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_eplb_affinity import __version__
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.scenario import Algorithm, Interval, PhaseResult, baseline_of, gain_pct
 from sglang_eplb_affinity.simulate.system import System
 

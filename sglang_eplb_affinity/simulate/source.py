@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.simulate.routing_model import CHILD_SPREAD, RoutingModel
 from sglang_eplb_affinity.simulate.system import Model
 
@@ -24,7 +24,7 @@ def load_recording(trace: Path | None, dumps: tuple[Path, ...]) -> RoutingTrace:
         raise InputError("give either --trace or --dump (once or several times)")
     if trace is not None:
         return RoutingTrace.load(trace)
-    from sglang_eplb_affinity.sglang_dump import read_dumps
+    from sglang_eplb_affinity.formats.dumps import read_dumps
 
     window = read_dumps(dumps, 1 << 16)
     if window.tokens is None or not window.tokens.size:

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.topology import Topology
 
 DeepEPMode = Literal["normal", "low_latency"]
 Overlap = Literal["none", "two_batch"]

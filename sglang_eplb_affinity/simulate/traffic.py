@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel
-from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.dispatch_kernel import choose_slots, static_slots
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.numba_kernel import kernel
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 
 # Rows of the per-GPU counters.
 NORMAL_RECEIVED, NORMAL_LOCAL, NORMAL_NVLINK_OUT, NORMAL_RDMA_OUT, NORMAL_RDMA_IN = range(5)

@@ -10,7 +10,7 @@ from bench.__main__ import main
 from bench.engine import ROOT, check_gpus
 from bench.profile import Profile
 from bench.rehearsal import rehearsal
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from bench.emulated_link.settings import BANDWIDTH, NODES, LinkSettings, to_envi
 from bench.engine import check_sglang, cpu_environment  # noqa: E402
 from bench.links import link_environment  # noqa: E402
 from bench.profile import ServerConfig  # noqa: E402
-from sglang_eplb_affinity.errors import InputError  # noqa: E402
+from sglang_eplb_affinity.domain.errors import InputError  # noqa: E402
 
 
 def by_hand(ids: list[list[int]], slots_per_node: int, own: int, per_expert: bool) -> int:

@@ -15,7 +15,7 @@ from bench.emulated_hosts import NAMES, emulation_missing
 from bench.engine import ROOT, check_sglang
 from bench.profile import PROFILE_DIR
 from bench.side_by_side import free_port
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 pytestmark = pytest.mark.server
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench.engine import check_sglang, prepare_engine
 from bench.profile import ServerConfig
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 DISABLED = "SGLANG_DISABLED_MODEL_ARCHS"
 

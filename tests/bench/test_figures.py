@@ -10,7 +10,7 @@ from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
 from bench.store import CellRecord
 from bench.summary import load_figures
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from tests.bench.conftest import make_record
 
 

@@ -14,10 +14,10 @@ from bench.gpu.forced_comparison import ARMS, entries, gains, loads, main, write
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.server import Server, ServerEnded, ServerFailed
 from bench.summary import parse_figures
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.forced_routing import balanced_order, rows_of_order
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.device.forced_routing import balanced_order, rows_of_order
+from sglang_eplb_affinity.domain.topology import Topology
 
 LOADS = (Load("prefill", 64, 8, 128, 1, streams=False), Load("decode", 16, 16, 8, 64))
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef0"}

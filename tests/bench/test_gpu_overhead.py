@@ -16,7 +16,7 @@ from bench.gpu.random_moe import build, write_tokenizer
 from bench.gpu.rebalance_check import CPU_SIZES, Answer, differences, summarize, within_noise
 from bench.gpu.reference import Reference
 from bench.gpu.resident import Load
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
 MEASURED = {"hardware": "2 x GPU", "date": "2026-01-01", "sittings": [{"commit": "abcdef1"}], "flags": ["--tp", "2"]}

@@ -8,9 +8,9 @@ from bench import probe
 from bench.probe import ProbeFailed, load_window, placement_of, probe_placement
 from bench.profile import ServerConfig
 from bench.workload import Workload
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 CONFIG = ServerConfig(model="m", ranks=4, nodes=2)
 

@@ -12,7 +12,7 @@ from bench.links import Link, link_environment, with_link
 from bench.profile import PROFILE_DIR, Profile
 from bench.rehearsal import rehearsal
 from bench.server import PORT_STEP, server_command
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 MINIMAL = '[server]\nmodel = "m"\nranks = 2\n[load]\noutput_tokens = 8\n[load.requests]\n4 = 40\n16 = 80\n'
 

@@ -13,7 +13,7 @@ from bench.reevaluate import reevaluate
 from bench.request_log import RequestLog
 from bench.run_folder import RunFolder, RunPlan
 from bench.schedule import CellKey
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from tests.bench.conftest import AFFINITY_LOG, make_record
 from tests.bench.loads import closed_loop
 

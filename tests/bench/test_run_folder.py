@@ -5,7 +5,7 @@ import pytest
 
 from bench.run_folder import RunFolder, RunPlan, open_run
 from bench.schedule import CellKey
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from tests.bench.conftest import make_record
 
 MACHINE = "test machine"

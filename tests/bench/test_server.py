@@ -14,7 +14,7 @@ from bench.engine import ROOT, Engine
 from bench.profile import Profile, ServerConfig
 from bench.server import PORT_STEP, Server, ServerFailed, commands_of_hosts
 from bench.side_by_side import free_port, give_turn
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 CONFIG = ServerConfig(model="m", ranks=16, other_hosts=("n1", "n2"), dist_init_addr="n0:5000")
 HEALTHY = """

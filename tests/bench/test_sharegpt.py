@@ -5,7 +5,7 @@ import pytest
 
 from bench import sharegpt
 from bench.engine import CACHE
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 CONVERSATIONS = [
     {"id": "a", "conversations": [{"from": "human", "value": "one, [two]"}, {"from": "gpt", "value": "} three"}]},

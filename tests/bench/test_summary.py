@@ -9,7 +9,7 @@ from bench.__main__ import main
 from bench.engine import ROOT
 from bench.readme_tables import results_table, update_tables
 from bench.summary import Figure, load_figures, merge_figures, parse_figures
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 FIGURE = Figure(
     name="bench.cpu.qps_ratio_to_vanilla",

@@ -15,11 +15,11 @@ from bench.schedule import CellKey
 from bench.server_log import unix_time
 from bench.steady import timeline
 from bench.table import CPU_NOTE, over_blocks, tidy, write_tables
-from sglang_eplb_affinity.dispatch import DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.planner import eplb_placement
 from sglang_eplb_affinity.rebalance.round_record import MapFigures
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from tests.bench.conftest import make_record
 from tests.bench.loads import closed_loop
 

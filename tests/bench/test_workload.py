@@ -6,7 +6,7 @@ import pytest
 from bench.profile import LoadConfig
 from bench.sharegpt import Turn
 from bench.workload import output_lengths, requests_of, select_prompts, write_random_ids, write_texts
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 
 class Words:

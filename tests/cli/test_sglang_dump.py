@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from sglang_eplb_affinity.cli import cli
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.routing import RoutingTrace, coactivation_of
-from sglang_eplb_affinity.sglang_dump import read_dumps
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingTrace, coactivation_of
+from sglang_eplb_affinity.formats.dumps import read_dumps
 from tests.planner.test_plan import skewed_tokens, window_of
 
 torch = pytest.importorskip("torch", reason="SGLang's dumps are torch files")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 @st.composite

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_eplb_affinity.dispatch import choose_replicas
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.dispatch.rules import choose_replicas
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 LAYERS, EXPERTS, SLOTS = 2, 8, 12
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow, coactivation_of
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow, coactivation_of
 
 
 def trace(tokens=50, layers=3, experts=9, k=4, seed=0) -> RoutingTrace:

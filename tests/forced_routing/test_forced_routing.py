@@ -10,15 +10,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sglang_eplb_affinity.errors import InputError  # noqa: E402
-from sglang_eplb_affinity.forced_routing import (  # noqa: E402
+from sglang_eplb_affinity.domain.errors import InputError  # noqa: E402
+from sglang_eplb_affinity.device.forced_routing import (  # noqa: E402
     NOT_THE_MODELS,
     ForcedRouting,
     ForcedRoutingSpec,
     reference_ids,
 )
-from sglang_eplb_affinity.routing import RoutingTrace  # noqa: E402
-from sglang_eplb_affinity.topology import Topology  # noqa: E402
+from sglang_eplb_affinity.domain.routing import RoutingTrace  # noqa: E402
+from sglang_eplb_affinity.domain.topology import Topology  # noqa: E402
 
 MODEL: dict[str, Any] = {
     "moe_layers": (3, 4, 5),
@@ -243,7 +243,7 @@ def test_reference_wraps_around_far_counters() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_kernel_equals_reference_and_goes_on_in_a_graph(dtype: torch.dtype) -> None:
-    from sglang_eplb_affinity.forced_routing_kernel import write_ids
+    from sglang_eplb_affinity.device.triton.forced_routing_kernel import write_ids
 
     rows = torch.randint(0, 256, (37, 8), dtype=torch.int16, device="cuda")
     for tokens in (1, 127, 8192):

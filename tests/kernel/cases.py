@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_eplb_affinity.launch_shape import LaunchShape, LaunchShapes
+from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes
 from tests.kernel.random_case import Case
 
 RULES = (None, "static", "dynamic", "cover")

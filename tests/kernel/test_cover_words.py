@@ -2,9 +2,9 @@
 
 import pytest
 
-from sglang_eplb_affinity.cover_words import READ_AHEAD, GpuCodes, choice_word
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.device.cover_words import READ_AHEAD, GpuCodes, choice_word
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.topology import Topology
 
 TOPOLOGIES = [
     (1, 1),

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_eplb_affinity.map_and_record import LayerTables, MapAndRecord, Placement
-from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RowLayout
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
+from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RowLayout
+from sglang_eplb_affinity.domain.topology import Topology
 from tests.kernel.cases import CASES
 from tests.kernel.random_case import Case, path, random_ids, random_map, run, tables_of
 

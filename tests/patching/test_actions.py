@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
 from sglang_eplb_affinity.patching.series import HEADER_FIELDS, make_diff
 from sglang_eplb_affinity.patching.upstream import Installation, checksum

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
 from sglang_eplb_affinity.patching.series import files_of, read_series
 from sglang_eplb_affinity.patching.upstream import Installation, Upstream

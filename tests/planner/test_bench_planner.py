@@ -15,11 +15,11 @@ from bench.planner.synthetic import synthetic_trace
 from bench.planner.torch_search import Problem, numba_search, torch_search
 from bench.planner.tried import several_splits, tried_rows
 from bench.summary import parse_figures
-from sglang_eplb_affinity.evaluate import measure
+from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.planner import PlannerConfig
 from sglang_eplb_affinity.planner.budget import budget_for
-from sglang_eplb_affinity.routing import RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 def test_quality_and_curves(tmp_path):  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
 from sglang_eplb_affinity.rebalance.layer_moves import LayerJob
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply

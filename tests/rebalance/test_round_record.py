@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from bench.rebalance_log import parse_log
-from sglang_eplb_affinity.dispatch import DispatchRule
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord, report, routing_checksum
-from sglang_eplb_affinity.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 def window(seed: int = 0) -> RoutingWindow:

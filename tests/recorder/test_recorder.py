@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_eplb_affinity.recorder import AffinityRecorder, RecorderConfig, RecordSchedule, RowLayout
-from sglang_eplb_affinity.reservoir import TokenReservoir
-from sglang_eplb_affinity.routing import coactivation_of, estimated_coactivation
-from sglang_eplb_affinity.window_reduce import Reduction, reduce_window, sample_shares
+from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RecordSchedule, RowLayout
+from sglang_eplb_affinity.device.reservoir import TokenReservoir
+from sglang_eplb_affinity.domain.routing import coactivation_of, estimated_coactivation
+from sglang_eplb_affinity.rebalance.window_reduce import Reduction, reduce_window, sample_shares
 
 ALONE = Reduction(contributes=True)
 

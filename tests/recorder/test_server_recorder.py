@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_eplb_affinity.recorder import RecordSchedule, one_group
+from sglang_eplb_affinity.device.recorder import RecordSchedule, one_group
 from sglang_eplb_affinity.sglang_hooks import recording
 
 

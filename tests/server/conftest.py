@@ -13,7 +13,7 @@ import torch
 
 from bench.cpu_engine import tiny_models
 from bench.emulated_hosts import EmulatedHosts
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from tests.conftest import first_port
 from tests.server.harness import NUM_PROMPTS, OUTPUT_TOKENS, ServerCase, prompts, serve
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.domain.routing import RoutingTrace
 
 
 def make_trace(

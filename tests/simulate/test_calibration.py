@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate import calibrate
 from sglang_eplb_affinity.simulate.calibration import LinkBytes, PhaseConstants, load_calibration, phase_time
 from sglang_eplb_affinity.simulate.published import Point, published_points, random_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.capacity.docs import compact_table, fill, table_named
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "simulate"

@@ -87,7 +87,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, part, trace_file, syst
 
 def test_simulate_takes_recorder_dumps_with_token_sets(trace, system_file, tmp_path):
     torch = pytest.importorskip("torch")
-    from sglang_eplb_affinity.routing import RoutingWindow
+    from sglang_eplb_affinity.domain.routing import RoutingWindow
 
     window = RoutingWindow.from_trace(trace, 1024)
     assert window.tokens is not None and window.coactivation is not None

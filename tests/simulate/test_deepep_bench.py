@@ -14,7 +14,7 @@ import torch
 from bench.deepep.__main__ import dry_run, main, parse, settings_of
 from bench.deepep.cases import Case, copies, normal_cases, routings, topk_ids
 from bench.deepep.timing import summarise
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.routing import RoutingTrace
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain, modes_of
 from sglang_eplb_affinity.simulate.replay import Day, Policy, domain_mix, moves, standard_policies
 from sglang_eplb_affinity.simulate.scenario import (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.calibration import load_calibration
 from sglang_eplb_affinity.simulate.system import divisible_redundancy, load_system, preset_names
 

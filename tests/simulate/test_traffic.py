@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_eplb_affinity.dispatch import DISPATCH_RULES, dispatch_trace
-from sglang_eplb_affinity.expert_map import ExpertMap
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, dispatch_trace
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.simulate import traffic as t
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.topology import Topology
 
 
 def plain_count(physical: np.ndarray, source: np.ndarray, topology: Topology, slots: int):

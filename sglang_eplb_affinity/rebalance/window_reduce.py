@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sglang_eplb_affinity.recorder import AffinityRecorder
-from sglang_eplb_affinity.routing import RoutingWindow
+from sglang_eplb_affinity.device.recorder import AffinityRecorder
+from sglang_eplb_affinity.domain.routing import RoutingWindow
 
 
 @dataclass(frozen=True)

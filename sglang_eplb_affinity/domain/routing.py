@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.files import write_atomically
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.routing import RoutingTrace
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.domain.topology import Topology
 
 FLAG = "--ep-forced-routing"
 MODES = "balanced, balanced:spread, balanced:local or replay:TRACE.npz[,domain=NAME][,layers=cycle]"
@@ -235,7 +235,7 @@ class ForcedRouting:
         if topk_ids.shape[0] == 0:
             return
         if topk_ids.is_cuda:
-            from sglang_eplb_affinity.forced_routing_kernel import write_ids
+            from sglang_eplb_affinity.device.triton.forced_routing_kernel import write_ids
 
             write_ids(self._table[index], self._start, topk_ids)
         else:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.routing import RoutingWindow, coactivation_of
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.routing import RoutingWindow, coactivation_of
 
 AFFINITY_VERSION = 1
 

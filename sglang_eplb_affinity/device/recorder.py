@@ -18,7 +18,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from sglang_eplb_affinity.reservoir import TokenReservoir
+from sglang_eplb_affinity.device.reservoir import TokenReservoir
 
 PHASES = ("prefill", "decode")
 

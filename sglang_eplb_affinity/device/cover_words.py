@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.topology import Topology
 
 READ_AHEAD = 4  # replicas that are chosen from in registers; where an expert has more, loops over all of them do it
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_eplb_affinity.dispatch import DispatchRule
-from sglang_eplb_affinity.errors import InputError
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.domain.errors import InputError
 
 THREADS_OF_WARP = 32
 

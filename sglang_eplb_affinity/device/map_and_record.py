@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from sglang_eplb_affinity.cover_words import GpuCodes
-from sglang_eplb_affinity.dispatch import DispatchRule, choose_replicas
-from sglang_eplb_affinity.launch_shape import LaunchShape, LaunchShapes, default_shapes
-from sglang_eplb_affinity.recorder import AffinityRecorder, RowLayout
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.device.cover_words import GpuCodes
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, choose_replicas
+from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
+from sglang_eplb_affinity.device.recorder import AffinityRecorder, RowLayout
+from sglang_eplb_affinity.domain.topology import Topology
 
 try:
     import triton
 
-    from sglang_eplb_affinity import map_and_record_kernel as kernel
+    from sglang_eplb_affinity.device.triton import map_and_record_kernel as kernel
 except ImportError:  # CPU environments have no Triton
     triton = kernel = None  # type: ignore[assignment]
 

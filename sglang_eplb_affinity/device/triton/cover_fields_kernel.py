@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_eplb_affinity.cover_words import choice_word, every_field
+from sglang_eplb_affinity.device.cover_words import choice_word, every_field
 
 _ONE = tl.constexpr(choice_word(1, 0))
 _TWO_0, _TWO_1 = (tl.constexpr(choice_word(2, number)) for number in range(2))

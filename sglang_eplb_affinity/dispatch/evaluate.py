@@ -17,13 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from sglang_eplb_affinity._numba import kernel
-from sglang_eplb_affinity.dispatch import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.dispatch_kernel import choose_slots, static_slots
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.routing import RoutingTrace
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.numba_kernel import kernel
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.domain.topology import Topology
 
 PerLayer = TypeVar("PerLayer")
 

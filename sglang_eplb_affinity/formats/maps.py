@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sglang_eplb_affinity.errors import InputError
-from sglang_eplb_affinity.expert_map import ExpertMap
-from sglang_eplb_affinity.files import write_atomically
-from sglang_eplb_affinity.topology import Topology
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.topology import Topology
 
 MapFormat = Literal["sglang", "vllm-ascend", "tensorrt-llm"]
 MAP_FORMATS: tuple[MapFormat, ...] = ("sglang", "vllm-ascend", "tensorrt-llm")

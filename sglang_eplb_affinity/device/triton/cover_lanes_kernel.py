@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_eplb_affinity.cover_fields_kernel import (
+from sglang_eplb_affinity.device.triton.cover_fields_kernel import (
     apart,
     doubled_mask,
     near_first,

@@ -1,0 +1,1 @@
+"""What runs in a forward pass: mapping of ids, recording, forced routing; kernels in :mod:`.triton`."""

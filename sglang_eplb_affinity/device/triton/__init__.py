@@ -1,0 +1,1 @@
+"""Triton kernels. Each has a plain-torch reference that it equals bit for bit."""
