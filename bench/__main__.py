@@ -12,18 +12,18 @@ from typing import Any
 
 import click
 
-from bench import sharegpt
-from bench.arms import ARMS, arms_named
-from bench.console import ConsoleProgress
-from bench.engine import CACHE, ROOT, check_gpus, check_sglang
-from bench.environment import command_line, describe_environment, hardware, provenance
-from bench.hosts import other_hosts as parse_hosts
-from bench.links import with_link
-from bench.profile import PROFILE_DIR, Profile
-from bench.rehearsal import rehearsal
-from bench.run_folder import RunFolder, RunPlan, open_run
-from bench.runner import Runner
-from bench.summary_cli import readme, summary
+from bench.harness import sharegpt
+from bench.harness.arms import ARMS, arms_named
+from bench.harness.console import ConsoleProgress
+from bench.harness.engine import CACHE, ROOT, check_gpus, check_sglang
+from bench.harness.environment import command_line, describe_environment, hardware, provenance
+from bench.harness.hosts import other_hosts as parse_hosts
+from bench.harness.links import with_link
+from bench.harness.profile import PROFILE_DIR, Profile
+from bench.harness.rehearsal import rehearsal
+from bench.harness.run_folder import RunFolder, RunPlan, open_run
+from bench.harness.runner import Runner
+from bench.publish.summary_cli import readme, summary
 from sglang_eplb_affinity.domain.errors import InputError
 
 INTERRUPTED = 130
@@ -109,7 +109,7 @@ def run(
         )
         sys.exit(INTERRUPTED)
     if not no_report:
-        from bench.report import build_report  # a GPU host that only measures need not have what draws
+        from bench.publish.report import build_report  # a GPU host that only measures need not have what draws
 
         build_report(folder, plan)
         click.echo((folder.path / "table.md").read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def run(
 @click.argument("folder")
 def report(folder: str) -> None:
     """Build the tables, plots and notebook of a run again (FOLDER: results/RUN)."""
-    from bench.report import build_report
+    from bench.publish.report import build_report
 
     run_folder = RunFolder(Path(folder))
     build_report(run_folder, run_folder.plan())
@@ -135,7 +135,7 @@ def report(folder: str) -> None:
 @click.argument("folder")
 def reevaluate(folder: str) -> None:
     """Compute the figures of a run's rows again from the requests that it kept (FOLDER: results/RUN)."""
-    from bench.reevaluate import reevaluate as add_records
+    from bench.figures.reevaluate import reevaluate as add_records
 
     count = add_records(RunFolder(Path(folder)))
     click.echo(f"{count} rows computed again; `python -m bench report {folder}` builds the tables from them")

@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from bench.capacity.docs import fill
-from bench.engine import ROOT
-from bench.environment import now, provenance
-from bench.output_paths import ResultFolder
+from bench.harness.engine import ROOT
+from bench.harness.environment import now, provenance
+from bench.harness.output_paths import ResultFolder
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingTrace

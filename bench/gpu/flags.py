@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench.hosts import OtherHosts, other_hosts
+from bench.harness.hosts import OtherHosts, other_hosts
 from sglang_eplb_affinity.domain.errors import InputError
 
 # Servers that start beside each other: what one has not taken yet looks free to the others, so the pool is limited by

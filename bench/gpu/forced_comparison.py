@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.engine import ROOT
-from bench.environment import now, provenance
+from bench.harness.engine import ROOT
+from bench.harness.environment import now, provenance
 from bench.gpu.flags import deepep_flags
 from bench.gpu.random_moe import MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
-from bench.output_paths import result_folder
-from bench.stats import ratio_by_block
+from bench.harness.output_paths import result_folder
+from bench.figures.stats import ratio_by_block
 from sglang_eplb_affinity.domain.files import write_atomically
 
 DATA = ROOT / "bench" / "data"

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.engine import ROOT
-from bench.environment import now, provenance
+from bench.harness.engine import ROOT
+from bench.harness.environment import now, provenance
 from bench.gpu.flags import need_gpus
-from bench.output_paths import result_file, write_result
+from bench.harness.output_paths import result_file, write_result
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap

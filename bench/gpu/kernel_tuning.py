@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from bench.environment import now, provenance
+from bench.harness.environment import now, provenance
 from bench.gpu.flags import need_gpus
 from bench.gpu.kernel_times import LAYERS, TOKENS, Cell, empty_kernel, measure_graph
-from bench.output_paths import result_file, write_result
+from bench.harness.output_paths import result_file, write_result
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes

@@ -7,8 +7,8 @@ from typing import Any
 
 from bench.gpu.flags import ranks_of
 from bench.gpu.resident import Load, by_block
-from bench.stats import Ratio, ratio_by_block
-from bench.summary import of_ranks
+from bench.figures.stats import Ratio, ratio_by_block
+from bench.publish.summary import of_ranks
 
 REHEARSAL = "cpu"  # the group whose figures mean nothing
 # Of the whole load, and of its passes alone (server_log.pass_rates): the figure of the results, and its metric.

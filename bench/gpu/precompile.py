@@ -22,7 +22,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.engine import STAND_INS
+from bench.harness.engine import STAND_INS
 
 _FP8 = ("bfloat16", "float8_e4m3fn", 128)
 # Module below sglang.kernels.ops, function, arguments (`bf16` and the like are torch dtypes): of the models that

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.engine import cpu_environment, own_models_only
-from bench.environment import now, provenance
+from bench.harness.engine import cpu_environment, own_models_only
+from bench.harness.environment import now, provenance
 from bench.gpu.flags import (
     SHARED_MEMORY,
     cpu_flags,
@@ -45,9 +45,9 @@ from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.reference import Reference
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import rounds, verification
-from bench.output_paths import result_file, write_result
-from bench.server import Server
-from bench.side_by_side import give_turn
+from bench.harness.output_paths import result_file, write_result
+from bench.harness.server import Server
+from bench.harness.side_by_side import give_turn
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance import verify
 

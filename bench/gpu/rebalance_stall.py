@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.engine import cpu_environment, own_models_only
-from bench.environment import now, provenance
+from bench.harness.engine import cpu_environment, own_models_only
+from bench.harness.environment import now, provenance
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
     SHARED_MEMORY,
@@ -45,10 +45,10 @@ from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, settled, spread, verification
-from bench.hosts import OtherHosts
-from bench.output_paths import result_folder
-from bench.schedule import williams_rows
-from bench.side_by_side import give_turn
+from bench.harness.hosts import OtherHosts
+from bench.harness.output_paths import result_folder
+from bench.harness.schedule import williams_rows
+from bench.harness.side_by_side import give_turn
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify

@@ -19,15 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.engine import Engine
+from bench.harness.engine import Engine
 from bench.gpu.serving_process import ServingProcess
-from bench.hosts import THIS_HOST, OtherHosts
-from bench.process import last_error, scrub_file
-from bench.profile import ServerConfig
-from bench.schedule import williams_rows
-from bench.server import HOST, PORT_STEP, Server, ServerFailed, commands_of_hosts
-from bench.server_log import pass_rates
-from bench.side_by_side import (
+from bench.harness.hosts import THIS_HOST, OtherHosts
+from bench.harness.process import last_error, scrub_file
+from bench.harness.profile import ServerConfig
+from bench.harness.schedule import williams_rows
+from bench.harness.server import HOST, PORT_STEP, Server, ServerFailed, commands_of_hosts
+from bench.figures.server_log import pass_rates
+from bench.harness.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
     free_port,
@@ -209,7 +209,7 @@ class ResidentServers:
 
 
 def by_block(rows: Sequence[Mapping[str, Any]], arm: str, load: str, metric: str) -> dict[int, float]:
-    """One metric of one arm's measured blocks that have it, for bench.stats.ratio_by_block."""
+    """One metric of one arm's measured blocks that have it, for bench.figures.stats.ratio_by_block."""
     return {
         int(row["block"]): float(row[metric])
         for row in rows

@@ -1,4 +1,4 @@
-"""sglang.bench_serving on prompts of its own, through bench.client_process; two of them can load one server at once."""
+"""sglang.bench_serving on prompts of its own, through bench.harness.client_process; two of them can load one server at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.client_process import Job
-from bench.engine import ROOT
-from bench.process import stop_group
+from bench.harness.client_process import Job
+from bench.harness.engine import ROOT
+from bench.harness.process import stop_group
 
 
 class ServingProcess:
@@ -24,7 +24,7 @@ class ServingProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.client_process"],
+                [sys.executable, "-m", "bench.harness.client_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.flags import ranks_of
-from bench.stats import ratio_by_block
-from bench.summary import of_ranks
+from bench.figures.stats import ratio_by_block
+from bench.publish.summary import of_ranks
 
 _ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})")
 _UPSTREAM = re.compile(r"TP0.*\[EPLBManager\] rebalance end time=([\d.]+)s")

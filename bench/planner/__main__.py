@@ -13,8 +13,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from bench.environment import describe_environment, now, provenance, versions
-from bench.output_paths import ResultFolder
+from bench.harness.environment import describe_environment, now, provenance, versions
+from bench.harness.output_paths import ResultFolder
 from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
 from bench.planner.report import report_text
 from bench.planner.rounds import ROUND_CASES, round_rows

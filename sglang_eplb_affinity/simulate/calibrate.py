@@ -98,7 +98,7 @@ def compare(points: Sequence[Point], constants: PhaseConstants) -> list[Comparis
 def fit_all(measured: Sequence[dict[str, Any]]) -> tuple[dict[str, dict[str, PhaseConstants]], list[Comparison]]:
     """Constants by calibration and "mode.phase", and the comparison with every point.
 
-    ``measured``: results of `python -m bench.deepep`, each on another number of GPUs; none: published tables only.
+    ``measured``: results of `python -m bench.micro.deepep`, each on another number of GPUs; none: published tables only.
     """
     fitted: dict[str, dict[str, PhaseConstants]] = {}
     rows: list[Comparison] = []
@@ -209,7 +209,7 @@ def summary_table(rows: Sequence[Comparison]) -> str:
 
 @click.command()
 @click.option(
-    "--measured", type=click.Path(), multiple=True, help="Result of `python -m bench.deepep`; once for each host."
+    "--measured", type=click.Path(), multiple=True, help="Result of `python -m bench.micro.deepep`; once for each host."
 )
 @click.option("--write", is_flag=True, help="Write data/calibrations.yaml.")
 @click.option("--table", is_flag=True, help="Print every point as a Markdown table.")

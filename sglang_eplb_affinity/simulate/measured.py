@@ -1,4 +1,4 @@
-"""Points from a result file of `python -m bench.deepep` (times over fan-out and message size on one host)."""
+"""Points from a result file of `python -m bench.micro.deepep` (times over fan-out and message size on one host)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_measured(path: Path) -> dict[str, Any]:
     except ValueError:
         raise InputError(f"{path}: not JSON") from None
     if not isinstance(data, dict) or not isinstance(data.get("sections"), dict):
-        raise InputError(f"{path}: not a result of `python -m bench.deepep` (it has no sections)")
+        raise InputError(f"{path}: not a result of `python -m bench.micro.deepep` (it has no sections)")
     return data
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.profile import Profile
-from bench.rebalance_log import parse_log
-from bench.run_folder import RunFolder, RunPlan
-from bench.schedule import CellKey
-from bench.store import CellRecord
+from bench.harness.profile import Profile
+from bench.figures.rebalance_log import parse_log
+from bench.harness.run_folder import RunFolder, RunPlan
+from bench.harness.schedule import CellKey
+from bench.harness.store import CellRecord
 
 # Lines as a patched SGLang 0.5.17 writes them (timestamp and rank from SGLang's own log format).
 AFFINITY_LOG = """\

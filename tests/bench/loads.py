@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from bench.request_log import RequestLog
+from bench.harness.request_log import RequestLog
 
 EPOCH = 1_790_000_000.0
 

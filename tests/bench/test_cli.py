@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from bench.__main__ import main
-from bench.engine import ROOT, check_gpus
-from bench.profile import Profile
-from bench.rehearsal import rehearsal
+from bench.harness.engine import ROOT, check_gpus
+from bench.harness.profile import Profile
+from bench.harness.rehearsal import rehearsal
 from sglang_eplb_affinity.domain.errors import InputError
 
 
@@ -68,6 +68,6 @@ def test_profiles_are_listed() -> None:
 
 def test_measuring_needs_nothing_that_draws() -> None:
     """A GPU host without network has what SGLang needs, and no more."""
-    code = "import sys, bench.__main__, bench.client_process; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = "import sys, bench.__main__, bench.harness.client_process; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"pandas", "matplotlib", "jupytext", "nbclient", "nbconvert", "pyarrow"} & set(done.stdout.split())

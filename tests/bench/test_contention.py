@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from bench import contention
-from bench.contention import ContentionMeter, busy_seconds
-from bench.engine import ROOT
+from bench.harness import contention
+from bench.harness.contention import ContentionMeter, busy_seconds
+from bench.harness.engine import ROOT
 
 STAT = """\
 cpu  300 30 60 1000 50 6 4 10 0 0
@@ -30,7 +30,7 @@ def test_unknown_where_a_core_is_missing(text: str) -> None:
 # other descendants that may end meanwhile.
 WATCH = f"""
 import subprocess, sys, time
-from bench.contention import own_seconds
+from bench.harness.contention import own_seconds
 
 start = own_seconds()
 code = "import subprocess, sys; subprocess.run([sys.executable, '-c', {SPIN!r}]); sys.stdin.read()"

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.emulated_hosts import ADDRESSES, NAMES, EmulatedHosts, emulation_missing
-from bench.engine import ROOT
+from bench.engines.emulated_hosts import ADDRESSES, NAMES, EmulatedHosts, emulation_missing
+from bench.harness.engine import ROOT
 
 LISTEN = (
     "import socket; s = socket.create_server(('', 4321)); print('up', flush=True); c, _ = s.accept(); c.sendall(b'hi')"
@@ -71,7 +71,7 @@ def test_nothing_is_left(hosts: EmulatedHosts) -> None:
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.emulated_hosts", *arguments]
+    command = [sys.executable, "-m", "bench.engines.emulated_hosts", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -83,7 +83,7 @@ def test_the_command_line_gives_the_commands_exit_code() -> None:
 
 @pytest.mark.usefixtures("hosts")
 def test_what_ends_it_ends_the_command() -> None:
-    command = [sys.executable, "-m", "bench.emulated_hosts", "sh", "-c", "echo $$; exec sleep 4321"]
+    command = [sys.executable, "-m", "bench.engines.emulated_hosts", "sh", "-c", "echo $$; exec sleep 4321"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         inside = psutil.Process(int(process.stdout.readline()))

@@ -12,12 +12,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bench.emulated_link import hooks  # noqa: E402
-from bench.emulated_link.copies import combine_bytes, dispatch_bytes, remote_copies  # noqa: E402
-from bench.emulated_link.settings import BANDWIDTH, NODES, LinkSettings, to_environment  # noqa: E402
-from bench.engine import check_sglang, cpu_environment  # noqa: E402
-from bench.links import link_environment  # noqa: E402
-from bench.profile import ServerConfig  # noqa: E402
+from bench.engines.emulated_link import hooks  # noqa: E402
+from bench.engines.emulated_link.copies import combine_bytes, dispatch_bytes, remote_copies  # noqa: E402
+from bench.engines.emulated_link.settings import BANDWIDTH, NODES, LinkSettings, to_environment  # noqa: E402
+from bench.harness.engine import check_sglang, cpu_environment  # noqa: E402
+from bench.harness.links import link_environment  # noqa: E402
+from bench.harness.profile import ServerConfig  # noqa: E402
 from sglang_eplb_affinity.domain.errors import InputError  # noqa: E402
 
 
@@ -119,7 +119,7 @@ def test_sglang_finds_the_plugin_and_it_hooks_both_modes_of_deepeps_dispatcher()
 @pytest.mark.gpu
 @pytest.mark.parametrize("per_expert", [False, True])
 def test_kernels_count_and_wait_in_a_graph_too(per_expert: bool) -> None:
-    from bench.emulated_link.kernel import after_combine, after_dispatch
+    from bench.engines.emulated_link.kernel import after_combine, after_dispatch
 
     ids = torch.randint(-1, 72, (3000, 8), device="cuda")
     count = torch.zeros(1, dtype=torch.int64, device="cuda")

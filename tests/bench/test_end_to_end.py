@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.emulated_hosts import NAMES, emulation_missing
-from bench.engine import ROOT, check_sglang
-from bench.profile import PROFILE_DIR
-from bench.side_by_side import free_port
+from bench.engines.emulated_hosts import NAMES, emulation_missing
+from bench.harness.engine import ROOT, check_sglang
+from bench.harness.profile import PROFILE_DIR
+from bench.harness.side_by_side import free_port
 from sglang_eplb_affinity.domain.errors import InputError
 
 pytestmark = pytest.mark.server
@@ -49,7 +49,7 @@ def bench_run(folder: Path, name: str, *options: str) -> subprocess.CompletedPro
         pytest.skip(str(error))
     command = [sys.executable, "-m", "bench", "run", "--results-dir", str(folder), "--run", name, *options]
     if "--other-hosts" in options:
-        command = [sys.executable, "-m", "bench.emulated_hosts", *command]
+        command = [sys.executable, "-m", "bench.engines.emulated_hosts", *command]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -1,6 +1,6 @@
 """What a record says of the hardware."""
 
-from bench.environment import _counted_gpus
+from bench.harness.environment import _counted_gpus
 
 TWO = "0, GPU-a, NVIDIA H200\n1, GPU-b, NVIDIA H200"
 FOUR = f"{TWO}\n2, GPU-c, NVIDIA H200\n3, GPU-d, NVIDIA H100 80GB HBM3"

@@ -5,11 +5,11 @@ import pytest
 from click.testing import CliRunner
 
 from bench.__main__ import main
-from bench.figures import default_prefix, figures_of_run
-from bench.run_folder import RunFolder, RunPlan
-from bench.schedule import CellKey
-from bench.store import CellRecord
-from bench.summary import load_figures
+from bench.figures.headline import default_prefix, figures_of_run
+from bench.harness.run_folder import RunFolder, RunPlan
+from bench.harness.schedule import CellKey
+from bench.harness.store import CellRecord
+from bench.publish.summary import load_figures
 from sglang_eplb_affinity.domain.errors import InputError
 from tests.bench.conftest import make_record
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.deepep import cases
-from bench.deepep.summary import local_to_spread
+from bench.micro.deepep import cases
+from bench.micro.deepep.summary import local_to_spread
 from bench.gpu.forced_comparison import ARMS, entries, gains, loads, main, write_maps
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
-from bench.server import Server, ServerEnded, ServerFailed
-from bench.summary import parse_figures
+from bench.harness.server import Server, ServerEnded, ServerFailed
+from bench.publish.summary import parse_figures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.device.forced_routing import balanced_order, rows_of_order

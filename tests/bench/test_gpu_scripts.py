@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from bench.engine import ROOT
+from bench.harness.engine import ROOT
 
 PYTHON = """#!/usr/bin/env bash
 case "$*" in

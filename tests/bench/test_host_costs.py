@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import host_costs
+from bench.micro import host_costs
 
 
 def test_every_step_is_measured(tmp_path, capsys) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from bench.engine import ROOT
+from bench.harness.engine import ROOT
 
 # Servers get ready, wait for the file after --hold, then measure; what times kernels measures at once.
 PYTHON = """#!/usr/bin/env bash

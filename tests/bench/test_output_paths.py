@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.engine import ROOT
-from bench.output_paths import result_file, result_folder
+from bench.harness.engine import ROOT
+from bench.harness.output_paths import result_file, result_folder
 
-FILES = ["bench.forced_routing", "bench.gpu.kernel_times", "bench.gpu.kernel_tuning", "bench.gpu.rebalance_check"]
+FILES = ["bench.micro.forced_routing", "bench.gpu.kernel_times", "bench.gpu.kernel_tuning", "bench.gpu.rebalance_check"]
 FOLDERS = ["bench.gpu.overhead", "bench.gpu.rebalance_stall", "bench.gpu.forced_comparison"]
 
 
-@pytest.mark.parametrize("module", [*FILES, "bench.deepep.__main__"])
+@pytest.mark.parametrize("module", [*FILES, "bench.micro.deepep.__main__"])
 def test_a_folder_is_no_result_file(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dry = ["--dry-run"] if "deepep" in module else []
     assert _exit_code(module, ["--out", str(tmp_path), *dry]) == 2

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench.engine import ROOT, cpu_environment
+from bench.harness.engine import ROOT, cpu_environment
 from bench.gpu import precompile
 
 BIND = """

@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import probe
-from bench.probe import ProbeFailed, load_window, placement_of, probe_placement
-from bench.profile import ServerConfig
-from bench.workload import Workload
+from bench.harness import probe
+from bench.harness.probe import ProbeFailed, load_window, placement_of, probe_placement
+from bench.harness.profile import ServerConfig
+from bench.harness.workload import Workload
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.engine import ROOT
-from bench.process import last_error, pause_group, resume_group, scrub, start_group, stop_group
+from bench.harness.engine import ROOT
+from bench.harness.process import last_error, pause_group, resume_group, scrub, start_group, stop_group
 
 # A leader that ignores SIGTERM and has a child that does so too, as a hanging server would.
 STUBBORN = """

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.arms import ARMS
-from bench.emulated_link.settings import LinkSettings
-from bench.engine import build_random_model
-from bench.links import Link, link_environment, with_link
-from bench.profile import PROFILE_DIR, Profile
-from bench.rehearsal import rehearsal
-from bench.server import PORT_STEP, server_command
+from bench.harness.arms import ARMS
+from bench.engines.emulated_link.settings import LinkSettings
+from bench.harness.engine import build_random_model
+from bench.harness.links import Link, link_environment, with_link
+from bench.harness.profile import PROFILE_DIR, Profile
+from bench.harness.rehearsal import rehearsal
+from bench.harness.server import PORT_STEP, server_command
 from sglang_eplb_affinity.domain.errors import InputError
 
 MINIMAL = '[server]\nmodel = "m"\nranks = 2\n[load]\noutput_tokens = 8\n[load.requests]\n4 = 40\n16 = 80\n'

@@ -1,5 +1,5 @@
-from bench.metrics import placement_metrics
-from bench.rebalance_log import LogSummary, parse_log
+from bench.figures.metrics import placement_metrics
+from bench.figures.rebalance_log import LogSummary, parse_log
 
 
 def test_reads_every_rebalance_of_a_patched_server(affinity_log: str) -> None:

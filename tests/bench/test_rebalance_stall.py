@@ -6,7 +6,7 @@ import numpy as np
 
 from bench.gpu.rebalance_stall import CPU_SETTING, INTERVAL, StallLoad, gpu_flags, gpu_setting, order_of
 from bench.gpu.stall_report import entries, ratios, rounds, settled, verification
-from bench.summary import parse_figures
+from bench.publish.summary import parse_figures
 
 
 def test_every_arm_has_every_load_in_every_block_and_modes_stay_together() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.profile import Profile
-from bench.reevaluate import reevaluate
-from bench.request_log import RequestLog
-from bench.run_folder import RunFolder, RunPlan
-from bench.schedule import CellKey
+from bench.harness.profile import Profile
+from bench.figures.reevaluate import reevaluate
+from bench.harness.request_log import RequestLog
+from bench.harness.run_folder import RunFolder, RunPlan
+from bench.harness.schedule import CellKey
 from sglang_eplb_affinity.domain.errors import InputError
 from tests.bench.conftest import AFFINITY_LOG, make_record
 from tests.bench.loads import closed_loop

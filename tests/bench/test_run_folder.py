@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.run_folder import RunFolder, RunPlan, open_run
-from bench.schedule import CellKey
+from bench.harness.run_folder import RunFolder, RunPlan, open_run
+from bench.harness.schedule import CellKey
 from sglang_eplb_affinity.domain.errors import InputError
 from tests.bench.conftest import make_record
 

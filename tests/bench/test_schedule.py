@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from bench.schedule import block_seed, plan_sittings, williams_rows
+from bench.harness.schedule import block_seed, plan_sittings, williams_rows
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])

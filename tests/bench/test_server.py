@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.engine import ROOT, Engine
-from bench.profile import Profile, ServerConfig
-from bench.server import PORT_STEP, Server, ServerFailed, commands_of_hosts
-from bench.side_by_side import free_port, give_turn
+from bench.harness.engine import ROOT, Engine
+from bench.harness.profile import Profile, ServerConfig
+from bench.harness.server import PORT_STEP, Server, ServerFailed, commands_of_hosts
+from bench.harness.side_by_side import free_port, give_turn
 from sglang_eplb_affinity.domain.errors import InputError
 
 CONFIG = ServerConfig(model="m", ranks=16, other_hosts=("n1", "n2"), dist_init_addr="n0:5000")

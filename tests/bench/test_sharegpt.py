@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import sharegpt
-from bench.engine import CACHE
+from bench.harness import sharegpt
+from bench.harness.engine import CACHE
 from sglang_eplb_affinity.domain.errors import InputError
 
 CONVERSATIONS = [

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from bench.compare import block_ratios, compare
-from bench.stats import holm, noise_floor_pct, ratio_by_block
+from bench.figures.compare import block_ratios, compare
+from bench.figures.stats import holm, noise_floor_pct, ratio_by_block
 
 
 def test_interval_is_students_t_on_the_log_ratios() -> None:

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from bench.schedule import CellKey
-from bench.store import Store
+from bench.harness.schedule import CellKey
+from bench.harness.store import Store
 from tests.bench.conftest import make_record
 
 KEY = CellKey(0, "vanilla", 4)

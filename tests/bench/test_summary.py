@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from bench.__main__ import main
-from bench.engine import ROOT
-from bench.readme_tables import results_table, update_tables
-from bench.summary import Figure, load_figures, merge_figures, parse_figures
+from bench.harness.engine import ROOT
+from bench.publish.readme_tables import results_table, update_tables
+from bench.publish.summary import Figure, load_figures, merge_figures, parse_figures
 from sglang_eplb_affinity.domain.errors import InputError
 
 FIGURE = Figure(

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.profile import LoadConfig
-from bench.sharegpt import Turn
-from bench.workload import output_lengths, requests_of, select_prompts, write_random_ids, write_texts
+from bench.harness.profile import LoadConfig
+from bench.harness.sharegpt import Turn
+from bench.harness.workload import output_lengths, requests_of, select_prompts, write_random_ids, write_texts
 from sglang_eplb_affinity.domain.errors import InputError
 
 

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bench.forced_routing import least_loaded_ids, main  # noqa: E402
+from bench.micro.forced_routing import least_loaded_ids, main  # noqa: E402
 
 
 def test_the_loop_that_is_compared_balances_too() -> None:
@@ -23,5 +23,5 @@ def test_the_loop_that_is_compared_balances_too() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path / "x.json")]) == 2
-    assert capsys.readouterr().err == "error: bench.forced_routing: needs a CUDA GPU, but PyTorch sees none\n"
+    assert capsys.readouterr().err == "error: bench.micro.forced_routing: needs a CUDA GPU, but PyTorch sees none\n"
     assert not (tmp_path / "x.json").exists()

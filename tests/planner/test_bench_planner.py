@@ -14,7 +14,7 @@ from bench.planner.rounds import round_rows
 from bench.planner.synthetic import synthetic_trace
 from bench.planner.torch_search import Problem, numba_search, torch_search
 from bench.planner.tried import several_splits, tried_rows
-from bench.summary import parse_figures
+from bench.publish.summary import parse_figures
 from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.planner import PlannerConfig
 from sglang_eplb_affinity.planner.budget import budget_for

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from bench.rebalance_log import parse_log
+from bench.figures.rebalance_log import parse_log
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord, report, routing_checksum

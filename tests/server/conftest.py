@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.cpu_engine import tiny_models
-from bench.emulated_hosts import EmulatedHosts
+from bench.engines.cpu_engine import tiny_models
+from bench.engines.emulated_hosts import EmulatedHosts
 from sglang_eplb_affinity.domain.errors import InputError
 from tests.conftest import first_port
 from tests.server.harness import NUM_PROMPTS, OUTPUT_TOKENS, ServerCase, prompts, serve

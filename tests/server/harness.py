@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.emulated_hosts import NAMES, EmulatedHosts
-from bench.engine import ROOT, cpu_environment, own_models_only
-from bench.process import Process, last_error, start_group, stop_group
-from bench.rebalance_log import LogSummary, parse_log
+from bench.engines.emulated_hosts import NAMES, EmulatedHosts
+from bench.harness.engine import ROOT, cpu_environment, own_models_only
+from bench.harness.process import Process, last_error, start_group, stop_group
+from bench.figures.rebalance_log import LogSummary, parse_log
 from tests.server.warm_start import WarmServer
 
 TEXT = (

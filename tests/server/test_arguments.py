@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.engine import ROOT, cpu_environment
+from bench.harness.engine import ROOT, cpu_environment
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.formats.maps import save_map
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, save_recorded_map

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.emulated_hosts import EmulatedHosts
+from bench.engines.emulated_hosts import EmulatedHosts
 from tests.server.harness import RunningServer, ServerCase, prompts, serve
 
 HERE = Path(__file__).parent

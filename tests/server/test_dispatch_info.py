@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench.engine import ROOT, cpu_environment
+from bench.harness.engine import ROOT, cpu_environment
 
 
 @pytest.fixture(scope="module")

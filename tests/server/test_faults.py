@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.engine import cpu_environment
+from bench.harness.engine import cpu_environment
 from tests.server.harness import ServerCase, prompts, serve
 
 HERE = Path(__file__).parent

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.engine import ROOT
+from bench.harness.engine import ROOT
 
 
 def test_three_arms_side_by_side_under_load(tmp_path: Path, port: int) -> None:

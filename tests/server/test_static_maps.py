@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.emulated_hosts import EmulatedHosts
+from bench.engines.emulated_hosts import EmulatedHosts
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.formats.maps import load_map, save_map
 from sglang_eplb_affinity.formats.recorded_map import origin_of

@@ -18,8 +18,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from unittest.mock import patch
 
-from bench.emulated_hosts import enter
-from bench.engine import cpu_environment
+from bench.engines.emulated_hosts import enter
+from bench.harness.engine import cpu_environment
 
 IMPORTED = ["sglang.srt.entrypoints.http_server", "sglang.srt.managers.data_parallel_controller"]
 

@@ -51,7 +51,7 @@ def test_a_missing_result_names_the_command(tmp_path):
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="no simulated results yet")
 def test_page_is_up_to_date_and_entries_are_valid(tmp_path):
-    from bench.summary import load_figures
+    from bench.publish.summary import load_figures
 
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "capacity_planning.md").read_text())

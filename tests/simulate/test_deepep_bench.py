@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.deepep.__main__ import dry_run, main, parse, settings_of
-from bench.deepep.cases import Case, copies, normal_cases, routings, topk_ids
-from bench.deepep.timing import summarise
+from bench.micro.deepep.__main__ import dry_run, main, parse, settings_of
+from bench.micro.deepep.cases import Case, copies, normal_cases, routings, topk_ids
+from bench.micro.deepep.timing import summarise
 from sglang_eplb_affinity.domain.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_bad_settings(arguments, part):
 
 
 def test_command_line():
-    base = [sys.executable, "-m", "bench.deepep", "--out"]
+    base = [sys.executable, "-m", "bench.micro.deepep", "--out"]
     done = subprocess.run([*base, "x.json", "--dry-run"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0 and json.loads(done.stdout)["points"]["normal"] > 100
     done = subprocess.run(
@@ -86,5 +86,5 @@ def test_command_line():
 @pytest.mark.skipif(torch.cuda.device_count() >= 8, reason="this machine has 8 GPUs")
 def test_more_gpus_than_there_are(tmp_path, capsys):
     assert main(["--out", str(tmp_path / "x.json"), "--gpus", "8"]) == 2
-    assert "bench.deepep" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    assert "bench.micro.deepep" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())

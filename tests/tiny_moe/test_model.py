@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from bench.tiny_moe import checkpoint  # noqa: E402
-from bench.tiny_moe.model import ModelConfig, SparseMoe, TinyMoe  # noqa: E402
+from bench.engines.tiny_moe import checkpoint  # noqa: E402
+from bench.engines.tiny_moe.model import ModelConfig, SparseMoe, TinyMoe  # noqa: E402
 
 SMALL = replace(
     ModelConfig(),

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from bench.tiny_moe import exercises, sources
+from bench.engines.tiny_moe import exercises, sources
 
 
 def test_html_keeps_paragraphs_and_drops_menus() -> None:

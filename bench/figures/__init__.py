@@ -1,0 +1,1 @@
+"""Figures from what a run left: metrics of a cell, intervals, comparisons, when a row is void."""

@@ -1,0 +1,66 @@
+"""The figures of one cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.harness.profile import LoadConfig
+from bench.figures.rebalance_log import FAILED, UNCHANGED, LogSummary, mean_of
+from bench.harness.request_log import RequestLog
+from bench.figures.server_log import batch_lines, full_prefills, queue_metrics
+from bench.figures.steady import Targets, client_metrics, steady_metrics, steady_window
+
+PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "remote_node_copies")
+
+
+def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_log: str = "") -> dict[str, float]:
+    """What the requests say, and the server's log of the row about them; latencies in ms, rates in 1/s.
+
+    All but ``completed``, ``duration_s``, the token totals and full prefill passes is of the row's steady part.
+    """
+    ends = log.end[log.ok]
+    found = {
+        "completed": float(log.ok.sum()),
+        "input_tokens": float(log.input_tokens[log.ok].sum()),
+        "output_tokens": float(log.output_tokens.sum()),
+        "duration_s": float(ends.max() - log.start.min()) if len(ends) else 0.0,
+        "silent_requests": float((log.ok & (log.ttft == 0)).sum()),
+    }
+    window = steady_window(log, concurrency, bool(load.request_rate))
+    if window is None:
+        return found
+    targets = Targets(load.slo_ttft_ms, load.slo_tpot_ms, load.stall_ms)
+    found |= steady_metrics(log, window, targets) | client_metrics(log, window)
+    lines = batch_lines(server_log)
+    found |= queue_metrics(lines, log.epoch + window.start, log.epoch + window.end)
+    return found | full_prefills(lines)
+
+
+def placement_metrics(
+    server_life: LogSummary, cell: LogSummary, probed: Mapping[str, float] | None = None
+) -> dict[str, float | int | None]:
+    """Balancedness, fan-outs and remote copies as the server saw them, each three times.
+
+    ``*_initial``: the placement the server started with, on its first window. ``*_served``: the placement in use
+    during the cell, on the traffic of the cell (mean over its rebalances after the first that moved experts).
+    ``*_planned``: what the new maps promised on the windows they were planned on. ``probed``: the initial placement
+    of a server that never rebalances, measured on the warm-up prompts.
+    """
+    out: dict[str, float | int | None] = {
+        "rebalances": len(cell.rebalances) or cell.upstream_ends,
+        "rebalances_moved": cell.moved if cell.rebalances or not cell.upstream_ends else None,
+        "rebalances_unchanged": cell.with_result(UNCHANGED),
+        "rebalances_failed": cell.with_result(FAILED),
+        "moved_experts": sum(r.moved_experts for r in cell.rebalances if r.moved),
+        "plan_seconds": mean_of(cell.rebalances, "plan_seconds"),
+        "rebalance_seconds": mean_of(cell.rebalances, "seconds"),
+    }
+    life = server_life.rebalances
+    before_cell = len(life) - len(cell.rebalances)
+    first_move = next((i for i, r in enumerate(life) if r.moved), len(life))
+    served = life[max(before_cell, first_move + 1) :]
+    for name in PLACEMENT:
+        out[f"{name}_initial"] = mean_of(life[:1], f"{name}_before") if life else (probed or {}).get(name)
+        out[f"{name}_served"] = mean_of(served, f"{name}_before")
+        out[f"{name}_planned"] = mean_of(cell.rebalances, f"{name}_after")
+    return out

@@ -1,0 +1,1 @@
+"""Running servers and load: arms, profiles, cells, the store of what was measured."""

@@ -1,0 +1,170 @@
+"""Profiles: the small TOML files under bench/profiles/ that say what to serve and how to load it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bench.harness.arms import ARMS
+from bench.harness.hosts import OtherHosts
+from sglang_eplb_affinity.domain.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROFILE_DIR = Path(__file__).parents[1] / "profiles"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the server is started. ``flags`` go to every arm, ``eplb_flags`` to the arms that use EPLB."""
+
+    # A path, a hub id, `tiny:NAME` (built on the spot for the CPU), `random:KEY=N,...` (sizes of a Qwen3Moe without
+    # weights, see bench.gpu.random_moe), or empty: --model must name one.
+    model: str
+    ranks: int
+    nodes: int = 1  # more than 1 on a single host: emulated, the ranks are dealt out node by node
+    emulated_nodes: int = 0  # with an emulated link, where nodes is 1; 0: each rank is a node
+    engine: str = "cuda"  # `cpu`: SGLang's CPU engine as bench/engines/cpu_engine completes it
+    flags: tuple[str, ...] = ()
+    eplb_flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    port: int = 31100
+    ready_timeout_s: float = 180.0
+    # A server over several hosts: the harness runs on the first, and starts the same command on the others through a
+    # remote shell, in the same folder. ``dist_init_addr`` is HOST:PORT of the first, as the others reach it.
+    other_hosts: tuple[str, ...] = ()
+    dist_init_addr: str = ""
+    remote_shell: tuple[str, ...] = ("ssh", "-tt", "-o", "BatchMode=yes")
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """What is sent. ``requests`` maps concurrency to the number of requests of a cell.
+
+    ``prompts``: `sharegpt` for text, or `random-ids`, for models whose routing is forced so that text does not matter.
+    ``input_tokens`` is [shortest, longest] prompt that is taken as it is; ``exact_input_tokens`` instead cuts and
+    joins prompts to one length. ``output_tokens`` is the same for every request (end of sequence ignored), but for the
+    first of a closed loop if it is to ``stagger`` (see bench.harness.workload). ``request_rate`` in requests/s makes the load
+    open (Poisson arrivals, at most the concurrency in flight); 0 is a closed loop. For ``slo_*`` (0: none) and
+    ``stall_ms`` see bench.figures.steady.Targets.
+    """
+
+    requests: Mapping[int, int]
+    output_tokens: int
+    prompts: str = "sharegpt"
+    input_tokens: tuple[int, int] = (4, 1024)
+    exact_input_tokens: int = 0
+    stagger: bool = False
+    request_rate: float = 0.0
+    warmup_requests: int = 16
+    warmup_rounds: int = 4
+    cell_timeout_s: float = 600.0
+    slo_ttft_ms: float = 0.0
+    slo_tpot_ms: float = 0.0
+    stall_ms: float = 50.0
+
+    @property
+    def concurrency(self) -> tuple[int, ...]:
+        return tuple(sorted(self.requests))
+
+    def requests_at(self, concurrency: int) -> int:
+        """Requests of a cell; between the profile's own points by interpolation, never fewer than 4 a slot."""
+        known = self.concurrency
+        if concurrency in self.requests:
+            return self.requests[concurrency]
+        between = float(np.interp(concurrency, known, [self.requests[c] for c in known]))
+        return max(round(between), 4 * concurrency)
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    title: str
+    server: ServerConfig
+    load: LoadConfig
+    arms: tuple[str, ...] = ("none", "vanilla", "affinity")
+    blocks: int = 1
+    seed: int = 1
+    # All arms' servers start at once on the same GPUs and take turns; else one at a time, each for a whole block.
+    arms_side_by_side: bool = False
+    link: str = ""  # between nodes: the machine's own, or `emulatedN`: slowed down to N GB/s (see bench.harness.links)
+
+    @staticmethod
+    def named(name: str, directory: Path = PROFILE_DIR) -> Profile:
+        """The profile of this name, or of this path when ``name`` ends in .toml."""
+        path = Path(name) if name.endswith(".toml") else directory / f"{name}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in directory.glob("*.toml")))
+            raise InputError(f"--profile: {name!r} is neither a .toml file nor one of {known}")
+        return Profile.parse(path.read_text(encoding="utf-8"), name=path.stem, source=str(path))
+
+    @staticmethod
+    def parse(text: str, *, name: str, source: str) -> Profile:
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{source}: not TOML ({error})") from None
+        server = _build(ServerConfig, data.pop("server", {}), f"{source}: [server]")
+        load_table = dict(data.pop("load", {}))
+        try:
+            load_table["requests"] = {int(key): int(value) for key, value in load_table["requests"].items()}
+        except (KeyError, AttributeError, ValueError, TypeError):
+            raise InputError(f"{source}: [load] requests must map concurrency to a number of requests") from None
+        load = _build(LoadConfig, load_table, f"{source}: [load]")
+        profile: Profile = _build(Profile, {"name": name, "server": server, "load": load, **data}, source)
+        profile._check(source)
+        return profile
+
+    def over(self, hosts: OtherHosts) -> Profile:
+        """With its server over several hosts; each is a node, unless the profile says what nodes are."""
+        nodes = self.server.nodes if self.server.nodes > 1 else 1 + len(hosts.names)
+        server = replace(self.server, other_hosts=hosts.names, dist_init_addr=hosts.dist_init_addr, nodes=nodes)
+        return replace(self, server=server)
+
+    def _check(self, source: str) -> None:
+        if unknown := [arm for arm in self.arms if arm not in ARMS]:
+            raise InputError(f"{source}: arms has {unknown[0]!r}, but known arms are {', '.join(ARMS)}")
+        if self.server.engine not in ("cpu", "cuda"):
+            raise InputError(f"{source}: [server] engine is {self.server.engine!r}, but must be 'cpu' or 'cuda'")
+        if self.server.ranks < 1 or self.server.nodes < 1 or self.server.ranks % self.server.nodes:
+            raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of nodes")
+        if self.server.emulated_nodes < 0 or self.server.ranks % (self.server.emulated_nodes or 1):
+            raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of emulated_nodes")
+        if self.server.other_hosts and ":" not in self.server.dist_init_addr:
+            raise InputError(f"{source}: [server] other_hosts need dist_init_addr, HOST:PORT of the first host")
+        if not self.load.requests or min(*self.load.requests, *self.load.requests.values(), 1) < 1:
+            raise InputError(f"{source}: [load] requests must be at least 1 at each concurrency of at least 1")
+        if self.load.prompts not in ("sharegpt", "random-ids"):
+            raise InputError(f"{source}: [load] prompts is {self.load.prompts!r}, but must be sharegpt or random-ids")
+        if self.blocks < 1 or self.load.output_tokens < 4:
+            raise InputError(f"{source}: blocks must be at least 1 and output_tokens at least 4")
+
+    def with_model(self, model: str | None) -> Profile:
+        """This profile with the model of ``--model``; raises InputError when neither names one."""
+        if model:
+            return replace(self, server=replace(self.server, model=model))
+        if not self.server.model:
+            raise InputError(f"--model: profile {self.name!r} has no model of its own; give a path or a hub id")
+        return self
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], table: Mapping[str, Any], source: str) -> T:
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(table) - names):
+        raise InputError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(names))}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise InputError(f"{source}: {str(error).split('() ')[-1]}") from None

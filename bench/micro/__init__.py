@@ -1,0 +1,1 @@
+"""Measurements of one part by itself: DeepEP, kernels, host costs."""

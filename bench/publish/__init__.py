@@ -1,0 +1,1 @@
+"""What is made from a store: tables, plots, report, notebook, README tables."""

@@ -1,0 +1,79 @@
+"""Commands for results/summary.json and the tables made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bench.harness.engine import ROOT
+from bench.publish.readme_tables import update_tables
+from bench.harness.run_folder import RunFolder
+from bench.publish.summary import dump_figures, load_figures, merge_figures
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.files import write_atomically
+
+SUMMARY = ROOT / "results" / "summary.json"
+_summary_option = click.option("--summary", "summary_file", default=str(SUMMARY), help="The summary file.")
+
+
+@click.group()
+def summary() -> None:
+    """Headline figures: results/summary.json."""
+
+
+@summary.command()
+@click.argument("files", nargs=-1, required=True)
+@_summary_option
+def add(files: tuple[str, ...], summary_file: str) -> None:
+    """Merge the entries of FILES by name (the newest wins); all are checked before anything is written."""
+    target = Path(summary_file)
+    figures = load_figures(target) if target.is_file() else []
+    for file in files:
+        figures = merge_figures(figures, load_figures(Path(file)))
+    dump_figures(figures, target)
+    click.echo(f"{target}: {len(figures)} entries")
+
+
+@summary.command("from-run")
+@click.argument("folder")
+@click.option("--prefix", help="Of the names. Default: bench.LINK, such as bench.nvlink; ep4.bench.LINK on 4 GPUs.")
+@click.option("--output", required=True, help="File to write the entries to, for `summary add`.")
+def from_run(folder: str, prefix: str | None, output: str) -> None:
+    """Write the headline figures of a run (FOLDER: results/RUN) as summary entries."""
+    from bench.figures.headline import default_prefix, figures_of_run
+
+    run = RunFolder(Path(folder))
+    plan = run.plan()
+    figures = figures_of_run(run, plan, prefix or default_prefix(plan))
+    dump_figures(figures, Path(output))
+    click.echo(f"{output}: {len(figures)} entries")
+
+
+@summary.command()
+@_summary_option
+def check(summary_file: str) -> None:
+    """Validate the summary file."""
+    click.echo(f"{summary_file}: {len(load_figures(Path(summary_file)))} entries, all valid")
+
+
+@click.command()
+@click.option("--file", "markdown_file", default=str(ROOT / "README.md"), help="The Markdown file with markers.")
+@click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 when the tables are out of date.")
+@_summary_option
+def readme(markdown_file: str, only_check: bool, summary_file: str) -> None:
+    """Make the result tables of README.md anew from the summary."""
+    path = Path(markdown_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    new = update_tables(text, load_figures(Path(summary_file)), source=str(path))
+    if new == text:
+        click.echo(f"{path}: tables are up to date")
+    elif only_check:
+        click.echo(f"{path}: tables differ from {summary_file}; run `python -m bench readme`", err=True)
+        raise SystemExit(1)
+    else:
+        write_atomically(path, new.encode())
+        click.echo(f"{path}: tables written")
