@@ -20,6 +20,7 @@ from bench.harness.output_paths import ResultFolder
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.simulate.calibrate import (
     MEASURED,
     Comparison,
@@ -30,7 +31,6 @@ from sglang_eplb_affinity.simulate.calibrate import (
 )
 from sglang_eplb_affinity.simulate.fidelity import fidelity, fidelity_table
 from sglang_eplb_affinity.simulate.measured import load_measured
-from sglang_eplb_affinity.domain.topology import Topology
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
 PAGE = "docs/capacity_planning.md"

@@ -186,7 +186,9 @@ def _setns(fd: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m bench.engines.emulated_hosts", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m bench.engines.emulated_hosts", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument(
         "--gbit", type=float, help="rate of the network between the hosts in Gbit/s (default: no limit)"
     )

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from bench.figures.compare import block_ratios, compare
-from bench.harness.links import Link
 from bench.figures.metrics import PLACEMENT
+from bench.figures.stats import noise_floor_pct
+from bench.harness.links import Link
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.publish.sections import HEADLINE
-from bench.figures.stats import noise_floor_pct
 from bench.publish.summary import Figure, of_ranks
 from bench.publish.table import tidy
 from sglang_eplb_affinity.domain.errors import InputError

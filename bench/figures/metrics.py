@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bench.harness.profile import LoadConfig
 from bench.figures.rebalance_log import FAILED, UNCHANGED, LogSummary, mean_of
-from bench.harness.request_log import RequestLog
 from bench.figures.server_log import batch_lines, full_prefills, queue_metrics
 from bench.figures.steady import Targets, client_metrics, steady_metrics, steady_window
+from bench.harness.profile import LoadConfig
+from bench.harness.request_log import RequestLog
 
 PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "remote_node_copies")
 

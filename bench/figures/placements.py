@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.harness.profile import ServerConfig
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.dispatch.evaluate import dealt_sources, measure_layer
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.domain.routing import RoutingWindow, coactivation_of
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from bench.harness.arms import ARMS
-from bench.harness.environment import now, provenance
 from bench.figures.metrics import latency_metrics
 from bench.figures.rebalance_log import parse_log
+from bench.figures.server_log import lines_between
+from bench.figures.validity import void_reasons
+from bench.harness.arms import ARMS
+from bench.harness.environment import now, provenance
 from bench.harness.request_log import RequestLog
 from bench.harness.run_folder import RunFolder, RunPlan
-from bench.figures.server_log import lines_between
 from bench.harness.store import CellRecord
-from bench.figures.validity import void_reasons
 from sglang_eplb_affinity.domain.errors import InputError
 
 # From the last token to the record: the load generator writes what it has seen.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from bench.harness.arms import Arm
 from bench.figures.rebalance_log import FAILED, LogSummary
+from bench.harness.arms import Arm
 
 # Below this part of the wanted concurrency, on average over the steady part, a closed loop did not reach it.
 REACHED_CONCURRENCY = 0.9

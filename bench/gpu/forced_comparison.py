@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness.engine import ROOT
-from bench.harness.environment import now, provenance
+from bench.figures.stats import ratio_by_block
 from bench.gpu.flags import deepep_flags
 from bench.gpu.random_moe import MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
+from bench.harness.engine import ROOT
+from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_folder
-from bench.figures.stats import ratio_by_block
 from sglang_eplb_affinity.domain.files import write_atomically
 
 DATA = ROOT / "bench" / "data"
@@ -81,9 +81,9 @@ def write_maps(folder: Path, gpus: int) -> None:
     """The placements of EPLB and affinity for ``gpus`` GPUs, from the plan trace."""
     if (folder / "map-affinity.json").is_file():
         return
-    from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
     from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
     from sglang_eplb_affinity.domain.topology import Topology
+    from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 
     window = RoutingWindow.from_trace(RoutingTrace.load(PLAN), 16384)
     topology, slots = Topology(gpus), window.num_experts + REDUNDANT_PER_GPU * gpus

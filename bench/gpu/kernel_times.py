@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu.flags import need_gpus
 from bench.harness.engine import ROOT
 from bench.harness.environment import now, provenance
-from bench.gpu.flags import need_gpus
 from bench.harness.output_paths import result_file, write_result
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.device.launch_shape import LaunchShapes
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RowLayout
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 
 TOKENS = (1, 16, 128, 1024, 8192)

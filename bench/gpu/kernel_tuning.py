@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from bench.harness.environment import now, provenance
 from bench.gpu.flags import need_gpus
 from bench.gpu.kernel_times import LAYERS, TOKENS, Cell, empty_kernel, measure_graph
+from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_file, write_result
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.device.recorder import RowLayout
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.domain.errors import InputError
 
 _ITEM_SHAPES = (
     LaunchShape(32, 1), LaunchShape(128, 1), LaunchShape(64, 2), LaunchShape(128, 4), LaunchShape(256, 8),

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness.engine import cpu_environment, own_models_only
-from bench.harness.environment import now, provenance
 from bench.gpu import deepseek_shaped, random_moe
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
@@ -44,6 +42,8 @@ from bench.gpu.flags import (
 from bench.gpu.overhead_report import LOSSES, REHEARSAL, entries, finish, unfinished, values_of
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, incomplete
 from bench.gpu.serving_process import ServingProcess
+from bench.harness.engine import cpu_environment, own_models_only
+from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_folder
 from bench.harness.side_by_side import give_turn
 from sglang_eplb_affinity.domain.errors import InputError

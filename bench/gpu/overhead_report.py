@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.figures.stats import Ratio, ratio_by_block
 from bench.gpu.flags import ranks_of
 from bench.gpu.resident import Load, by_block
-from bench.figures.stats import Ratio, ratio_by_block
 from bench.publish.summary import of_ranks
 
 REHEARSAL = "cpu"  # the group whose figures mean nothing

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 from sglang_eplb_affinity.domain.files import write_atomically
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "engines" / "tiny_moe" / "model"  # the small trained model's, 4096 tokens
+TOKENIZER = (
+    Path(__file__).resolve().parents[1] / "engines" / "tiny_moe" / "model"
+)  # the small trained model's, 4096 tokens
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness.engine import cpu_environment, own_models_only
-from bench.harness.environment import now, provenance
 from bench.gpu.flags import (
     SHARED_MEMORY,
     cpu_flags,
@@ -45,6 +43,8 @@ from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.reference import Reference
 from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.gpu.stall_report import rounds, verification
+from bench.harness.engine import cpu_environment, own_models_only
+from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_file, write_result
 from bench.harness.server import Server
 from bench.harness.side_by_side import give_turn

@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness.engine import cpu_environment, own_models_only
-from bench.harness.environment import now, provenance
 from bench.gpu.earlier import earlier
 from bench.gpu.flags import (
     SHARED_MEMORY,
@@ -45,6 +43,8 @@ from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
 from bench.gpu.stall_report import entries, ratios, rounds, settled, spread, verification
+from bench.harness.engine import cpu_environment, own_models_only
+from bench.harness.environment import now, provenance
 from bench.harness.hosts import OtherHosts
 from bench.harness.output_paths import result_folder
 from bench.harness.schedule import williams_rows

@@ -19,14 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.harness.engine import Engine
+from bench.figures.server_log import pass_rates
 from bench.gpu.serving_process import ServingProcess
+from bench.harness.engine import Engine
 from bench.harness.hosts import THIS_HOST, OtherHosts
 from bench.harness.process import last_error, scrub_file
 from bench.harness.profile import ServerConfig
 from bench.harness.schedule import williams_rows
 from bench.harness.server import HOST, PORT_STEP, Server, ServerFailed, commands_of_hosts
-from bench.figures.server_log import pass_rates
 from bench.harness.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu.flags import ranks_of
 from bench.figures.stats import ratio_by_block
+from bench.gpu.flags import ranks_of
 from bench.publish.summary import of_ranks
 
 _ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})")

@@ -14,7 +14,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
-STAND_INS = ROOT / "bench" / "cpu_engine" / "stand_ins"
+STAND_INS = ROOT / "bench" / "engines" / "cpu_engine" / "stand_ins"
 
 
 # What the models made for the CPU and random ones are, and SGLang's files of them.

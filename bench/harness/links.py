@@ -15,7 +15,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 ACTIVE = "[emulated link] every dispatch and combine waits"  # the plugin's log line; without it a row is void
 NVLINK, LOCAL = "nvlink", "cpu"
 _EMULATED = re.compile(r"emulated(\d+)")
-_PLUGIN = ROOT / "bench" / "emulated_link" / "plugin"
+_PLUGIN = ROOT / "bench" / "engines" / "emulated_link" / "plugin"
 
 
 @dataclass(frozen=True)

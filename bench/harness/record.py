@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.figures.metrics import latency_metrics, placement_metrics
+from bench.figures.rebalance_log import LogSummary, parse_log
+from bench.figures.steady import timeline
+from bench.figures.validity import void_reasons
 from bench.harness.arms import ARMS
 from bench.harness.environment import now, provenance
 from bench.harness.links import ACTIVE, Link
 from bench.harness.load import LoadResult
-from bench.figures.metrics import latency_metrics, placement_metrics
 from bench.harness.probe import Placement
-from bench.figures.rebalance_log import LogSummary, parse_log
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey, block_seed
 from bench.harness.server import Server
-from bench.figures.steady import timeline
 from bench.harness.store import CellRecord
-from bench.figures.validity import void_reasons
 from bench.harness.workload import Workload
 from sglang_eplb_affinity.domain.files import write_atomically
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from bench.figures.rebalance_log import LogSummary, parse_log
 from bench.harness.arms import Arm
 from bench.harness.engine import ROOT, Engine
 from bench.harness.process import last_error, pause_group, resume_group, scrub_file, start_group, stop_group
 from bench.harness.profile import ServerConfig
-from bench.figures.rebalance_log import LogSummary, parse_log
 
 HOST = "127.0.0.1"
 PORT_STEP = 25  # a server with data-parallel attention takes a dozen ports that follow from its first

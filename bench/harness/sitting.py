@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from bench.figures.steady import Targets, steady_metrics, steady_window
 from bench.harness.arms import Arm
 from bench.harness.load import LoadClient, LoadResult, load_arguments, warm_up
 from bench.harness.profile import LoadConfig
@@ -16,7 +17,6 @@ from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey, block_seed
 from bench.harness.server import Server
 from bench.harness.sharegpt import Turn
-from bench.figures.steady import Targets, steady_metrics, steady_window
 from bench.harness.workload import (
     Tokenizer,
     Workload,

@@ -19,8 +19,8 @@ import torch
 
 from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_file, write_result
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.device.forced_routing import ForcedRouting
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
 
 TOKENS = (1, 128, 8192)

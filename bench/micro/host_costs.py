@@ -25,7 +25,9 @@ import torch.distributed as dist
 
 from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_file, write_result
+from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
 from sglang_eplb_affinity.rebalance.host_staged import HostStagedTransfer
@@ -34,9 +36,7 @@ from sglang_eplb_affinity.rebalance.map_tables import MapTables
 from sglang_eplb_affinity.rebalance.peer_copy import PeerCopyTransfer
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer
 from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
-from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig
 from sglang_eplb_affinity.sglang_hooks.window_snapshot import RecorderWindow
-from sglang_eplb_affinity.domain.topology import Topology
 
 LAYERS, EXPERTS, SLOTS, TOKENS, TOP_K, WINDOW = 6, 64, 72, 64, 8, 100
 LOCAL = SLOTS // 2
@@ -127,7 +127,9 @@ def microseconds(before: Step, step: Step, repeats: int) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.micro.host_costs", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.micro.host_costs", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=result_file, required=True)
     parser.add_argument("--repeats", type=int, default=200)
     options = parser.parse_args(arguments)

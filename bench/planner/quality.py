@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from bench.planner.upstream import upstream_map
+from sglang_eplb_affinity.dispatch.evaluate import measure_trace
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.dispatch.evaluate import measure_trace
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
 
 Rebalance = Callable[..., Any]
 METRICS = ("gpu_fanout", "node_fanout", "extra_nodes", "remote_node_copies", "load_max_over_mean")

@@ -10,8 +10,8 @@ import numpy as np
 from bench.planner.quality import SAMPLE_TOKENS, Case, Split, measure_test
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 
 ROUNDS = 8
 ROUND_CASES = (Case(4, 1, 16), Case(4, 2, 16), Case(8, 1, 32), Case(8, 2, 32))

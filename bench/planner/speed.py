@@ -17,9 +17,9 @@ import numpy as np
 
 from bench.planner.synthetic import synthetic_trace
 from bench.planner.upstream import upstream_map
-from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan, warm_up
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan, warm_up
 
 LAYERS, EXPERTS, SLOTS, TOP_K, TOKENS = 58, 256, 288, 8, 8192
 TOPOLOGY = Topology(32, 4)

@@ -24,12 +24,12 @@ import torch
 from bench.planner.speed import dsv3_windows
 from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement
 from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget, budget_for
 from sglang_eplb_affinity.planner.imbalance import SHIFT, Imbalance
 from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, search_layer, thin
-from sglang_eplb_affinity.domain.routing import RoutingWindow
-from sglang_eplb_affinity.domain.topology import Topology
 
 LOAD_WEIGHT = 50.0  # copies per token that the squared relative load above LOAD_FREE costs, mean over GPUs
 LOAD_FREE = 1.0

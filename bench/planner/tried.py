@@ -11,10 +11,10 @@ from unittest import mock
 import numpy as np
 
 from bench.planner.quality import SAMPLE_TOKENS, Case, Rebalance, Split, baselines, measure_test
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.planner import PlannerConfig, core, plan
 from sglang_eplb_affinity.planner.budget import SearchBudget, budget_for
 from sglang_eplb_affinity.planner.imbalance import ImbalanceWeights
-from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 
 SPLIT_SEEDS = (1, 2)
 RATIOS = ("gpu_fanout", "node_fanout")

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from bench.figures.stats import mean_interval
 from bench.harness.arms import ARMS
 from bench.publish.sections import HEADLINE
-from bench.figures.stats import mean_interval
 from bench.publish.table import PLACEMENT_TITLES
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in print.

@@ -12,17 +12,17 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bench.publish import plots, routing_plots
 from bench.figures.compare import compare
+from bench.figures.placements import PlacementView, placement_views
 from bench.harness.engine import ROOT
 from bench.harness.links import Link
-from bench.figures.placements import PlacementView, placement_views
 from bench.harness.probe import load_window
 from bench.harness.process import scrub
-from bench.publish.routing_plots import RowTimeline, row_timelines
 from bench.harness.run_folder import RunFolder, RunPlan
-from bench.publish.sections import HEADLINE
 from bench.harness.store import latest_records
+from bench.publish import plots, routing_plots
+from bench.publish.routing_plots import RowTimeline, row_timelines
+from bench.publish.sections import HEADLINE
 from bench.publish.table import (
     CPU_NOTE,
     crowded_warning,

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.harness.arms import ARMS
 from bench.figures.placements import PlacementView
-from bench.publish.plots import STYLE, finish, plain, write_note
 from bench.figures.rebalance_log import Rebalance
-from bench.harness.run_folder import RunFolder, RunPlan
 from bench.figures.server_log import unix_time
+from bench.harness.arms import ARMS
+from bench.harness.run_folder import RunFolder, RunPlan
+from bench.publish.plots import STYLE, finish, plain, write_note
 
 COMPUTED = "computed from the routing that the run recorded: planned on one half of the tokens, shown on the other"
 

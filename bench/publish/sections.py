@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from bench.publish import published
-from bench.harness.arms import ARMS, VARIANTS
 from bench.figures.compare import block_ratios, compare
 from bench.figures.stats import noise_floor_pct
+from bench.harness.arms import ARMS, VARIANTS
+from bench.publish import published
 
 HEADLINE = {"p50_ttft_ms": "P50-TTFT ms", "p90_tpot_ms": "P90-TPOT ms", "p95_itl_ms": "P95-ITL ms", "qps": "QPS"}
 TAILS = {

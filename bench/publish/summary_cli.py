@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from bench.harness.engine import ROOT
-from bench.publish.readme_tables import update_tables
 from bench.harness.run_folder import RunFolder
+from bench.publish.readme_tables import update_tables
 from bench.publish.summary import dump_figures, load_figures, merge_figures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically

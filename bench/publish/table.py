@@ -14,6 +14,7 @@ from bench.harness.contention import CROWDED_CORES
 from bench.harness.links import Link
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey
+from bench.harness.store import CellRecord
 from bench.publish.sections import (
     CONDITIONS,
     HEADLINE,
@@ -26,7 +27,6 @@ from bench.publish.sections import (
     ratio_table,
 )
 from bench.publish.sections import row as row_line
-from bench.harness.store import CellRecord
 from sglang_eplb_affinity.domain.files import write_atomically
 
 PLACEMENT_TITLES = {

@@ -14,15 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
+from sglang_eplb_affinity.dispatch.evaluate import DEFINITIONS, METRICS, SOURCE_MODEL, measure_trace, moved_experts
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.dispatch.evaluate import DEFINITIONS, METRICS, SOURCE_MODEL, measure_trace, moved_experts
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.files import write_atomically
-from sglang_eplb_affinity.formats.maps import load_map
 from sglang_eplb_affinity.domain.routing import RoutingTrace
-from sglang_eplb_affinity.formats.dumps import read_dumps
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.formats.dumps import read_dumps
+from sglang_eplb_affinity.formats.maps import load_map
 
 
 @click.command("evaluate")

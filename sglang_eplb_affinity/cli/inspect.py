@@ -10,10 +10,10 @@ import numpy as np
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.formats.maps import parse_map, read_data
-from sglang_eplb_affinity.formats.recorded_map import MapOrigin, origin_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.formats.maps import parse_map, read_data
+from sglang_eplb_affinity.formats.recorded_map import MapOrigin, origin_of
 
 
 @click.command("inspect")

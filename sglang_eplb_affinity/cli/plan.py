@@ -12,11 +12,11 @@ from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, to
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.formats.dumps import read_dumps
 from sglang_eplb_affinity.formats.maps import load_map
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.config import Effort, Objective
-from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.formats.dumps import read_dumps
 
 SAMPLE_TOKENS = 16384
 

@@ -15,8 +15,8 @@ from sglang_eplb_affinity.cli.options import FILE, check_output
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
-from sglang_eplb_affinity.planner.config import Effort
 from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.planner.config import Effort
 from sglang_eplb_affinity.simulate import report
 from sglang_eplb_affinity.simulate.routing_model import CHILD_SPREAD
 from sglang_eplb_affinity.simulate.scenario import (

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sglang_eplb_affinity.device.cover_words import GpuCodes
-from sglang_eplb_affinity.dispatch.rules import DispatchRule, choose_replicas
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RowLayout
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, choose_replicas
 from sglang_eplb_affinity.domain.topology import Topology
 
 try:

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.dispatch.evaluate import moved_experts, over_layers
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.budget import budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
 from sglang_eplb_affinity.planner.judge import Judgement
 from sglang_eplb_affinity.planner.plan_layer import LayerPlan, plan_layer, unless_little_gain
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
-from sglang_eplb_affinity.domain.routing import RoutingWindow
-from sglang_eplb_affinity.domain.topology import Topology
 
 
 def plan(

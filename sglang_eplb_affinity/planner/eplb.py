@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
 

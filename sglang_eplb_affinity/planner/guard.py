@@ -11,10 +11,10 @@ import numpy as np
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner.config import PlannerConfig
-from sglang_eplb_affinity.planner.judge import judge
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.judge import judge
 
 
 def drifted_layers(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.numba_kernel import kernel
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.dispatch.evaluate import NOT_KEPT, dealt_sources, measure_layer
-from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.config import PlannerConfig
 
 
 @dataclass(frozen=True)

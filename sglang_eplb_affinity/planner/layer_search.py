@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
 from sglang_eplb_affinity.planner.budget import COST_UNIT, REDEAL_SHARE, Annealing, SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
@@ -17,7 +18,6 @@ from sglang_eplb_affinity.planner.layout import spread_duplicates
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG
 from sglang_eplb_affinity.planner.replica_steps import adapt_replicas
 from sglang_eplb_affinity.planner.swap_search import search_swaps
-from sglang_eplb_affinity.domain.topology import Topology
 
 UNLIMITED = 1 << 30
 

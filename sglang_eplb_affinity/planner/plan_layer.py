@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.imbalance import imbalance
@@ -13,8 +15,6 @@ from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
 from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, search_layer, thin
 from sglang_eplb_affinity.planner.layout import align, keep_slots
 from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
-from sglang_eplb_affinity.domain.routing import RoutingWindow
-from sglang_eplb_affinity.domain.topology import Topology
 
 NO_TRAFFIC = "no traffic"
 NO_AFFINITY = "no token sample or co-activation"

@@ -8,10 +8,10 @@ import time
 import numpy as np
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner.config import PlannerConfig
-from sglang_eplb_affinity.planner.core import plan
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.core import plan
 
 
 def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (frozen)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.dispatch.numba_rules import static_slots
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 

@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.judge import judge
 from sglang_eplb_affinity.planner.layout import align
 from sglang_eplb_affinity.rebalance.layer_moves import LayerPlan, layer_plan
 from sglang_eplb_affinity.rebalance.round_record import MapFigures, routing_checksum
-from sglang_eplb_affinity.domain.routing import RoutingWindow
-from sglang_eplb_affinity.domain.topology import Topology
 
 logger = logging.getLogger(__name__)
 

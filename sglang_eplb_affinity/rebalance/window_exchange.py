@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings
 from sglang_eplb_affinity.rebalance.planner_client import PlannerFailed
-from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.rebalance.window_reduce import sample_shares
 
 

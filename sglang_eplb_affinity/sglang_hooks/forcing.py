@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.device.forced_routing import FLAG, NOT_THE_MODELS, ForcedRouting
-from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.maps import num_devices, parse_map, read_data
 from sglang_eplb_affinity.formats.recorded_map import KEY, MapOrigin, ServedModel, origin_of
-from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.rebalance import dispatch_rule
-from sglang_eplb_affinity.domain.topology import Topology
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.device.recorder import PHASES, AffinityRecorder
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance.window_reduce import Reduction
 
 logger = logging.getLogger(__name__)

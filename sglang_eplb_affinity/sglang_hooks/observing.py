@@ -11,8 +11,8 @@ import torch.distributed as dist
 from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
 
 if TYPE_CHECKING:
-    from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
     from sglang_eplb_affinity.domain.routing import RoutingWindow
+    from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sglang_eplb_affinity.dispatch.evaluate import moved_experts
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.dispatch.evaluate import moved_experts
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, plan, warm_up
 from sglang_eplb_affinity.planner.config import Objective, usable_cores
 from sglang_eplb_affinity.rebalance.layer_moves import static_choice
@@ -31,9 +33,7 @@ from sglang_eplb_affinity.rebalance.round_record import (
     report,
     routing_checksum,
 )
-from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM
-from sglang_eplb_affinity.domain.topology import Topology
 
 logger = logging.getLogger(__name__)
 

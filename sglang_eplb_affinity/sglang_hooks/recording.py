@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RecordSchedule, RowLayout, one_group
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingWindow, estimated_coactivation
+from sglang_eplb_affinity.rebalance.window_reduce import Reduction, reduce_window
 from sglang_eplb_affinity.sglang_hooks import observing
 from sglang_eplb_affinity.sglang_hooks.load_log import LoadLog
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
-from sglang_eplb_affinity.rebalance.window_reduce import Reduction, reduce_window
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import one_group
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.rebalance import topology_of
 from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
 from sglang_eplb_affinity.device.recorder import PHASES, AffinityRecorder
+from sglang_eplb_affinity.rebalance.window_exchange import WindowShape
 
 
 class RecorderWindow:

@@ -8,11 +8,11 @@ import numpy as np
 
 from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.simulate.routing_model import LayerGroups, draw_like, fit_layer
 from sglang_eplb_affinity.simulate.source import split_rows
-from sglang_eplb_affinity.domain.topology import Topology
 
 METRICS = ("gpu_fanout", "node_fanout", "load_max_over_mean")
 

@@ -11,9 +11,9 @@ import numpy as np
 import yaml
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.simulate.calibration import LinkBytes, link_bytes
 from sglang_eplb_affinity.simulate.traffic import BatchTraffic, batch_traffic
-from sglang_eplb_affinity.domain.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import numpy as np
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.simulate.scenario import Algorithm, Arm, default_arm, make_map, run_batch
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.system import Model
 

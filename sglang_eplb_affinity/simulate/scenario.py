@@ -13,9 +13,9 @@ import numpy as np
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.config import Effort
-from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System
 from sglang_eplb_affinity.simulate.timing import LayerTime, TimeModel

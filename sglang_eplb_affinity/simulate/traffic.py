@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.numba_kernel import kernel
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
 # Rows of the per-GPU counters.

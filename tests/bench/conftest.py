@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness.profile import Profile
 from bench.figures.rebalance_log import parse_log
+from bench.harness.profile import Profile
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey
 from bench.harness.store import CellRecord

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.micro.deepep import cases
-from bench.micro.deepep.summary import local_to_spread
 from bench.gpu.forced_comparison import ARMS, entries, gains, loads, main, write_maps
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.harness.server import Server, ServerEnded, ServerFailed
+from bench.micro.deepep import cases
+from bench.micro.deepep.summary import local_to_spread
 from bench.publish.summary import parse_figures
+from sglang_eplb_affinity.device.forced_routing import balanced_order, rows_of_order
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.device.forced_routing import balanced_order, rows_of_order
 from sglang_eplb_affinity.domain.topology import Topology
 
 LOADS = (Load("prefill", 64, 8, 128, 1, streams=False), Load("decode", 16, 16, 8, 64))

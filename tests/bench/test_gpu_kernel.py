@@ -4,9 +4,9 @@ import pytest
 
 from bench.gpu import kernel_times, kernel_tuning
 from bench.publish.summary import parse_figures
+from sglang_eplb_affinity.device.launch_shape import LaunchShape, default_shapes
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.device.launch_shape import LaunchShape, default_shapes
 
 
 def test_kernel_ratios_take_the_worst_size() -> None:

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from bench.harness.engine import ROOT, cpu_environment
 from bench.gpu import precompile
+from bench.harness.engine import ROOT, cpu_environment
 
 BIND = """
 import inspect, json, sys

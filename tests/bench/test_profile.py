@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness.arms import ARMS
 from bench.engines.emulated_link.settings import LinkSettings
+from bench.harness.arms import ARMS
 from bench.harness.engine import build_random_model
 from bench.harness.links import Link, link_environment, with_link
 from bench.harness.profile import PROFILE_DIR, Profile

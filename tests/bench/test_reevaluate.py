@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness.profile import Profile
 from bench.figures.reevaluate import reevaluate
+from bench.harness.profile import Profile
 from bench.harness.request_log import RequestLog
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from bench.figures.rebalance_log import parse_log
 from bench.harness import runner as runner_module
 from bench.harness import sitting as sitting_module
 from bench.harness.arms import ARMS
 from bench.harness.engine import Engine
 from bench.harness.load import LoadResult
 from bench.harness.probe import ProbeFailed
-from bench.figures.rebalance_log import parse_log
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.runner import Progress, Runner
 from bench.harness.schedule import CellKey

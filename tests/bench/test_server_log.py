@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from bench.figures.server_log import BatchLine, batch_lines, full_prefills, lines_between, pass_rates, queue_metrics, unix_time
+from bench.figures.server_log import (
+    BatchLine,
+    batch_lines,
+    full_prefills,
+    lines_between,
+    pass_rates,
+    queue_metrics,
+    unix_time,
+)
 
 LOG = """\
 [2026-11-21 22:30:24.100 DP0 TP0 EP0] Prefill batch, #new-seq: 3, #new-token: 90, #cached-token: 0, token usage: 0.05, \

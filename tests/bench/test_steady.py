@@ -8,8 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.figures.steady import (
+    Targets,
+    Window,
+    client_metrics,
+    in_flight,
+    part_in,
+    steady_metrics,
+    steady_window,
+    timeline,
+)
 from bench.harness.request_log import RequestLog
-from bench.figures.steady import Targets, Window, client_metrics, in_flight, part_in, steady_metrics, steady_window, timeline
 from tests.bench.loads import EPOCH, closed_loop, output
 
 

@@ -5,21 +5,21 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from bench.harness.engine import ROOT
 from bench.figures.placements import placement_views, view
-from bench.harness.probe import save_window
-from bench.publish.report import build_report, load_run, plot_figures, write_plots
-from bench.publish.routing_plots import inside
-from bench.harness.run_folder import RunFolder, RunPlan
-from bench.harness.schedule import CellKey
 from bench.figures.server_log import unix_time
 from bench.figures.steady import timeline
+from bench.harness.engine import ROOT
+from bench.harness.probe import save_window
+from bench.harness.run_folder import RunFolder, RunPlan
+from bench.harness.schedule import CellKey
+from bench.publish.report import build_report, load_run, plot_figures, write_plots
+from bench.publish.routing_plots import inside
 from bench.publish.table import CPU_NOTE, over_blocks, tidy, write_tables
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
-from sglang_eplb_affinity.planner import eplb_placement
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import eplb_placement
+from sglang_eplb_affinity.rebalance.round_record import MapFigures
 from tests.bench.conftest import make_record
 from tests.bench.loads import closed_loop
 

@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 
-from bench.harness.arms import ARMS
 from bench.figures.rebalance_log import LogSummary, Rebalance, parse_log
 from bench.figures.validity import void_reasons
+from bench.harness.arms import ARMS
 
 GOOD = {"completed": 8, "output_tokens": 256, "mean_concurrency": 3.8, "whole_requests": 5}
 GOOD |= {"client_cores": 0.3, "client_lag_p99_ms": 4.0, "p50_chunk_gap_ms": 20.0}

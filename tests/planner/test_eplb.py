@@ -7,8 +7,8 @@ import pytest
 
 from bench.planner.upstream import upstream_map, upstream_rebalance
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.planner import eplb_placement
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import eplb_placement
 
 
 def gpu_loads(counts: np.ndarray, placed: np.ndarray, gpus: int) -> np.ndarray:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.dispatch.evaluate import measure
-from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from tests.planner.test_plan import window_of
 
 

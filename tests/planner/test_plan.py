@@ -11,15 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_eplb_affinity.domain.numba_kernel import kernel
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.dispatch.evaluate import measure, moved_experts
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.numba_kernel import kernel
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow, coactivation_of
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
 from sglang_eplb_affinity.planner.judge import Judgement, worth_moving
 from sglang_eplb_affinity.planner.plan_layer import LITTLE_GAIN, NO_AFFINITY, NO_TRAFFIC
-from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow, coactivation_of
-from sglang_eplb_affinity.domain.topology import Topology
 
 ROOT = Path(__file__).parents[2]
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

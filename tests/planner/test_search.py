@@ -7,12 +7,12 @@ import pytest
 
 from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
 from sglang_eplb_affinity.planner.cover_evaluation import evaluate_cover, pin_gpu
 from sglang_eplb_affinity.planner.layer_search import _coin_bitmaps
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG, next_random, schedule
 from sglang_eplb_affinity.planner.swap_search import search_swaps
-from sglang_eplb_affinity.domain.topology import Topology
 from tests.planner.test_plan import skewed_tokens
 
 

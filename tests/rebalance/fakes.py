@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter, StagedLayer
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
 from sglang_eplb_affinity.rebalance.layer_moves import LayerJob, layer_plan
@@ -19,7 +20,6 @@ from sglang_eplb_affinity.rebalance.plan_round import PlanReply
 from sglang_eplb_affinity.rebalance.rebalancer import AsyncRebalancer, Parts, Phase
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, staging_row_bytes
-from sglang_eplb_affinity.domain.topology import Topology
 
 LAYERS, EXPERTS, SLOTS, RANKS = 4, 8, 12, 3
 LOCAL = SLOTS // RANKS

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
@@ -40,7 +41,6 @@ from sglang_eplb_affinity.rebalance.transfer import ExpertTransfer
 from sglang_eplb_affinity.rebalance.watchdog import Watchdog
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, staging_row_bytes
 from sglang_eplb_affinity.rebalance.window_exchange import WindowExchange, WindowShape
-from sglang_eplb_affinity.domain.topology import Topology
 
 LAYERS, EXPERTS, TOP_K, SAMPLE = 3, 16, 2, 64
 SLOTS = 18  # on all ranks together

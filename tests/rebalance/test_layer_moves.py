@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from sglang_eplb_affinity.dispatch.rules import choose_replicas
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.rebalance.layer_moves import choose_sources, job_of, layer_plan, static_choice
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.rebalance.layer_moves import choose_sources, job_of, layer_plan, static_choice
 
 
 def test_a_replica_on_the_same_gpu_is_taken_first_then_one_on_the_node() -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement
 from sglang_eplb_affinity.rebalance.plan_round import PlanRequest, PlanSettings, layer_gains, plan_round
 from sglang_eplb_affinity.rebalance.planner_client import PlannerFailed, PlannerProcess
-from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
-from sglang_eplb_affinity.domain.topology import Topology
 
 LAYERS, EXPERTS, SLOTS = 3, 16, 20
 TOPOLOGY = Topology(4)

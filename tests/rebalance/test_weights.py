@@ -6,10 +6,10 @@ import torch
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.rebalance.layer_moves import layer_plan
 from sglang_eplb_affinity.rebalance.map_tables import MapTables
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, slot_bytes, widest
-from sglang_eplb_affinity.domain.topology import Topology
 
 
 def layouts() -> dict[str, torch.Tensor]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.engines.emulated_hosts import NAMES, EmulatedHosts
+from bench.figures.rebalance_log import LogSummary, parse_log
 from bench.harness.engine import ROOT, cpu_environment, own_models_only
 from bench.harness.process import Process, last_error, start_group, stop_group
-from bench.figures.rebalance_log import LogSummary, parse_log
 from tests.server.warm_start import WarmServer
 
 TEXT = (

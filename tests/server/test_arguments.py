@@ -12,9 +12,9 @@ import torch
 
 from bench.harness.engine import ROOT, cpu_environment
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.maps import save_map
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, save_recorded_map
-from sglang_eplb_affinity.domain.topology import Topology
 
 EP2 = ["--tp", "2", "--ep", "2"]
 AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]

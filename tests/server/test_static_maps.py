@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.engines.emulated_hosts import EmulatedHosts
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.maps import load_map, save_map
 from sglang_eplb_affinity.formats.recorded_map import origin_of
-from sglang_eplb_affinity.domain.topology import Topology
 from tests.server.conftest import free_port
 from tests.server.harness import NUM_PROMPTS, ServerCase, prompts, serve
 

@@ -5,15 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.dispatch.evaluate import measure
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.simulate.routing_model import RoutingModel, expand
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import load_system
-from sglang_eplb_affinity.domain.topology import Topology
 
 
 @pytest.fixture

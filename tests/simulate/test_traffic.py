@@ -7,8 +7,8 @@ import pytest
 
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, dispatch_trace
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.simulate import traffic as t
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.simulate import traffic as t
 
 
 def plain_count(physical: np.ndarray, source: np.ndarray, topology: Topology, slots: int):

@@ -245,7 +245,9 @@ def build(folder: Path, dtype: str = "float32", shape: TinyShape = TinyShape()) 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.engines.cpu_engine.tiny_models", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engines.cpu_engine.tiny_models", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()

@@ -2,7 +2,7 @@
 
 Every expert is computed for every token and the router's weights (zero for experts not chosen) are applied before the
 down projection. At 64 experts of 32 hidden units that is one dense product, exact and without sorting.
-tests/tiny_moe checks the logits against transformers.
+tests/bench/tiny_moe checks the logits against transformers.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ import pandas as pd
 from bench.engines.tiny_moe.record_traces import DATA_FOLDER
 from sglang_eplb_affinity.dispatch.evaluate import measure_trace
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.planner import eplb_placement, plan
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import eplb_placement, plan
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

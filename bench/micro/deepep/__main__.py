@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu.flags import need_gpus
+from bench.harness.environment import now, provenance
 from bench.micro.deepep.cases import (
     DTYPES,
     LOW_LATENCY_HIDDEN,
@@ -26,8 +28,6 @@ from bench.micro.deepep.cases import (
     topk_ids,
 )
 from bench.micro.deepep.worker import worker_main
-from bench.harness.environment import now, provenance
-from bench.gpu.flags import need_gpus
 from sglang_eplb_affinity.domain.errors import InputError
 
 SECTIONS = ("normal", "experts", "low_latency")

@@ -50,7 +50,9 @@ def local_to_spread(result: dict[str, Any]) -> Figure:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.micro.deepep.summary", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.micro.deepep.summary", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("result", type=Path)
     parser.add_argument("--out", type=result_file, required=True)
     options = parser.parse_args()

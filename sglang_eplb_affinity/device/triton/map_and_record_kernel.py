@@ -15,10 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_eplb_affinity.device.cover_words import READ_AHEAD
 from sglang_eplb_affinity.device.triton.cover_fields_kernel import load_replicas, pick, replica_hash
 from sglang_eplb_affinity.device.triton.cover_kernel import choose_in_loops, choose_in_registers
 from sglang_eplb_affinity.device.triton.cover_lanes_kernel import choose_in_lanes
-from sglang_eplb_affinity.device.cover_words import READ_AHEAD
 
 NO_RULE = 0  # ids stay logical: record only
 CODES = {"static": 1, "dynamic": 2, "cover": 3}  # `static`: one slot per expert on this rank

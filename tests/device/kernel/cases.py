@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes
-from tests.kernel.random_case import Case
+from tests.device.kernel.random_case import Case
 
 RULES = (None, "static", "dynamic", "cover")
 UNEVEN = ((5, 2), (0, 3), (17, 0), (9, 1))

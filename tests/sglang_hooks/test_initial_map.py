@@ -12,12 +12,12 @@ import torch
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.maps import save_map
-from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, save_recorded_map
+from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map, warn_of_rule
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
-from sglang_eplb_affinity.domain.topology import Topology
 
 # A model whose first layer is dense, on 2 GPUs, with 2 redundant experts.
 SERVER = Placement(

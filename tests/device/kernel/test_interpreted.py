@@ -1,7 +1,7 @@
 """The Triton kernel, interpreted on the CPU, equals the torch reference.
 
 Needs Triton, which CPU environments lack (`pip install --target FOLDER triton==3.6.0`, PYTHONPATH=FOLDER), and
-TRITON_INTERPRET=1. On a GPU tests/kernel/test_gpu.py runs the same cases compiled.
+TRITON_INTERPRET=1. On a GPU tests/device/kernel/test_gpu.py runs the same cases compiled.
 """
 
 import importlib.util
@@ -9,8 +9,8 @@ import os
 
 import pytest
 
-from tests.kernel.cases import CASES
-from tests.kernel.random_case import Case, run
+from tests.device.kernel.cases import CASES
+from tests.device.kernel.random_case import Case, run
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

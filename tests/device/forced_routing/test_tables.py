@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.device.forced_routing import balanced_table, fanout, random_fanout
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
 
 VARIANTS = ("", "spread", "local")

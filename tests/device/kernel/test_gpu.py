@@ -7,8 +7,8 @@ import torch
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RowLayout
 from sglang_eplb_affinity.domain.topology import Topology
-from tests.kernel.cases import CASES
-from tests.kernel.random_case import Case, path, random_ids, random_map, run, tables_of
+from tests.device.kernel.cases import CASES
+from tests.device.kernel.random_case import Case, path, random_ids, random_map, run, tables_of
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ from bench.engines.tiny_moe.report import expert_load, random_fanout  # noqa: E4
 from bench.engines.tiny_moe.sources import DOMAINS  # noqa: E402
 from bench.engines.tiny_moe.train import learning_rate, load_max_over_mean, windows  # noqa: E402
 from sglang_eplb_affinity.domain.routing import RoutingTrace  # noqa: E402
-from tests.tiny_moe.test_model import SMALL, small_model  # noqa: E402
+from tests.bench.tiny_moe.test_model import SMALL, small_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sglang_eplb_affinity.domain.errors import InputError  # noqa: E402
 from sglang_eplb_affinity.device.forced_routing import (  # noqa: E402
     NOT_THE_MODELS,
     ForcedRouting,
     ForcedRoutingSpec,
     reference_ids,
 )
+from sglang_eplb_affinity.domain.errors import InputError  # noqa: E402
 from sglang_eplb_affinity.domain.routing import RoutingTrace  # noqa: E402
 from sglang_eplb_affinity.domain.topology import Topology  # noqa: E402
 

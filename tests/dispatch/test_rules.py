@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, choose_replicas, dispatch_trace
-from sglang_eplb_affinity.dispatch.numba_rules import static_slots
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.dispatch.evaluate import measure
+from sglang_eplb_affinity.dispatch.numba_rules import static_slots
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, choose_replicas, dispatch_trace
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sglang_eplb_affinity.dispatch.rules import DispatchRule, choose_replicas
-from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.device.launch_shape import LaunchShapes
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RowLayout
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, choose_replicas
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 
 

@@ -16,10 +16,10 @@ from bench.planner.torch_search import Problem, numba_search, torch_search
 from bench.planner.tried import several_splits, tried_rows
 from bench.publish.summary import parse_figures
 from sglang_eplb_affinity.dispatch.evaluate import measure
-from sglang_eplb_affinity.planner import PlannerConfig
-from sglang_eplb_affinity.planner.budget import budget_for
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig
+from sglang_eplb_affinity.planner.budget import budget_for
 
 
 def test_quality_and_curves(tmp_path):  # type: ignore[no-untyped-def]
