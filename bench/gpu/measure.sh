@@ -46,7 +46,7 @@ run_step() { # NAME FILE: begin measuring when FILE is there (at once if it is e
     esac
     case $1 in
         tests) timeout -k 10 150 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider \
-            ${TESTS:-tests/device/kernel tests/device/forced_routing tests/rebalance tests/bench/test_emulated_link.py} ;;
+            ${TESTS:-tests/device tests/rebalance tests/bench/test_emulated_link.py} ;;
         tuning)
             CUDA_VISIBLE_DEVICES=0 bounded python3 -m bench.gpu.kernel_tuning --rule cover \
                 --out "$work/tuning-cover.json" & local cover=$!

@@ -1,4 +1,4 @@
-"""sglang.bench_serving on prompts of its own, through bench.harness.client_process; two of them can load one server at once."""
+"""sglang.bench_serving on prompts of its own, by bench.harness.client_process; two can load one server at once."""
 
 from __future__ import annotations
 

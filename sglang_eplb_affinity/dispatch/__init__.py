@@ -1,1 +1,1 @@
-"""Which replica serves a token: the rules in torch, the same rules compiled for counting, and what a map costs under them."""
+"""Which replica serves a token: the rules in torch, compiled for counting, and what a map costs under them."""

@@ -98,7 +98,7 @@ def compare(points: Sequence[Point], constants: PhaseConstants) -> list[Comparis
 def fit_all(measured: Sequence[dict[str, Any]]) -> tuple[dict[str, dict[str, PhaseConstants]], list[Comparison]]:
     """Constants by calibration and "mode.phase", and the comparison with every point.
 
-    ``measured``: results of `python -m bench.micro.deepep`, each on another number of GPUs; none: published tables only.
+    ``measured``: results of `python -m bench.micro.deepep`, each on other numbers of GPUs; none: published tables only.
     """
     fitted: dict[str, dict[str, PhaseConstants]] = {}
     rows: list[Comparison] = []

@@ -1,4 +1,4 @@
-"""Record which experts the model picks on text it was not trained on: ``python -m bench.engines.tiny_moe.record_traces``.
+"""Record which experts the model picks on text that is new to it: ``python -m bench.engines.tiny_moe.record_traces``.
 
 Reads the test-DOMAIN.bin files of ``build_corpus`` and writes bench/data/tiny_moe_plan.npz and tiny_moe_test.npz
 (:class:`RoutingTrace`). Plan sequences come from the first half of each domain's test text, test sequences from the

@@ -1,7 +1,7 @@
-"""Loss curve, expert use by domain, and routing statistics beside other traces: ``python -m bench.engines.tiny_moe.report``.
+"""Loss curve, expert use by domain, routing beside other traces: ``python -m bench.engines.tiny_moe.report``.
 
-Writes into bench/engines/tiny_moe/training: loss.png, expert_use.png and routing.csv. Name other models' traces (.npz of
-:class:`RoutingTrace`) as arguments to have them in routing.csv too.
+Writes into bench/engines/tiny_moe/training: loss.png, expert_use.png and routing.csv. Name other models' traces (.npz
+of :class:`RoutingTrace`) as arguments to have them in routing.csv too.
 """
 
 from __future__ import annotations
