@@ -1,1 +1,1 @@
-"""What everything is built on: topology, expert map, routing traces and windows, errors, files. Imports nothing above."""
+"""What everything is built on: topology, expert map, routing traces and windows, errors, files."""
