@@ -107,7 +107,7 @@ class Characters:
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     bench = Bench()
     monkeypatch.setattr(runner_module, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(runner_module, "Server", bench.harness.server)
+    monkeypatch.setattr(runner_module, "Server", bench.server)
     monkeypatch.setattr(runner_module, "LoadClient", lambda *_: FakeClient(bench))
     monkeypatch.setattr(runner_module, "prepare_engine", lambda config: Engine("model", {}))
     monkeypatch.setattr(sitting_module, "load_tokenizer", lambda model: Characters())
@@ -301,7 +301,7 @@ def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
             asked.append((arguments[arguments.index("--max-concurrency") + 1], work.path.name))
             return super().run(arguments, work, *rest)
 
-    running = bench.harness.server([], Engine("model", {}), Path("vanilla.log"), 1).__enter__()
+    running = bench.server([], Engine("model", {}), Path("vanilla.log"), 1).__enter__()
     running.summary = lambda: parse_log(MOVED)  # type: ignore[attr-defined]
     arm, budget = ARMS["vanilla"], sitting_module.Budget(None)
     rounds = sitting_module.warm_up_server(running, arm, works, plan, "model", Client(bench), budget, folder)  # type: ignore[arg-type]
