@@ -15,7 +15,7 @@ import click
 from bench.harness import sharegpt
 from bench.harness.arms import ARMS, arms_named
 from bench.harness.console import ConsoleProgress
-from bench.harness.engine import CACHE, ROOT, check_gpus, check_sglang
+from bench.harness.engine import CACHE, ROOT, check_gpus, check_sglang, prepare_engine
 from bench.harness.environment import command_line, describe_environment, hardware, provenance
 from bench.harness.hosts import other_hosts as parse_hosts
 from bench.harness.links import with_link
@@ -23,6 +23,7 @@ from bench.harness.profile import PROFILE_DIR, Profile
 from bench.harness.rehearsal import rehearsal
 from bench.harness.run_folder import RunFolder, RunPlan, open_run
 from bench.harness.runner import Runner
+from bench.harness.static_maps import placement_on_replay, write_maps
 from bench.publish.summary_cli import readme, summary
 from sglang_eplb_affinity.domain.errors import InputError
 
@@ -145,6 +146,23 @@ def reevaluate(folder: str) -> None:
 
     count = add_records(RunFolder(Path(folder)))
     click.echo(f"{count} rows computed again; `python -m bench report {folder}` builds the tables from them")
+
+
+@main.command()
+@click.option("--profile", "profile_name", required=True, help="One with a plan_trace.")
+@click.option("--arms", help="Comma-separated. Default: the profile's.")
+@click.option("--link", default="", help="As of `run`: decides what is a node.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def maps(profile_name: str, arms: str | None, link: str, folder: Path) -> None:
+    """Plan the maps that a profile's arms serve into FOLDER (a run plans those that are not in results/RUN/maps)."""
+    profile = with_link(Profile.named(profile_name), link)
+    names = [a.name for a in arms_named(_names(arms) if arms is not None else profile.arms)]
+    if not profile.server.plan_trace:
+        raise InputError(f"--profile {profile_name}: its arms rebalance; only those of one with plan_trace serve maps")
+    model = prepare_engine(profile.server).model
+    for name, path in write_maps(profile.server, names, model, folder).items():
+        placed = placement_on_replay(profile.server, ARMS[name], path) or {}
+        click.echo(f"{name}: {', '.join(f'{k} {v:.3f}' for k, v in placed.items())}")
 
 
 @main.command()

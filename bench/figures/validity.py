@@ -102,9 +102,9 @@ def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float
 
 
 def _rebalance_reasons(arm: Arm, server_life: LogSummary, cell: LogSummary, one_map: bool) -> list[str]:
-    if not arm.expects_rebalances or one_map:
+    if not arm.may_rebalance or one_map:
         seen = max(len(server_life.rebalances), server_life.upstream_ends)
-        of = "without EPLB" if not arm.expects_rebalances else "that serves one map"
+        of = "that rebalances nothing" if arm.uses_eplb else "without EPLB"
         return [f"{seen} rebalances in the log of an arm {of}"] if seen else []
     if not arm.recorded:
         return [] if cell.upstream_ends else ["no rebalance during the cell"]
@@ -112,6 +112,8 @@ def _rebalance_reasons(arm: Arm, server_life: LogSummary, cell: LogSummary, one_
         return [f"{cell.malformed} rebalance lines of the server log could not be read"]
     if failed := cell.with_result(FAILED):
         return [f"{failed} rebalances failed"]
+    if not arm.expects_rebalances:
+        return []
     if not cell.rebalances:
         if cell.upstream_ends:
             return [f"{cell.upstream_ends} rebalances, but the log does not say whether experts moved (not patched?)"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sglang_eplb_affinity.domain.errors import InputError
 
@@ -25,7 +26,7 @@ class Arm:
     ``algorithm`` plans (None: no EPLB), and adds the profile's EPLB flags (redundant experts, rebalance interval,
     dispatch rule) to the server command; ``dispatch``, ``redundant`` and ``own_flags`` come after them, so that an arm
     can differ in one of these. ``recorded``: whether the server says what its rebalances moved and how balanced its
-    placement is. An arm with EPLB claims rebalances, which the server log must prove, or its rows are void.
+    placement is. ``rebalances``: what an arm with EPLB claims, which the server log must prove, or its rows are void.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Arm:
     dispatch: str | None = None
     redundant: int | None = None
     own_flags: tuple[str, ...] = ()
+    rebalances: Literal["in every row", "at times", "never"] = "in every row"
 
     @property
     def uses_eplb(self) -> bool:
@@ -42,7 +44,11 @@ class Arm:
 
     @property
     def expects_rebalances(self) -> bool:
-        return self.uses_eplb
+        return self.uses_eplb and self.rebalances == "in every row"
+
+    @property
+    def may_rebalance(self) -> bool:
+        return self.uses_eplb and self.rebalances != "never"
 
     @property
     def only_observed(self) -> bool:
@@ -78,6 +84,17 @@ _ARMS = (
     Arm("balanced", "balanced routing", own_flags=("--ep-forced-routing", "balanced")),
     # SGLang's EPLB as anybody runs it: `vanilla` pays a little for the recorder that tells its placement.
     Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", "deepseek", recorded=False),
+    # What EPLB costs while it rearranges nothing, and with rounds beside serving that move experts without need.
+    Arm("vanilla-idle", "vanilla EPLB, idle", "deepseek", recorded=False, own_flags=NEVER, rebalances="never"),
+    Arm("affinity-idle", "affinity EPLB, idle", "affinity", recorded=False, own_flags=NEVER, rebalances="never"),
+    Arm("plain", "no EPLB, not recorded", recorded=False),
+    Arm(
+        "async-needless",
+        "affinity EPLB, async, moving without need",
+        "affinity",
+        own_flags=("--eplb-async", "--eplb-async-phase-limit", "3600", "--eplb-min-gain", "0"),
+        rebalances="at times",
+    ),
     # Half of the experts of the small models twice, against traffic.
     Arm("cover-32", "affinity EPLB, cover, 32 redundant", "affinity", dispatch="cover", redundant=32),
 )

@@ -120,7 +120,7 @@ class Runner:
         together = len(sitting.arms) > 1
         if together:
             engine = replace(engine, environment={**engine.environment, **SIDE_BY_SIDE_ENVIRONMENT})
-        maps = write_maps(self.plan, sitting.arms, engine.model, self.folder.path / "maps")
+        maps = write_maps(config, sitting.arms, engine.model, self.folder.path / "maps")
         for place, name in enumerate(sitting.arms):
             served_map = maps.get(name)
             if config.plan_trace:

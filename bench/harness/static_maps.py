@@ -18,7 +18,6 @@ import numpy as np
 from bench.harness.arms import ARMS, REDUNDANT, RULE, Arm
 from bench.harness.engine import ROOT
 from bench.harness.profile import ServerConfig
-from bench.harness.run_folder import RunPlan
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
@@ -51,9 +50,8 @@ def write_map(config: ServerConfig, arm: Arm, num_layers: int, path: Path) -> No
     ExpertMap(found.physical_to_logical[rows], found.num_experts).save(path)
 
 
-def write_maps(plan: RunPlan, arms: Sequence[str], model: str, folder: Path) -> dict[str, Path]:
-    """The maps that those arms of a run with a `plan_trace` serve, by arm; empty without one."""
-    config = plan.profile.server
+def write_maps(config: ServerConfig, arms: Sequence[str], model: str, folder: Path) -> dict[str, Path]:
+    """The maps that those arms serve where there is a `plan_trace`, by arm; empty without one."""
     if not config.plan_trace:
         return {}
     found = {name: folder / f"{name.removesuffix('-again')}.json" for name in arms if ARMS[name].uses_eplb}
