@@ -106,7 +106,9 @@ class Rank:
         start = ExpertMap.contiguous(LAYERS, EXPERTS, self.slots_of_ranks)
         own = start.physical_to_logical[:, self.own_slots]
         self.tensors = {layer: self.weights_of(layer, row) for layer, row in enumerate(own)}
-        weights = {layer: LayerWeights.of(layer, tensors, local_slots) for layer, tensors in self.tensors.items()}
+        weights = {
+            layer: LayerWeights.of(layer, lambda t=tensors: t, local_slots) for layer, tensors in self.tensors.items()
+        }
         self.slots = torch.from_numpy(start.physical_to_logical.astype(np.int64)).to(device)
         host_table = torch.full((LAYERS, EXPERTS, self.slots_of_ranks), -1)
         table = start.logical_to_all_physical()
