@@ -1,11 +1,13 @@
 """apply, unapply, verify and refresh on a small fake installation."""
 
+from pathlib import Path
+
 import pytest
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
 from sglang_eplb_affinity.patching.series import HEADER_FIELDS, make_diff
-from sglang_eplb_affinity.patching.upstream import Installation, checksum
+from sglang_eplb_affinity.patching.upstream import Installation, checksum, series_folder
 
 ORIGINAL = {
     "sglang/a.py": "".join(f"line {n}\n" for n in range(30)),
