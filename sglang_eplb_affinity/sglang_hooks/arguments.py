@@ -9,6 +9,7 @@ from typing import Any
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, async_arguments
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.refusals import check_moving, check_placed
 from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_cover,
     check_schedule,
@@ -116,6 +117,10 @@ def check(server_args: Any) -> None:
             f"{view.ep_size}; give --ep-size of 2 or more (with --tp-size at least as large)"
         )
     async_arguments.check(server_args, view)
+    if server_args.enable_eplb or loads:
+        check_placed(server_args, "EPLB" if server_args.enable_eplb else INITIAL_MAP)
+    if ours or server_args.eplb_async:
+        check_moving(server_args, view, "--eplb-async" if server_args.eplb_async else flag)
     if forced:
         from sglang_eplb_affinity.sglang_hooks.forcing import make
 

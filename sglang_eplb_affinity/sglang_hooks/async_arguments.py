@@ -51,7 +51,6 @@ def check(server_args: Any, view: Any) -> None:
     if not server_args.eplb_async:
         return
     refused = {
-        "--pp-size": (view.pp_size > 1, view.pp_size, "pipeline stages do not rebalance together; use 1"),
         "--elastic-ep-backend": (
             server_args.elastic_ep_backend is not None,
             server_args.elastic_ep_backend,

@@ -18,6 +18,7 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance import verify
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
+from sglang_eplb_affinity.rebalance.expert_tensors import ExpertModule, expert_modules
 from sglang_eplb_affinity.rebalance.map_tables import MapTables
 from sglang_eplb_affinity.rebalance.paths import Members, make_transfer
 from sglang_eplb_affinity.rebalance.plan_round import Algorithm, PlanSettings
@@ -53,8 +54,8 @@ def start(model_runner: Any) -> AsyncRebalancer:
 
     local_slots = metadata.num_physical_experts // num_ranks
     weights = {
-        int(layer): LayerWeights.of(layer, list(tensors), local_slots)
-        for layer, tensors in sorted(model_runner.model.routed_experts_weights_of_layer.items())
+        layer: LayerWeights.of(layer, partial(_tensors, found), local_slots)
+        for layer, found in sorted(expert_modules(model_runner.model).items())
     }
     rows, row_bytes = _staging_rows(args, local_slots), staging_row_bytes(weights)
     staging = tuple(StagingBuffer(rows, row_bytes, device) for _ in range(config.layers_in_flight))
@@ -104,6 +105,10 @@ def start(model_runner: Any) -> AsyncRebalancer:
         f"experts travel by {type(transfer).__name__}",
     )  # fmt: skip
     return rebalancer
+
+
+def _tensors(found: ExpertModule) -> list[torch.Tensor]:
+    return list(found.tensors().values())
 
 
 def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: int) -> PlanSettings:
