@@ -11,7 +11,7 @@
 # MEASURED_SECONDS (1e9): none of the plan goes on after so many seconds of the session.
 set -uo pipefail
 seconds=${1:?usage: session.sh SECONDS PLAN [ARGUMENTS]}; shift
-plan=${1:?usage: session.sh SECONDS PLAN [ARGUMENTS]}
+: "${1:?usage: session.sh SECONDS PLAN [ARGUMENTS]}"
 out=${OUT:-$PWD/out}; mkdir -p "$out"
 export WORK=${WORK:-/tmp/session} CARRY=${WORK:-/tmp/session}/carry
 end=$(($(date +%s) + seconds))
@@ -27,9 +27,13 @@ if [ ! -e "$WORK/pid" ]; then
         tar -C "$WORK/checkout" -xf -
     START=$(date +%s); export START; echo "$START" >"$WORK/start"
     [ -e "$CARRY/commit" ] && { SOURCE_COMMIT=$(cat "$CARRY/commit"); export SOURCE_COMMIT; }
-    (cd "$WORK/checkout" && OUT="" setsid nohup bash -c '"$@"; echo $? >"$WORK/done"' session \
-        timeout -k 20 "${MEASURED_SECONDS:-100000000}" bash "$@" >"$WORK/results/plan.log" 2>&1 </dev/null &
-        echo $! >"$WORK/pid")
+    (
+        cd "$WORK/checkout" || exit
+        # A session of its own, and none of this call's files open: it outlives the call.
+        setsid nohup bash -c '"$@"; echo $? >"$WORK/done"' session timeout -k 20 "${MEASURED_SECONDS:-100000000}" \
+            bash "$@" >"$WORK/results/plan.log" 2>&1 </dev/null &
+        echo $! >"$WORK/pid"
+    )
 fi
 
 pack() { # NAME TAR_OPTIONS...: into parts, replaced when they are whole

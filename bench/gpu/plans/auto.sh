@@ -39,6 +39,7 @@ measure() { # RUN LINK END PROFILE [OPTIONS]
     local run=$1 link=$2 end=$3 of=$4; shift 4
     [ "$(left "$end")" -gt 60 ] || { say "no time for $run"; return; }
     place_maps "$run" "$link"
+    [ -z "${REHEARSE:-}" ] || link="" # the CPU engine has no link to emulate
     bounded "$((end + 15))" "$python" -m bench run --profile "$of" --run "$run" --link "$link" \
         --seconds "$(left "$end")" "${options[@]}" "$@" >"$results/$run.log" 2>&1
     say "$run: exit code $? ($(grep -c '^b[0-9]' "$results/$run.log") rows, $(grep -c VOID "$results/$run.log") void)"
@@ -47,8 +48,12 @@ go=$WORK/go; rm -f "$go"
 measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" &
 measuring=$!
 if [ -z "${REHEARSE:-}" ]; then
-    bounded 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider ${TESTS:-tests/device tests/rebalance tests/kernel} \
-        >"$results/tests.log" 2>&1
+    # Before the servers get there: they compile one kernel after another, all of them the same.
+    bounded 120 "$python" -m bench.gpu.precompile_experts --slots 32,36,48 --hidden 4096 --width 640 \
+        --batches 8,32,64,128,256 >"$results/precompile.log" 2>&1
+    say "experts' kernels: exit code $?, $(grep -c ': there' "$results/precompile.log") of $(wc -l <"$results/precompile.log")"
+    bounded 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider ${TESTS:-tests/device tests/rebalance \
+        tests/bench/test_emulated_link.py} >"$results/tests.log" 2>&1
     say "tests: exit code $?: $(tail -n 1 "$results/tests.log")"
 fi
 # The servers wait, stopped, once they are ready.
@@ -75,15 +80,15 @@ wait $measuring
 measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${EMULATED_OPTIONS:-}
 measure "$idle" nvlink "$idle_end" "$idle"
 
-if [ -e "$CARRY/site-other.tar.xz" ] && [ "$(left "$other_end")" -gt 60 ]; then
+if [ -e "$CARRY/other-site.tar.xz" ] && [ "$(left "$other_end")" -gt 60 ]; then
     say "another version of SGLang"
     other=$WORK/site-other
     cp -al "$SITE" "$other"
     # What it has instead of ours, and the metadata of those; the files are shared, so none is written over.
-    tar -tJf "$CARRY/site-other.tar.xz" | cut -d/ -f1 | sort -u | while read -r name; do
+    tar -tJf "$CARRY/other-site.tar.xz" | cut -d/ -f1 | sort -u | while read -r name; do
         rm -rf "${other:?}/$name" "$other/${name%%-*}"-*.dist-info
     done
-    tar -C "$other" -xJf "$CARRY/site-other.tar.xz"
+    tar -C "$other" -xJf "$CARRY/other-site.tar.xz"
     (
         export SITE=$other PYTHONPATH=
         . bench/gpu/env.sh
