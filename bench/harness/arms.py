@@ -15,7 +15,6 @@ from sglang_eplb_affinity.domain.errors import InputError
 RECORDER = "--enable-expert-affinity-recorder"
 RULE = "--ep-dispatch-algorithm"
 REDUNDANT = "--ep-num-redundant-experts"
-# EPLB is on, with all that it does in a pass, and never rearranges.
 NEVER = ("--eplb-rebalance-num-iterations", "100000000")
 
 
@@ -103,9 +102,17 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 VARIANTS = tuple(arm.name for arm in _ARMS if arm.algorithm == "affinity" and arm.name != "affinity")
 
 
-def map_flags(path: Path) -> tuple[str, ...]:
-    """What an arm with EPLB gets besides its own flags to serve the map of ``path`` as it is."""
-    return (*NEVER, "--init-expert-location", str(path))
+def map_flags(arm: Arm, path: Path) -> tuple[str, ...]:
+    """What an arm with EPLB gets instead of its flags to serve the map of ``path`` as it is.
+
+    Affinity stays on, with all that it does in a pass, and never rearranges. Of SGLang's EPLB only the map is served,
+    without recording, in its favour: it has no recorder for DeepEP's auto mode but one that costs decode some percent.
+    """
+    flags = tuple(flag for flag in arm.flags if flag != RECORDER)
+    if arm.algorithm == "affinity":
+        return (*flags, *NEVER, "--init-expert-location", str(path))
+    on = flags.index("--enable-eplb")
+    return (*flags[:on], *flags[on + 3 :], "--init-expert-location", str(path))
 
 
 def arms_named(names: Sequence[str]) -> tuple[Arm, ...]:
