@@ -6,10 +6,10 @@
 #   3. another version of SGLang, if its bundle is there: a served rebalance in each of DeepEP's modes
 #   4. what EPLB costs while it never rearranges, and with asynchronous rounds (profile h200-x2-idle)
 #
-# Seconds since $START at which each is over: ENDS="NVLINK EMULATED OTHER IDLE" (710 1310 1440 1580). REHEARSE=1: the
+# Seconds since $START at which each is over: ENDS="NVLINK EMULATED OTHER IDLE" (710 1290 1470 1600). REHEARSE=1: the
 # same on the CPU. Steps that are missing in $CARRY are left out.
 set -uo pipefail
-read -r nvlink_end emulated_end other_end idle_end <<<"${ENDS:-710 1310 1440 1580}"
+read -r nvlink_end emulated_end other_end idle_end <<<"${ENDS:-710 1290 1470 1600}"
 results=$WORK/results profile=${PROFILE:-h200-x2-auto} idle=${IDLE_PROFILE:-h200-x2-idle} python=${PYTHON:-python3}
 left() { echo $((START + $1 - $(date +%s))); }
 say() { echo "== $(($(date +%s) - START)) s: $*"; }
