@@ -54,7 +54,7 @@ def resolve(server_args: Any) -> None:
     missing = [name for name in ADDED if not hasattr(server_args, name)]
     if missing:
         raise InputError(
-            f"SGLang has an older version of the patch series than this sglang_eplb_affinity, without "
+            f"SGLang has another version of the patch series than this sglang_eplb_affinity, without "
             f"--{missing[0].replace('_', '-')}; run `make apply` in its checkout"
         )
     name = server_args.eplb_algorithm
