@@ -7,6 +7,7 @@ A module for each version (``v0_5_17.py``, ``v0_5_23.py``) gives the functions o
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -34,9 +35,8 @@ class Adapter(Protocol):
 
 @cache
 def adapter() -> Adapter:
-    """The adapter of the SGLang that is imported; raises InputError for another version, naming those known."""
-    from sglang.version import __version__ as version
-
+    """The adapter of the installed SGLang; raises InputError for another version, naming those known."""
+    version = importlib.metadata.version("sglang")
     if version not in MODULES:
         raise InputError(f"SGLang {version}: this package works with {' and '.join(MODULES)}")
     return cast(Adapter, importlib.import_module(f"sglang_eplb_affinity.sglang_hooks.{MODULES[version]}"))

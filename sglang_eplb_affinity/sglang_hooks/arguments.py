@@ -17,6 +17,7 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     gains_by_cover,
     is_ours,
     records_affinity,
+    replaces_counts,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ def check(server_args: Any) -> None:
     forced = server_args.ep_forced_routing
     loads = server_args.init_expert_location != "trivial"
     check_cover(server_args)
+    if replaces_counts(server_args):  # nothing is put into SGLang's buffer of counts
+        server_args.expert_distribution_recorder_buffer_size = 1
     if not ours and not records_affinity(server_args) and not forced and not loads:
         return
     if server_args.eplb_record_map is not None:

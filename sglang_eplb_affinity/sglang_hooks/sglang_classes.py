@@ -13,17 +13,17 @@ from sglang_eplb_affinity.sglang_hooks.adapter import adapter
 from sglang_eplb_affinity.sglang_hooks.topk_flags import replaces_counts
 
 
-def recorder_class(base: type) -> type:
-    """A subclass of SGLang's ``_ExpertDistributionRecorderReal`` that records affinity, and serves EPLB without a gap."""
-    module = sys.modules[base.__module__]
+def recorder_class(base: Any) -> type:
+    """A subclass of SGLang's ``_ExpertDistributionRecorderReal`` that records affinity as well."""
+    module: Any = sys.modules[base.__module__]
 
-    class Recorder(base):  # type: ignore[misc,valid-type]
+    class Recorder(base):
         def __init__(self, *args: Any) -> None:
             from sglang_eplb_affinity import sglang_hooks
 
             arguments = adapter().arguments()
             # 8 whatever the model.
-            module._DetailSinglePassGatherer._TOP_K_NUM = _top_k(arguments)  # type: ignore[attr-defined]
+            module._DetailSinglePassGatherer._TOP_K_NUM = _top_k(arguments)
             self._affinity: Any = None
             super().__init__(*args)
             self._affinity = sglang_hooks.make_recorder(arguments, args[-2], self)
@@ -32,7 +32,7 @@ def recorder_class(base: type) -> type:
             self._recorder_rank = args[-1]
             self.last_window: Any = None
             if self._replaces_counts:
-                self._single_pass_gatherers = {}
+                self._single_pass_gatherers: dict[str, Any] = {}
             if not self._recording and self._affinity is not None and self._affinity.records_from_start:
                 self.start_record()
 
@@ -80,7 +80,7 @@ def recorder_class(base: type) -> type:
             output = self._counts(window)
             output["affinity"] = window.for_output(output_mode)
             if output_mode == "file" and self._recorder_rank == 0:
-                module._dump_to_file(f"expert_distribution_recorder_{time.time()}.pt", output)  # type: ignore[attr-defined]
+                module._dump_to_file(f"expert_distribution_recorder_{time.time()}.pt", output)
             if output_mode == "object" or not self._keeps_recording("dump"):
                 self._reset()
             return output if output_mode == "object" else None
@@ -89,9 +89,7 @@ def recorder_class(base: type) -> type:
             """EPLB plans on this record: it goes on, whatever is asked of it over HTTP."""
             keeps = bool(self._recording and self._affinity is not None and self._affinity.serves_eplb)
             if keeps:
-                module.logger.info(  # type: ignore[attr-defined]
-                    f"[eplb-affinity] {action}: EPLB plans on this record, so it goes on"
-                )
+                module.logger.info(f"[eplb-affinity] {action}: EPLB plans on this record, so it goes on")
             return keeps
 
         def _counts(self, window: Any) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def recorder_class(base: type) -> type:
             physical = torch.zeros(shape, dtype=torch.int32)
             for record in self._accumulator._records:
                 physical += record["global_physical_count"].to(torch.int32)
-            logical = module._convert_global_physical_count_to_logical_count(  # type: ignore[attr-defined]
+            logical = module._convert_global_physical_count_to_logical_count(
                 physical.to(self._device),
                 num_layers=metadata.num_layers,
                 num_logical_experts=metadata.num_logical_experts,
@@ -127,13 +125,13 @@ def recorder_class(base: type) -> type:
     return Recorder
 
 
-def manager_class(base: type) -> type:
+def manager_class(base: Any) -> type:
     """A subclass of SGLang's ``EPLBManager`` whose rounds plan with affinity, or are the asynchronous rebalancer's."""
 
     class MapStays(Exception):
         """Nothing to move in this round."""
 
-    class Manager(base):  # type: ignore[misc,valid-type]
+    class Manager(base):
         affinity_rebalancer: Any = None  # with --eplb-async
         _affinity_round: Any = None
         _planned: Any = None

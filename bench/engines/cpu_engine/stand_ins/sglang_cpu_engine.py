@@ -1,4 +1,4 @@
-"""What the CPU engine of SGLang 0.5.17 and 0.5.23 lacks for expert parallelism, data-parallel attention and DeepSeek models.
+"""What SGLang's CPU engine lacks for expert parallelism, data-parallel attention and DeepSeek models.
 
 SGLang loads this in every process through its plugin entry points. Faults that concern EPLB itself are mended in the
 patch series, not here.
