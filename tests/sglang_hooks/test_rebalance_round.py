@@ -204,12 +204,13 @@ def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, norm
 
 def test_the_planner_is_told_the_models_expert_groups(make_round) -> None:
     from sglang_eplb_affinity.sglang_hooks import rebalance
+    from sglang_eplb_affinity.sglang_hooks.recording import RecordedWindow
 
     model = SimpleNamespace(hf_config=SimpleNamespace(n_group=4))
     assert rebalance.num_groups_of(model) == 4
     assert rebalance.num_groups_of(SimpleNamespace(hf_config=SimpleNamespace())) is None
     assert rebalance.num_groups_of(None) is None
     arguments = make_round(some_window())._server_args
-    found = rebalance.begin(SimpleNamespace(_server_args=arguments, _model_config=model), {"affinity": some_window()})
+    found = rebalance.begin(SimpleNamespace(_model_config=model), RecordedWindow(some_window()))
     assert found is not None and found._num_groups == 4
     assert rebalance.planner_config(arguments, num_groups=4).num_groups == 4
