@@ -1,4 +1,4 @@
-"""Launch a server with each JSON list of arguments on standard input, up to where it would start; print how each ended."""
+"""Launch a server with each JSON list of arguments from standard input, until it would start; print how it ended."""
 
 import contextlib
 import io
