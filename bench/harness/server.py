@@ -49,7 +49,7 @@ def server_command(
     if arm.uses_eplb:
         command += [*config.eplb_flags, *(["--eplb-affinity-nodes", str(config.nodes)] if config.nodes > 1 else [])]
     if config.plan_trace:
-        return [*command, *(map_flags(arm, served_map) if served_map else ())]
+        return [*command, *map_flags(arm, served_map)]
     # Recording slows the passes that it is on in, and is not what this arm is about.
     if arm.only_observed and config.engine != "cpu" and _INTERVAL in config.eplb_flags:
         interval = int(config.eplb_flags[config.eplb_flags.index(_INTERVAL) + 1])

@@ -127,7 +127,6 @@ def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: in
             args, first=False, num_groups=rebalance.num_groups_of(getattr(model_runner, "model_config", None))
         ),
         topology=rebalance.topology_of(args, num_ranks),
-        minimum_gain=args.eplb_min_gain,
         staging_rows=staging_rows,
         nodes_of_eplb=args.nnodes,
         expert_groups=groups,

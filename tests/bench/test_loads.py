@@ -155,6 +155,7 @@ def test_arms_serve_their_own_map_and_record_nothing_for_the_benchmark() -> None
     assert "--enable-eplb" not in vanilla and vanilla[-2:] == ["--init-expert-location", "maps/vanilla.json"]
     none = server_command(AUTO.server, ARMS["none"], "m")
     assert RECORDER not in none and "--init-expert-location" not in none
+    assert server_command(AUTO.server, ARMS["balanced-local"], "m")[-1] == "balanced:local"
 
 
 def test_maps_are_planned_once_and_layers_follow_the_replayed_ones(tmp_path: Path) -> None:
