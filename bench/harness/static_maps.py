@@ -65,7 +65,7 @@ def placement_on_replay(config: ServerConfig, arm: Arm, path: Path | None) -> di
     SGLang's trivial map. None where nothing is replayed, or under a rule that the figures do not know."""
     flags = dict(pairwise(config.flags))
     match = _REPLAY.match(flags.get("--ep-forced-routing", ""))
-    if match is None:
+    if match is None or "--ep-forced-routing" in arm.own_flags:
         return None
     window = RoutingWindow.from_trace(_trace(match["trace"]), JUDGED_TOKENS)
     layers, experts = window.counts.shape
