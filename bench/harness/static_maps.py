@@ -18,12 +18,12 @@ import numpy as np
 from bench.harness.arms import ARMS, REDUNDANT, RULE, Arm
 from bench.harness.engine import ROOT
 from bench.harness.profile import ServerConfig
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
 
 PLANNING_TOKENS, JUDGED_TOKENS = 16384, 8192
 _REPLAY = re.compile(r"replay:(?P<trace>[^,]+)")

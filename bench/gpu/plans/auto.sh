@@ -16,6 +16,8 @@ say() { echo "== $(($(date +%s) - START)) s: $*"; }
 bounded() { local end=$1; shift; timeout -k 15 "$(left "$end")" "$@"; } # none of it goes on after END
 options=(--no-report --results-dir "$results" ${BENCH_OPTIONS:-})
 
+# Which arms: a list in $CARRY/arms instead of the profile's.
+[ ! -e "$CARRY/arms" ] || arms=(--arms "$(cat "$CARRY/arms")")
 say "unpacking"
 if [ -z "${REHEARSE:-}" ]; then
     export SITE=$WORK/site
@@ -70,7 +72,7 @@ serve_other() { # beside the servers of the last step, which start meanwhile and
 }
 
 go=$WORK/go; rm -f "$go"
-measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" &
+measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" ${arms[@]+"${arms[@]}"} &
 measuring=$!
 if [ -z "${REHEARSE:-}" ]; then
     # Before the servers get there: they compile one kernel after another, all of them the same.
@@ -102,7 +104,9 @@ done
 wait "${steps[@]}"
 touch "$go"
 wait $measuring
-measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${EMULATED_OPTIONS:-}
+# Two servers of one arm were compared over NVLink.
+emulated=$(sed 's/,vanilla-again//' "$CARRY/arms" 2>/dev/null)
+measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${emulated:+--arms "$emulated"} ${EMULATED_OPTIONS:-}
 go=$WORK/go-idle; rm -f "$go"
 measure "$idle" nvlink "$idle_end" "$idle" --loads decode --hold "$go" &
 measuring=$!
