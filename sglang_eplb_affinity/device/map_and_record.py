@@ -14,7 +14,7 @@ import torch
 from sglang_eplb_affinity.device.cover_words import GpuCodes
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RowLayout
-from sglang_eplb_affinity.dispatch.rules import DispatchRule, choose_replicas
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber, choose_replicas
 from sglang_eplb_affinity.domain.topology import Topology
 
 try:
@@ -180,7 +180,7 @@ class MapAndRecord:
     ) -> tuple[Any, ...]:
         """The kernel's constexpr arguments in order."""
         recorder, placement = self.recorder, self.placement
-        rule = kernel.NO_RULE if tables is None else kernel.CODES[tables.rule]
+        rule = kernel.NO_RULE if tables is None else int(RuleNumber.of(tables.rule))
         record = (False, has_valid, 1, even, 0, 0, 0, 0)
         if recorder is not None:
             config = recorder.config
