@@ -2,7 +2,8 @@
 
     python -m bench.engines.cpu_engine.tiny_models FOLDER [--dtype float32]
 
-writes FOLDER/qwen3moe, FOLDER/dsv3 (DeepSeek-V3) and FOLDER/dense (Qwen3 without experts). Routers are skewed, so that
+writes FOLDER/qwen3moe, FOLDER/dsv3 (DeepSeek-V3), FOLDER/glm4moe, FOLDER/qwen2moe and FOLDER/dense (Qwen3 without
+experts). Routers are skewed, so that
 EPLB has something to balance; what random routers do not have is affinity between experts.
 """
 
@@ -190,6 +191,80 @@ def deepseek_v3(folder: Path, shape: TinyShape, dtype: str) -> None:
     _write(folder, config, weights)
 
 
+def glm4_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
+    """GLM-4-MoE: one dense layer, then grouped top-k with correction bias and one shared expert."""
+    config = _common_config(shape, dtype) | {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "first_k_dense_replace": 1,
+        "head_dim": HEAD_DIM,
+        "moe_intermediate_size": shape.expert_width,
+        "n_group": 1,
+        "n_routed_experts": shape.experts,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": shape.top_k,
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": None,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "use_qk_norm": True,
+    }
+    weights = Weights(getattr(torch, dtype))
+    weights.embeddings(shape.hidden)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        weights.layer_norms(prefix, shape.hidden)
+        _qwen3_attention(weights, f"{prefix}.self_attn", shape.hidden)
+        if layer < config["first_k_dense_replace"]:
+            weights.mlp(f"{prefix}.mlp", shape.hidden, shape.dense_width)
+            continue
+        weights.router(f"{prefix}.mlp.gate.weight", shape)
+        weights.tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = torch.linspace(0.3, 0, shape.experts)
+        for expert in range(shape.experts):
+            weights.mlp(f"{prefix}.mlp.experts.{expert}", shape.hidden, shape.expert_width)
+        weights.mlp(f"{prefix}.mlp.shared_experts", shape.hidden, shape.expert_width)
+    _write(folder, config, weights)
+
+
+def qwen2_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
+    """Qwen2Moe: biased attention, a gated shared expert in every layer."""
+    config = _common_config(shape, dtype) | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "decoder_sparse_step": 1,
+        "max_window_layers": shape.layers,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": shape.expert_width,
+        "norm_topk_prob": False,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "output_router_logits": False,
+        "rope_scaling": None,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": shape.expert_width,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    weights = Weights(getattr(torch, dtype))
+    weights.embeddings(shape.hidden)
+    head = shape.hidden // HEADS
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        weights.layer_norms(prefix, shape.hidden)
+        for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS), ("v_proj", KV_HEADS)):
+            weights.normal(f"{prefix}.self_attn.{name}.weight", heads * head, shape.hidden)
+            weights.normal(f"{prefix}.self_attn.{name}.bias", heads * head)
+        weights.normal(f"{prefix}.self_attn.o_proj.weight", shape.hidden, HEADS * head)
+        weights.router(f"{prefix}.mlp.gate.weight", shape)
+        for expert in range(shape.experts):
+            weights.mlp(f"{prefix}.mlp.experts.{expert}", shape.hidden, shape.expert_width)
+        weights.mlp(f"{prefix}.mlp.shared_expert", shape.hidden, shape.expert_width)
+        weights.normal(f"{prefix}.mlp.shared_expert_gate.weight", 1, shape.hidden)
+    _write(folder, config, weights)
+
+
 def _latent_attention(weights: Weights, prefix: str, hidden: int) -> None:
     weights.normal(f"{prefix}.q_a_proj.weight", Q_RANK, hidden)
     weights.ones(f"{prefix}.q_a_layernorm.weight", Q_RANK)
@@ -242,6 +317,8 @@ def build(folder: Path, dtype: str = "float32", shape: TinyShape = TinyShape()) 
     qwen3(folder / "qwen3moe", shape, dtype, moe=True)
     qwen3(folder / "dense", shape, dtype, moe=False)
     deepseek_v3(folder / "dsv3", shape, dtype)
+    glm4_moe(folder / "glm4moe", shape, dtype)
+    qwen2_moe(folder / "qwen2moe", shape, dtype)
 
 
 if __name__ == "__main__":
