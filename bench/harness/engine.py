@@ -18,7 +18,12 @@ STAND_INS = ROOT / "bench" / "engines" / "cpu_engine" / "stand_ins"
 
 
 # What the models made for the CPU and random ones are, and SGLang's files of them.
-_OWN_MODELS = {"Qwen3MoeForCausalLM": "qwen3_moe", "DeepseekV3ForCausalLM": "deepseek_v2"}
+_OWN_MODELS = {
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "DeepseekV3ForCausalLM": "deepseek_v2",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,10 @@ ALL = list(itertools.product(MODELS, (2, 4), (0, 4), (False, True), ("deepseek",
 # Replicas by `cover`, and a recorder that leaves out passes: 3 of each 10 are recorded.
 SAMPLED = ("--expert-affinity-record-every", "2", "--expert-affinity-record-last-passes", "6")
 COVER = ServerCase("qwen3moe", 2, 4, False, "affinity", extra=("--ep-dispatch-algorithm", "cover", *SAMPLED))
-CASES = [ServerCase(*case) for case in (ALL if os.environ.get("EPLB_AFFINITY_FULL_MATRIX") else PAIRWISE)] + [COVER]
+# Classes of SGLang that do not say which weights are their experts', and one that did not make redundant experts.
+OTHER_CLASSES = [("glm4moe", 2, 4, False, "affinity"), ("qwen2moe", 2, 4, False, "deepseek")]
+MATRIX = ALL if os.environ.get("EPLB_AFFINITY_FULL_MATRIX") else PAIRWISE
+CASES = [*(ServerCase(*case) for case in [*MATRIX, *OTHER_CLASSES]), COVER]
 
 
 def test_the_default_cases_cover_every_pair_of_settings() -> None:

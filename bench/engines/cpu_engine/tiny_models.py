@@ -229,7 +229,7 @@ def glm4_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
 
 
 def qwen2_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
-    """Qwen2Moe: biased attention, a gated shared expert in every layer."""
+    """Qwen2Moe: biased attention; no shared expert, whose gate is a Triton kernel in SGLang."""
     config = _common_config(shape, dtype) | {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
@@ -243,7 +243,7 @@ def qwen2_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
         "output_router_logits": False,
         "rope_scaling": None,
         "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": shape.expert_width,
+        "shared_expert_intermediate_size": 0,
         "sliding_window": None,
         "use_sliding_window": False,
     }
@@ -260,8 +260,6 @@ def qwen2_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
         weights.router(f"{prefix}.mlp.gate.weight", shape)
         for expert in range(shape.experts):
             weights.mlp(f"{prefix}.mlp.experts.{expert}", shape.hidden, shape.expert_width)
-        weights.mlp(f"{prefix}.mlp.shared_expert", shape.hidden, shape.expert_width)
-        weights.normal(f"{prefix}.mlp.shared_expert_gate.weight", 1, shape.hidden)
     _write(folder, config, weights)
 
 
