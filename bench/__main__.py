@@ -119,8 +119,8 @@ def run(
         from bench.publish.report import build_report  # a GPU host that only measures need not have what draws
 
         build_report(folder, plan)
-        click.echo((folder.path / "table.md").read_text(encoding="utf-8"))
-        click.echo(f"report: {folder.path / 'report.html'}", err=True)
+        click.echo((folder.path / "table.md").read_text(encoding="utf-8").split("\n## ", 1)[0])
+        click.echo(f"all tables: {folder.path / 'table.md'}; with plots: {folder.path / 'report.html'}", err=True)
     latest = folder.store.latest()
     if any(latest[cell].void for cell in plan.cells() if cell in latest):
         click.echo("some rows are void; table.md says why", err=True)

@@ -15,7 +15,6 @@ from sglang_eplb_affinity.domain.errors import InputError
 RECORDER = "--enable-expert-affinity-recorder"
 RULE = "--ep-dispatch-algorithm"
 REDUNDANT = "--ep-num-redundant-experts"
-# EPLB is on, with all that it does in a pass, and never rearranges.
 NEVER = ("--eplb-rebalance-num-iterations", "100000000")
 
 
@@ -82,6 +81,9 @@ _ARMS = (
     Arm("cover", "affinity EPLB, cover", "affinity", dispatch="cover"),
     # Perfectly balanced routing without EPLB: what balance alone could gain. Its outputs are not the model's.
     Arm("balanced", "balanced routing", own_flags=("--ep-forced-routing", "balanced")),
+    # As balanced, and each token on all GPUs, or on one: what fan-out costs at the same balance.
+    Arm("balanced-spread", "balanced routing, spread", own_flags=("--ep-forced-routing", "balanced:spread")),
+    Arm("balanced-local", "balanced routing, local", own_flags=("--ep-forced-routing", "balanced:local")),
     # SGLang's EPLB as anybody runs it: `vanilla` pays a little for the recorder that tells its placement.
     Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", "deepseek", recorded=False),
     # What EPLB costs while it rearranges nothing, and with rounds beside serving that move experts without need.
@@ -95,17 +97,36 @@ _ARMS = (
         own_flags=("--eplb-async", "--eplb-async-phase-limit", "3600", "--eplb-min-gain", "0"),
         rebalances="at times",
     ),
+    # Replicas chosen for few GPUs a token and for even loads within the pass.
+    Arm("cover-balanced", "affinity EPLB, balanced cover", "affinity", dispatch="cover_balanced"),
     # Half of the experts of the small models twice, against traffic.
     Arm("cover-32", "affinity EPLB, cover, 32 redundant", "affinity", dispatch="cover", redundant=32),
+    Arm(
+        "cover-balanced-32",
+        "affinity EPLB, balanced cover, 32 redundant",
+        "affinity",
+        dispatch="cover_balanced",
+        redundant=32,
+    ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 # Affinity served in another way: they are compared with `affinity` too.
 VARIANTS = tuple(arm.name for arm in _ARMS if arm.algorithm == "affinity" and arm.name != "affinity")
 
 
-def map_flags(path: Path) -> tuple[str, ...]:
-    """What an arm with EPLB gets besides its own flags to serve the map of ``path`` as it is."""
-    return (*NEVER, "--init-expert-location", str(path))
+def map_flags(arm: Arm, path: Path | None) -> tuple[str, ...]:
+    """What an arm gets instead of its flags to serve the map of ``path`` as it is (None: an arm without EPLB).
+
+    Affinity stays on, with all that it does in a pass, and never rearranges. Of SGLang's EPLB only the map is served,
+    without recording, in its favour: it has no recorder for DeepEP's auto mode but one that costs decode some percent.
+    """
+    flags = tuple(flag for flag in arm.flags if flag != RECORDER)
+    if path is None:
+        return flags
+    if arm.algorithm == "affinity":
+        return (*flags, *NEVER, "--init-expert-location", str(path))
+    on = flags.index("--enable-eplb")
+    return (*flags[:on], *flags[on + 3 :], "--init-expert-location", str(path))
 
 
 def arms_named(names: Sequence[str]) -> tuple[Arm, ...]:

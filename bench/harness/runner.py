@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -123,8 +124,6 @@ class Runner:
         maps = write_maps(config, sitting.arms, engine.model, self.folder.path / "maps")
         for place, name in enumerate(sitting.arms):
             served_map = maps.get(name)
-            if config.plan_trace:
-                arms.on_replay[name] = placement_on_replay(config, ARMS[name], served_map)
             command = server_command(config, ARMS[name], engine.model, place, served_map)
             if together and not config.other_hosts:  # each looks for free ports by itself, and two find the same
                 command += ["--nccl-port", str(free_port()), *SIDE_BY_SIDE_FLAGS]
@@ -137,7 +136,13 @@ class Runner:
 
         stack.callback(stop_together, list(arms.servers.values()))
         began = time.monotonic()
-        arms.failed = start_together(arms.servers, self.progress.say).failed
+        with ThreadPoolExecutor(1) as pool:  # compiles and computes for some seconds, which the start takes anyway
+            figures = {
+                name: pool.submit(placement_on_replay, config, ARMS[name], maps.get(name))
+                for name in (sitting.arms if config.plan_trace else ())
+            }
+            arms.failed = start_together(arms.servers, self.progress.say).failed
+            arms.on_replay = {name: found.result() for name, found in figures.items()}
         arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}
         self.progress.say(f"{sitting.name}: {len(arms.servers)} ready after {time.monotonic() - began:.0f} s")
         return arms
@@ -177,7 +182,7 @@ class Runner:
                 warm_up_server(server, ARMS[name], works, self.plan, prepared.model, client, budget, self.folder)
                 if self.plan.profile.server.plan_trace:
                     arms.probed[name] = arms.on_replay.get(name)
-                elif not ARMS[name].uses_eplb:
+                elif ARMS[name].recorded and not ARMS[name].uses_eplb:
                     dumps = CACHE / "dumps" / self.folder.name
                     keep = self.folder.path / "routing.npz"
                     work, config = works["", WARM_UP], self.plan.profile.server

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bench.figures.rebalance_log import LogSummary, parse_log
-from bench.harness.arms import RECORDER, Arm, map_flags
+from bench.harness.arms import Arm, map_flags
 from bench.harness.engine import ROOT, Engine
 from bench.harness.process import last_error, pause_group, resume_group, scrub_file, start_group, stop_group
 from bench.harness.profile import ServerConfig
@@ -42,15 +42,14 @@ def server_command(
     """The command of one arm. Arms differ only in ``arm.flags`` and, if they use EPLB, ``config.eplb_flags``.
 
     Of servers side by side each has another ``place``, and with it ports of its own. ``served_map``: what an arm with
-    EPLB serves, without rebalances; nothing is recorded but what its algorithm needs then.
+    EPLB serves, without rebalances (see :func:`bench.harness.arms.map_flags`).
     """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
     command += ["--host", HOST, "--port", str(config.port + PORT_STEP * place), *config.flags]
     if arm.uses_eplb:
         command += [*config.eplb_flags, *(["--eplb-affinity-nodes", str(config.nodes)] if config.nodes > 1 else [])]
     if config.plan_trace:
-        flags = [flag for flag in arm.flags if flag != RECORDER]
-        return [*command, *flags, *(map_flags(served_map) if served_map else ())]
+        return [*command, *map_flags(arm, served_map)]
     # Recording slows the passes that it is on in, and is not what this arm is about.
     if arm.only_observed and config.engine != "cpu" and _INTERVAL in config.eplb_flags:
         interval = int(config.eplb_flags[config.eplb_flags.index(_INTERVAL) + 1])

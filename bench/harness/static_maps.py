@@ -18,12 +18,12 @@ import numpy as np
 from bench.harness.arms import ARMS, REDUNDANT, RULE, Arm
 from bench.harness.engine import ROOT
 from bench.harness.profile import ServerConfig
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
 
 PLANNING_TOKENS, JUDGED_TOKENS = 16384, 8192
 _REPLAY = re.compile(r"replay:(?P<trace>[^,]+)")
@@ -65,7 +65,7 @@ def placement_on_replay(config: ServerConfig, arm: Arm, path: Path | None) -> di
     SGLang's trivial map. None where nothing is replayed, or under a rule that the figures do not know."""
     flags = dict(pairwise(config.flags))
     match = _REPLAY.match(flags.get("--ep-forced-routing", ""))
-    if match is None:
+    if match is None or "--ep-forced-routing" in arm.own_flags:
         return None
     window = RoutingWindow.from_trace(_trace(match["trace"]), JUDGED_TOKENS)
     layers, experts = window.counts.shape

@@ -15,6 +15,7 @@ from bench.harness.links import Link
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey
 from bench.harness.store import CellRecord
+from bench.publish.first_screen import first_screen
 from bench.publish.loads import load_sections
 from bench.publish.sections import (
     CONDITIONS,
@@ -109,7 +110,7 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
     """table.md: what was measured, latency and throughput, placement, and the rows that do not count."""
     profile, link = plan.profile, Link.of(plan.profile)
     emulated = f" ({link.title})" if link.emulated else ""
-    lines = [f"# {profile.title}", ""]
+    lines = [f"# {profile.title}", "", *first_screen(frame, plan), "", "## What was measured", ""]
     lines += [f"- {line}" for line in _facts(plan, environment)]
     if profile.server.engine == "cpu":
         lines += ["", f"**{CPU_NOTE}**"]

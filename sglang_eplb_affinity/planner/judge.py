@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.evaluate import NOT_KEPT, dealt_sources, measure_layer
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import PlannerConfig
@@ -24,7 +24,10 @@ class Judgement:
 
 
 def worth_moving(current: Judgement, planned: Judgement, load_cap: float, minimum_gain: float) -> bool:
-    """Whether a layer gains enough to move its experts; see ``PlannerConfig.minimum_gain``."""
+    """Whether a layer gains enough to move its experts; see ``PlannerConfig.minimum_gain``.
+
+    The one rule for it, of plans, servers and simulated days. ``load_cap`` 0: load alone decides.
+    """
 
     def gained(before: float, after: float) -> bool:
         return after < before and after <= before * (1 - minimum_gain)
@@ -85,7 +88,7 @@ def dispatch_sample(
     source = dealt_sources(len(tokens), topology)
     measure_layer(
         tokens, source, table, replicas, len(row) // topology.num_gpus,
-        topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums, slot_load, chosen,
+        topology.gpus_per_node, topology.num_nodes, int(RuleNumber.of(rule)), sums, slot_load, chosen,
     )  # fmt: skip
     sampled = np.bincount(row, weights=slot_load, minlength=num_experts)[row]
     return sums, np.where(sampled > 0, slot_load / np.maximum(sampled, 1), 1 / replicas[row])

@@ -17,11 +17,13 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     gains_by_cover,
     is_ours,
     records_affinity,
+    replaces_counts,
 )
 
 logger = logging.getLogger(__name__)
 
 INITIAL_MAP = "--init-expert-location"
+DEFAULT_MIN_GAIN = 0.02  # of --eplb-min-gain, as the series has it
 # What the patch series adds to SGLang's ServerArgs.
 ADDED = (
     "enable_expert_affinity_recorder",
@@ -54,7 +56,7 @@ def resolve(server_args: Any) -> None:
     missing = [name for name in ADDED if not hasattr(server_args, name)]
     if missing:
         raise InputError(
-            f"SGLang has an older version of the patch series than this sglang_eplb_affinity, without "
+            f"SGLang has another version of the patch series than this sglang_eplb_affinity, without "
             f"--{missing[0].replace('_', '-')}; run `make apply` in its checkout"
         )
     name = server_args.eplb_algorithm
@@ -75,6 +77,7 @@ def resolve(server_args: Any) -> None:
         )
     if server_args.eplb_affinity_max_moves is not None and server_args.eplb_affinity_max_moves < 1:
         raise InputError(f"--eplb-affinity-max-moves {server_args.eplb_affinity_max_moves}: must be at least 1")
+    _check_min_gain(server_args)
     check_schedule(server_args)
     if server_args.expert_load_log_passes < 0:
         raise InputError(f"--expert-load-log-passes {server_args.expert_load_log_passes}: must be 0 (off) or more")
@@ -91,6 +94,8 @@ def check(server_args: Any) -> None:
     forced = server_args.ep_forced_routing
     loads = server_args.init_expert_location != "trivial"
     check_cover(server_args)
+    if replaces_counts(server_args):  # nothing is put into SGLang's buffer of counts
+        server_args.expert_distribution_recorder_buffer_size = 1
     if not ours and not records_affinity(server_args) and not forced and not loads:
         return
     if server_args.eplb_record_map is not None:
@@ -153,6 +158,14 @@ def check(server_args: Any) -> None:
             100 * server_args.eplb_affinity_max_load_increase,
             server_args.expert_affinity_sample_tokens,
         )
+
+
+def _check_min_gain(server_args: Any) -> None:
+    gain = server_args.eplb_min_gain
+    if not 0 <= gain < 1:
+        raise InputError(f"--eplb-min-gain {gain}: must be a fraction, 0 to below 1")
+    if gain != DEFAULT_MIN_GAIN and not server_args.eplb_async and server_args.eplb_algorithm != ALGORITHM:
+        raise InputError(f"--eplb-min-gain {gain}: needs --eplb-async or --eplb-algorithm affinity")
 
 
 def _check_record_map(server_args: Any) -> None:

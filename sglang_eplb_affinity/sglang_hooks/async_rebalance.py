@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 _GROUP_TIMEOUT = timedelta(hours=12)
 
 
-def start(model_runner: Any) -> AsyncRebalancer:
+def start(model_runner: Any, args: Any) -> AsyncRebalancer:
     """A collective call of all ranks, with the weights loaded and the KV cache not yet sized."""
     from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
     from sglang.srt.runtime_context import get_parallel
 
-    args, parallel = model_runner.server_args, get_parallel()
+    parallel = get_parallel()
     metadata = get_global_expert_location_metadata()
     config, device = config_of(args), _device_of(args, model_runner)
     world, world_rank = dist.get_world_size(), dist.get_rank()
@@ -127,7 +127,6 @@ def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: in
             args, first=False, num_groups=rebalance.num_groups_of(getattr(model_runner, "model_config", None))
         ),
         topology=rebalance.topology_of(args, num_ranks),
-        minimum_gain=args.eplb_min_gain,
         staging_rows=staging_rows,
         nodes_of_eplb=args.nnodes,
         expert_groups=groups,

@@ -46,7 +46,7 @@ def test_each_load_is_measured_at_its_levels_and_in_its_blocks(auto_plan: RunPla
     assert len(cells) == len(set(cells)) == len({cell.name for cell in cells})
     of_block = {b: {(c.load, c.concurrency) for c in cells if c.block == b} for b in range(3)}
     others = {("prefill", 384), ("decode", 64), ("decode", 256)}
-    assert of_block == {0: {("", 512), *others}, 1: {("", 512), *others}, 2: others}
+    assert of_block == {0: {("", 384), *others}, 1: {("", 384), *others}, 2: others}
     assert CellKey(0, "vanilla", 64, "decode").name == "b0-vanilla-decode-c64"
 
 
@@ -151,8 +151,11 @@ def test_arms_serve_their_own_map_and_record_nothing_for_the_benchmark() -> None
     command = server_command(AUTO.server, ARMS["cover-32"], "m", 0, Path("maps/cover-32.json"))
     assert RECORDER not in command and command[-4:] == [*NEVER, "--init-expert-location", "maps/cover-32.json"]
     assert command[len(command) - command[::-1].index("--ep-num-redundant-experts")] == "32"
+    vanilla = server_command(AUTO.server, ARMS["vanilla"], "m", 0, Path("maps/vanilla.json"))
+    assert "--enable-eplb" not in vanilla and vanilla[-2:] == ["--init-expert-location", "maps/vanilla.json"]
     none = server_command(AUTO.server, ARMS["none"], "m")
     assert RECORDER not in none and "--init-expert-location" not in none
+    assert server_command(AUTO.server, ARMS["balanced-local"], "m")[-1] == "balanced:local"
 
 
 def test_maps_are_planned_once_and_layers_follow_the_replayed_ones(tmp_path: Path) -> None:
@@ -208,7 +211,7 @@ def test_tables_show_each_load_by_itself(auto_plan: RunPlan) -> None:
         markdown.split("## Load")[0],
         *(markdown.split(f"## Load `{name}`")[1].split("## ")[0] for name in ("prefill", "decode")),
     )
-    assert "| 512 | no EPLB |" in main and "| 64 |" not in main.split("## In the layout")[0]
+    assert "| 384 | no EPLB |" in main and "| 64 |" not in main.split("## In the layout")[0]
     assert "| 384 | no EPLB | 90.00 |" in prefill and "vanilla EPLB" in prefill
     assert "| 64 | no EPLB | 6.00 |" in decode and "| 256 | no EPLB | vanilla EPLB |" in decode
 

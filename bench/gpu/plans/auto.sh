@@ -3,19 +3,21 @@
 #
 #   1. GPU tests, while the first servers start; then kernel and expert times, while these wait
 #   2. the profile h200-x2-auto over NVLink, and over the emulated link of 25 GB/s
-#   3. what EPLB costs while it never rearranges, and with asynchronous rounds (profile h200-x2-idle)
-#   4. another version of SGLang, if its bundle is there: a served rebalance in each of DeepEP's modes
+#   3. another version of SGLang, if its bundle is there: a served rebalance in each of DeepEP's modes
+#   4. what EPLB costs while it never rearranges, and with asynchronous rounds (profile h200-x2-idle)
 #
-# Seconds since $START at which each is over: ENDS="NVLINK EMULATED IDLE OTHER" (690 1200 1400 1580). REHEARSE=1: the
+# Seconds since $START at which each is over: ENDS="NVLINK EMULATED OTHER IDLE" (710 1290 1470 1600). REHEARSE=1: the
 # same on the CPU. Steps that are missing in $CARRY are left out.
 set -uo pipefail
-read -r nvlink_end emulated_end idle_end other_end <<<"${ENDS:-690 1200 1400 1580}"
+read -r nvlink_end emulated_end other_end idle_end <<<"${ENDS:-710 1290 1470 1600}"
 results=$WORK/results profile=${PROFILE:-h200-x2-auto} idle=${IDLE_PROFILE:-h200-x2-idle} python=${PYTHON:-python3}
 left() { echo $((START + $1 - $(date +%s))); }
 say() { echo "== $(($(date +%s) - START)) s: $*"; }
 bounded() { local end=$1; shift; timeout -k 15 "$(left "$end")" "$@"; } # none of it goes on after END
 options=(--no-report --results-dir "$results" ${BENCH_OPTIONS:-})
 
+# Which arms: a list in $CARRY/arms instead of the profile's.
+[ ! -e "$CARRY/arms" ] || arms=(--arms "$(cat "$CARRY/arms")")
 say "unpacking"
 if [ -z "${REHEARSE:-}" ]; then
     export SITE=$WORK/site
@@ -44,8 +46,33 @@ measure() { # RUN LINK END PROFILE [OPTIONS]
         --seconds "$(left "$end")" "${options[@]}" "$@" >"$results/$run.log" 2>&1
     say "$run: exit code $? ($(grep -c '^b[0-9]' "$results/$run.log") rows, $(grep -c VOID "$results/$run.log") void)"
 }
+serve_other() { # beside the servers of the last step, which start meanwhile and wait
+    local other=$WORK/site-other mode port
+    cp -al "$SITE" "$other"
+    # What it has instead of ours, and the metadata of those; the files are shared, so none is written over.
+    tar -tJf "$CARRY/other-site.tar.xz" | cut -d/ -f1 | sort -u | while read -r name; do
+        rm -rf "${other:?}/$name" "$other/${name%%-*}"-*.dist-info
+    done
+    tar -C "$other" -xJf "$CARRY/other-site.tar.xz"
+    export SITE=$other PYTHONPATH=
+    . bench/gpu/env.sh
+    "$python" -m sglang_eplb_affinity.patching apply
+    "$python" -m compileall -qq -j 0 "$other/sglang"
+    "$python" -c 'import sglang, sglang.srt.server_args; print("SGLang", sglang.__version__)'
+    for mode in low_latency normal auto; do
+        port=$((34000 + 200 * ${#mode}))
+        (
+            bounded "$other_end" "$python" -m bench.gpu.rebalance_check --mode $mode --rebalances 1 --seconds 60 \
+                --work "$WORK/other-$mode" --out "$results/other-$mode.json" --port $port >"$results/other-$mode.log" 2>&1
+            echo "$mode: exit code $?: $(tail -n 1 "$results/other-$mode.log" | cut -c 1-200)"
+            mkdir -p "$results/other-$mode" && cp "$WORK/other-$mode"/servers/*.log "$results/other-$mode/"
+        ) &
+    done
+    wait
+}
+
 go=$WORK/go; rm -f "$go"
-measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" &
+measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" ${arms[@]+"${arms[@]}"} &
 measuring=$!
 if [ -z "${REHEARSE:-}" ]; then
     # Before the servers get there: they compile one kernel after another, all of them the same.
@@ -59,6 +86,14 @@ fi
 # The servers wait, stopped, once they are ready.
 until grep -qs 'ready; waiting for' "$results/$profile-nvlink.log" || ! kill -0 $measuring 2>/dev/null; do sleep 0.5; done
 say "servers ready: $(grep -h 'ready after' "$results/$profile-nvlink.log")"
+give_up() { # WHY: paid time is better spent after a look at the logs
+    say "$1; the errors of the servers' logs:"
+    grep -hE 'Error|Exception|CUDA' "$results/$profile-nvlink"/server/*.log | sort | uniq -c | sort -rn | head -n 12
+    kill $measuring 2>/dev/null && wait $measuring
+    exit 1
+}
+ready=$(sed -n 's/^side-by-side: \([0-9]*\) ready after.*/\1/p' "$results/$profile-nvlink.log")
+[ "${ready:-0}" -ge "${FEWEST_SERVERS:-2}" ] || give_up "too few servers started"
 # On a GPU each, side by side: $CARRY/steps/NAME.gpuN.sh, in the root of this checkout, its results below $STEP_OUT.
 steps=()
 for gpu in 0 1; do
@@ -77,32 +112,18 @@ done
 wait "${steps[@]}"
 touch "$go"
 wait $measuring
-measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${EMULATED_OPTIONS:-}
-measure "$idle" nvlink "$idle_end" "$idle"
-
+counted=$(grep '^b[0-9]' "$results/$profile-nvlink.log" | grep -vc VOID)
+[ "$counted" -ge 6 ] || give_up "only $counted rows count"
+# Two servers of one arm were compared over NVLink.
+emulated=$(sed 's/,vanilla-again//' "$CARRY/arms" 2>/dev/null)
+measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${emulated:+--arms "$emulated"} ${EMULATED_OPTIONS:-}
+go=$WORK/go-idle; rm -f "$go"
+measure "$idle" nvlink "$idle_end" "$idle" --loads decode --hold "$go" &
+measuring=$!
 if [ -e "$CARRY/other-site.tar.xz" ] && [ "$(left "$other_end")" -gt 60 ]; then
     say "another version of SGLang"
-    other=$WORK/site-other
-    cp -al "$SITE" "$other"
-    # What it has instead of ours, and the metadata of those; the files are shared, so none is written over.
-    tar -tJf "$CARRY/other-site.tar.xz" | cut -d/ -f1 | sort -u | while read -r name; do
-        rm -rf "${other:?}/$name" "$other/${name%%-*}"-*.dist-info
-    done
-    tar -C "$other" -xJf "$CARRY/other-site.tar.xz"
-    (
-        export SITE=$other PYTHONPATH=
-        . bench/gpu/env.sh
-        "$python" -m sglang_eplb_affinity.patching apply
-        "$python" -m compileall -qq -j 0 "$other/sglang"
-        "$python" -c 'import sglang; print("SGLang", sglang.__version__)'
-        for mode in low_latency normal auto; do
-            port=$((34000 + 200 * ${#mode}))
-            bounded "$other_end" "$python" -m bench.gpu.rebalance_check --mode $mode --rebalances 1 --seconds 60 \
-                --work "$results/other-$mode" --out "$results/other-$mode.json" --port $port \
-                >"$results/other-$mode.log" 2>&1 && echo "$mode: passed" || echo "$mode: exit code $?: $(tail -n 1 \
-                "$results/other-$mode.log" | cut -c 1-200)" &
-        done
-        wait
-    ) 2>&1 | tee "$results/other.log"
+    serve_other 2>&1 | tee "$results/other.log"
 fi
+touch "$go"
+wait $measuring
 say "over"
