@@ -16,7 +16,7 @@ NAME = "sglang-eplb-affinity"
 
 
 def installer() -> tuple[list[str], list[str]] | None:
-    """What installs into this Python's environment: the command, and options for behind its verb; None: nothing does."""
+    """What installs into this Python's environment: the command and the options of its verb; None: nothing does."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"], []
     uv = shutil.which("uv")
