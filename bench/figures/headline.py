@@ -33,11 +33,6 @@ _NAMED = {
     "cover-32": "cover-32.",
     "cover-balanced-32": "cover-balanced-32.",
 }
-    "affinity": "",
-    "cover": "cover.",
-    "cover-32": "cover-32.",
-    "cover-balanced-32": "cover-balanced-32.",
-}  # arms whose ratios are headline figures, and what their names begin with
 _PLACEMENT_UNITS = {
     "balancedness": "mean/max load",
     "gpu_fanout": "GPUs per token",
