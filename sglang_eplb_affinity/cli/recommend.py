@@ -10,7 +10,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
 from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -36,6 +36,7 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 @click.option("--trace", type=FILE, help="Recorded routing (.npz).")
 @click.option("--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump with token sets (.pt).")
 @click.option("--test-trace", type=FILE, help="Routing to judge on.  [default: held-out sequences of --trace]")
+@dense_layers_option
 @click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
 @click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
@@ -45,7 +46,8 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=FILE, help="Write the recommendation as JSON.")
 def recommend_command(
-    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, topology: str, gpus: int | None,
+    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
+    topology: str, gpus: int | None,
     phases: tuple[Phase, ...], min_gain: float, layers: int, resamples: int, seed: int, out: Path | None,
 ) -> None:  # fmt: skip
     """Algorithm, redundant experts, DeepEP mode and interval for your traffic, with the predicted gain; or "leave it".
@@ -62,7 +64,9 @@ def recommend_command(
     if out is not None:
         check_output(out)
     test = None if test_trace is None else RoutingTrace.load(test_trace)
-    source = RoutingSource(load_recording(trace, dumps), test, system.model, sampled_layers(system, layers), seed=seed)
+    source = RoutingSource(
+        load_recording(trace, dumps, dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
+    )
     domains = source.trace.domain
     drifts = domains is not None and len(np.unique(domains)) > 1
     total = sum(candidate_runs(system, phase, resamples) + (DAY_WINDOWS if drifts else 0) for phase in phases)
