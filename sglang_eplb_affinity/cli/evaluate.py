@@ -36,12 +36,19 @@ from sglang_eplb_affinity.formats.maps import load_map
     "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True, default=("cover",), show_default=True,
     help="Replica choice; may repeat. dynamic spreads evenly over replicas, as EPLB assumes.",
 )  # fmt: skip
+@click.option(
+    "--pass-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Tokens of one GPU in one pass: what pass_load_max_over_mean is of, and what cover_balanced sees.",
+)
 @click.option("--current-map", type=FILE, help="Count the experts that each map moves from this one.")
 @click.option("--format", "style", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.option("--out", type=FILE, help="Write to a file instead of standard output.")
 def evaluate_command(
     traces: tuple[Path, ...], dumps: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int,
-    rules: tuple[DispatchRule, ...], current_map: Path | None, style: str, out: Path | None,
+    rules: tuple[DispatchRule, ...], pass_tokens: int, current_map: Path | None, style: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Fan-outs, remote copies and GPU load of maps on recorded tokens.
 
@@ -64,7 +71,7 @@ def evaluate_command(
             for map_path in maps:
                 expert_map = recorded.restrict(load_map(map_path, num_experts=experts), str(map_path))
                 for rule in rules:
-                    results.append(_result(recorded, map_path, expert_map, topology, rule, current))
+                    results.append(_result(recorded, map_path, expert_map, topology, rule, current, pass_tokens))
                     bar.update()
     text = {"json": _json, "csv": _csv, "table": _table}[style](results, topology)
     if out is None:
@@ -106,10 +113,10 @@ def _of_dump(path: Path) -> _Recorded:
 
 def _result(
     recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
-    current: ExpertMap | None,
+    current: ExpertMap | None, pass_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     trace, trace_path = recorded.trace, recorded.path
-    traffic = measure_trace(trace, expert_map, topology, rule, map_source=str(map_path))
+    traffic = measure_trace(trace, expert_map, topology, rule, str(map_path), pass_tokens)
     moved = None if current is None else moved_experts(current, expert_map, topology)
     return {
         "trace": str(trace_path),
@@ -118,6 +125,7 @@ def _result(
         "gpus": topology.num_gpus,
         "nodes": topology.num_nodes,
         "tokens": trace.num_tokens,
+        "pass_tokens": pass_tokens,
         "layers": trace.num_layers,
         "slots": expert_map.num_slots,
         **{name: float(getattr(traffic, name).mean()) for name in METRICS},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.imbalance import ImbalanceWeights
 from sglang_eplb_affinity.planner.random_steps import schedule
@@ -61,7 +62,7 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
             Annealing(2048, 2, 8000 * scale, 0.0, 0.0) if fast else Annealing(16384, 2, 100000 * scale, 0.0, 0.0)
         )
         return SearchBudget(annealing, False, _SWAPS)
-    if num_slots > num_experts and (config.dispatch == "cover" or config.objective != "normal"):
+    if num_slots > num_experts and (config.dispatch in COVER_RULES or config.objective != "normal"):
         # A proposal costs more with more slots; at DeepSeek-V3's size more a stage gain nothing.
         steps = 265 if num_slots <= 128 else 190
         annealing = (
