@@ -195,16 +195,17 @@ class MapAndRecord:
                 state, recorder.counts[0, layer], recorder.sample_rows[layer], state if table is None else table,
                 state if counts is None else counts,
             )  # fmt: skip
-        tensors = (*tensors, self._workspace(tables) if tables and tables.rule == "cover_balanced" else tensors[0])
-        return tensors, tuple(tensor.data_ptr() for tensor in tensors)
+        balanced = tables is not None and tables.rule == "cover_balanced"
+        with_workspace = (*tensors, self._workspace(tensors[3]) if balanced else tensors[3])
+        return with_workspace, tuple(tensor.data_ptr() for tensor in with_workspace)
 
-    def _workspace(self, tables: LayerTables) -> torch.Tensor:
+    def _workspace(self, table: torch.Tensor) -> torch.Tensor:
         """All layers share it, one after the other; empty between them."""
         if self._balance is None:
             assert self.placement is not None
             bins = triton.next_power_of_2(self.placement.topology.num_gpus)
             size = balance.TICKET_INTS + 2 * bins
-            self._balance = torch.zeros(size, dtype=torch.int32, device=tables.slots.device)
+            self._balance = torch.zeros(size, dtype=torch.int32, device=table.device)
         return self._balance
 
     def _constants(
