@@ -23,7 +23,7 @@ def records_affinity(server_args: Any) -> bool:
 
 
 def chooses_replicas(server_args: Any) -> bool:
-    """Whether logical ids become physical by our rules: always with those of `cover`, else where our algorithm plans."""
+    """Whether ids become physical by our rules: always with those of `cover`, else where our algorithm plans."""
     if server_args.ep_dispatch_algorithm in COVER_RULES:
         return True
     return is_ours(server_args) and _our_rules_run(server_args)
