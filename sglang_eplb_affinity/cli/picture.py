@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.evaluate import dealt_sources, even_load, measure_layer
+from sglang_eplb_affinity.dispatch.evaluate import NO_PASS_LOAD, ONE_PASS, dealt_sources, even_load, measure_layer
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
@@ -88,7 +88,7 @@ def _fanout(tokens: np.ndarray, one: ExpertMap, topology: Topology, rule: Dispat
     measure_layer(
         used, dealt_sources(len(used), topology), one.logical_to_all_physical()[0], one.replica_counts()[0],
         slots_per_gpu, topology.gpus_per_node, topology.num_nodes, int(RuleNumber.of(rule)), np.zeros(5, np.int64),
-        np.zeros(one.num_slots, np.int64), chosen,
+        np.zeros(one.num_slots, np.int64), chosen, ONE_PASS, NO_PASS_LOAD,
     )  # fmt: skip
     gpus = np.sort(np.where(chosen >= 0, chosen // slots_per_gpu, -1), axis=1)
     fanout = ((gpus[:, 1:] != gpus[:, :-1]).sum(1) + 1) - (gpus[:, 0] < 0)

@@ -113,11 +113,12 @@ def test_counts_as_json_gzip_frequencies_and_per_pass(tmp_path: Path, tokens: np
     half = tmp_path / "half.pt"
     torch.save({"logical_count": torch.from_numpy(counts).to(torch.bfloat16)[None]}, half)
     passes = tmp_path / "passes.pt"
-    records = [{"rank": 0, "gatherer_key": "primary", "global_physical_count": torch.from_numpy(counts // 2)},
-               {"rank": 0, "gatherer_key": "primary", "global_physical_count": torch.from_numpy(counts - counts // 2)}]  # fmt: skip
-    torch.save(
-        {"records": records, "last_physical_to_logical_map": torch.from_numpy(start.physical_to_logical)}, passes
-    )
+    records = [
+        {"rank": 0, "gatherer_key": "primary", "global_physical_count": torch.from_numpy(part)}
+        for part in (counts // 2, counts - counts // 2)
+    ]
+    in_force = torch.from_numpy(start.physical_to_logical)
+    torch.save({"records": records, "last_physical_to_logical_map": in_force}, passes)
     load = counts.reshape(LAYERS, 4, -1).sum(2)
     expected = (load.max(1) / load.mean(1)).mean()
     for path in (plain, packed, frequencies, hundredths, half, passes):
