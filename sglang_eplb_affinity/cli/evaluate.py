@@ -182,9 +182,7 @@ def _result(
 ) -> dict[str, Any]:  # fmt: skip
     if recorded.trace is None:
         if gone:
-            raise InputError(
-                f"{recorded.path}: holds counts only; --without-rank and --without-node need token sets"
-            )
+            raise InputError(f"{recorded.path}: holds counts only; --without-rank and --without-node need token sets")
         return _load_result(recorded, map_path, expert_map, topology, rule, current)
     trace, trace_path = recorded.trace, recorded.path
     traffic = measure_trace(trace, expert_map, topology, rule, str(map_path), pass_tokens)
