@@ -190,7 +190,7 @@ def save(path: Path, **arrays: Any) -> Path:
 @pytest.mark.parametrize(
     ("arrays", "told"),
     [
-        ({"topk_ids": np.array([[[0, 1]], [[2, 2]]], np.int16)}, "token 1 layer 0 has expert 2 twice"),
+        ({"topk_ids": np.array([[[0, 1]], [[2, 2]]], np.int16)}, "topk_ids[1, 0] has expert 2 twice"),
         ({"domain": np.array(["code", "text"])}, "domain holds <U4"),
         (
             {"domain": np.array([0, 5], np.int8), "domain_names": np.array(["a"])},
