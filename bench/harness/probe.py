@@ -64,7 +64,7 @@ def read_dump(path: Path) -> RoutingWindow:
     """The affinity window of a recorder dump; raises InputError when it has none."""
     import torch
 
-    from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
+    from sglang_eplb_affinity.formats.affinity_entry import window_of_dump
 
     data = torch.load(path, weights_only=True, map_location="cpu")
     if "affinity" not in data:
