@@ -75,6 +75,9 @@ go=$WORK/go; rm -f "$go"
 measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" ${arms[@]+"${arms[@]}"} &
 measuring=$!
 if [ -z "${REHEARSE:-}" ]; then
+    for step in "$CARRY"/steps/*.early.sh; do # what steps want compiled
+        [ ! -e "$step" ] || CUDA_VISIBLE_DEVICES=1 bounded 150 bash "$step" >"$results/$(basename "$step").log" 2>&1 &
+    done
     # Before the servers get there: they compile one kernel after another, all of them the same.
     bounded 120 "$python" -m bench.gpu.precompile_experts --slots 32,36,48 --hidden 4096 --width 640 \
         --batches 8,32,64,128,256 >"$results/precompile.log" 2>&1
@@ -86,7 +89,15 @@ fi
 # The servers wait, stopped, once they are ready.
 until grep -qs 'ready; waiting for' "$results/$profile-nvlink.log" || ! kill -0 $measuring 2>/dev/null; do sleep 0.5; done
 say "servers ready: $(grep -h 'ready after' "$results/$profile-nvlink.log")"
-# On a GPU each, side by side: $CARRY/steps/NAME.gpuN.sh, in the root of this checkout, its results below $STEP_OUT.
+give_up() { # WHY: paid time is better spent after a look at the logs
+    say "$1; the errors of the servers' logs:"
+    grep -hE 'Error|Exception|CUDA' "$results/$profile-nvlink"/server/*.log | sort | uniq -c | sort -rn | head -n 12
+    kill $measuring 2>/dev/null && wait $measuring
+    exit 1
+}
+ready=$(sed -n 's/^side-by-side: \([0-9]*\) ready after.*/\1/p' "$results/$profile-nvlink.log")
+[ "${ready:-0}" -ge "${FEWEST_SERVERS:-2}" ] || give_up "too few servers started"
+# On a GPU each, side by side: $CARRY/steps/NAME.gpuN.sh (after NAME.early.sh, see above), in the root of this checkout, its results below $STEP_OUT.
 steps=()
 for gpu in 0 1; do
     (
@@ -104,6 +115,8 @@ done
 wait "${steps[@]}"
 touch "$go"
 wait $measuring
+counted=$(grep '^b[0-9]' "$results/$profile-nvlink.log" | grep -vc VOID)
+[ "$counted" -ge 6 ] || give_up "only $counted rows count"
 # Two servers of one arm were compared over NVLink.
 emulated=$(sed 's/,vanilla-again//' "$CARRY/arms" 2>/dev/null)
 measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${emulated:+--arms "$emulated"} ${EMULATED_OPTIONS:-}
