@@ -36,7 +36,8 @@ def load_results(folder: Path) -> dict[str, tuple[list[dict[str, Any]], dict[str
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: for each case and phase the fastest without a look at experts, and the fastest dealt by experts."""
-    out = [_cells(found, rows) for found in verdicts(rows)]
+    ordered = sorted(rows, key=lambda row: (row["gpus"], row["nodes"], row["redundant"]))
+    out = [_cells(found, rows) for found in verdicts(ordered)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, *out)]
     return "\n".join([lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]])
 

@@ -23,7 +23,7 @@ from sglang_eplb_affinity.simulate.scenario import PHASES, Phase
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System, divisible_redundancy
 from sglang_eplb_affinity.simulate.timing import TimeModel
 
-LAYOUTS = ((2, 1), (2, 2), (4, 1), (8, 1), (8, 2), (16, 2), (32, 4))
+LAYOUTS = ((8, 2), (2, 2), (16, 2), (2, 1), (8, 1), (32, 4), (4, 1))
 BANDS = (0.02, 0.1)  # of the requests that run on a rank
 STEPS = 3
 SEARCHED = ((2, 2), (8, 2))  # layouts for which placement and routing are searched together
@@ -49,7 +49,7 @@ def cases_for(num_experts: int) -> list[Case]:
     for gpus, nodes in LAYOUTS:
         few, many = (divisible_redundancy(num_experts, gpus, num_experts // part) for part in (8, 2))
         out += [Case(gpus, nodes, few), Case(gpus, nodes, num_experts if many == few else many)]
-    return out
+    return list(dict.fromkeys(out))
 
 
 def system_for(system: System, case: Case, num_experts: int, top_k: int) -> System:
