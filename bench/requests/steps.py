@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def measure_steps(
         for layer in range(requests.trace.num_layers):
             traffic = batch_traffic(requests.trace.topk_ids[rows, layer], source, expert_map, layer, topology, rule)
             layers.append(model.layer(traffic, scale, mode, prefill, busiest))
-            level.append(model.layer(_levelled(traffic), scale, mode, prefill, tokens_per_gpu))
+            level.append(_level_layer(model, traffic, scale, mode, prefill, tokens_per_gpu))
             sent = traffic.counters.sum(1) / len(rows)
             if mode == "normal":
                 copies = (sent[NORMAL_RECEIVED] - sent[NORMAL_LOCAL], sent[NORMAL_RDMA_OUT])
@@ -89,10 +90,13 @@ def measure_steps(
     return StepFigures(*map(float, np.mean(figures, 0)), *map(float, np.mean(times, 0)))
 
 
-def _levelled(traffic: BatchTraffic) -> BatchTraffic:
-    counters = np.repeat(traffic.counters.mean(1, keepdims=True), traffic.counters.shape[1], 1)
+def _level_layer(
+    model: TimeModel, traffic: BatchTraffic, scale: float, mode: DeepEPMode, prefill: bool, tokens: float
+) -> LayerTime:
+    """Links carry the mean of all, and experts take the mean time of all GPUs."""
     gpus = traffic.counters.shape[1]
-    by_gpu = traffic.slot_load.reshape(gpus, -1)
-    # The slots of each GPU as they are, its tokens those of the mean GPU.
-    even = by_gpu * (by_gpu.sum() / gpus / np.maximum(by_gpu.sum(1, keepdims=True), 1))
-    return BatchTraffic(counters, even.ravel(), traffic.num_tokens)
+    counters = np.repeat(traffic.counters.mean(1, keepdims=True), gpus, 1)
+    by_gpu = traffic.slot_load.reshape(gpus, -1) * scale
+    alone = [model.experts(np.where(np.arange(gpus)[:, None] == gpu, by_gpu, 0).ravel())[0] for gpu in range(gpus)]
+    level = BatchTraffic(counters, traffic.slot_load, traffic.num_tokens)
+    return dataclasses.replace(model.layer(level, scale, mode, prefill, tokens), experts_us=float(np.mean(alone)))
