@@ -68,10 +68,11 @@ test: apply lint  ## all tests that need no GPU
 test-matrix: apply  ## the server tests in every combination (about an hour on 2 cores)
 	@EPLB_AFFINITY_FULL_MATRIX=1 $(PYTHON) -m pytest tests/server/test_outputs.py $(ARGS)
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy and the order of layers
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+	@$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ import click
 from bench.harness import sharegpt
 from bench.harness.arms import ARMS, arms_named
 from bench.harness.console import ConsoleProgress
-from bench.harness.engine import CACHE, ROOT, check_gpus, check_sglang
+from bench.harness.engine import CACHE, ROOT, check_gpus, check_sglang, prepare_engine
 from bench.harness.environment import command_line, describe_environment, hardware, provenance
 from bench.harness.hosts import other_hosts as parse_hosts
 from bench.harness.links import with_link
@@ -23,10 +23,12 @@ from bench.harness.profile import PROFILE_DIR, Profile
 from bench.harness.rehearsal import rehearsal
 from bench.harness.run_folder import RunFolder, RunPlan, open_run
 from bench.harness.runner import Runner
+from bench.harness.static_maps import placement_on_replay, write_maps
 from bench.publish.summary_cli import readme, summary
 from sglang_eplb_affinity.domain.errors import InputError
 
 INTERRUPTED = 130
+MAIN = "main"
 
 
 class _Group(click.Group):
@@ -52,6 +54,7 @@ def main() -> None:
 @click.option("--sharegpt", "sharegpt_file", help="ShareGPT JSON file. Default: a PyPI package, cached outside git.")
 @click.option("--arms", help=f"Comma-separated; known: {', '.join(ARMS)}. Default: the profile's.")
 @click.option("--concurrency", help="Comma-separated numbers of requests in flight. Default: the profile's.")
+@click.option("--loads", help="Comma-separated: main, and names of the profile's further loads. Default: all.")
 @click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
 @click.option("--model", help="Model path or hub id instead of the profile's.")
 @click.option("--port", type=int, help="Port of the server on 127.0.0.1. Default: the profile's.")
@@ -62,6 +65,7 @@ def main() -> None:
 @click.option(
     "--rehearse", is_flag=True, help="The profile's steps on the CPU with a tiny model, before it costs GPU time."
 )
+@click.option("--hold", type=click.Path(path_type=Path), help="Measure once this file exists; servers start meanwhile.")
 @click.option("--no-report", is_flag=True, help="Only measure; build tables and notebook later with `report`.")
 def run(
     profile_name: str,
@@ -70,6 +74,7 @@ def run(
     sharegpt_file: str | None,
     arms: str | None,
     concurrency: str | None,
+    loads: str | None,
     blocks: int | None,
     model: str | None,
     port: int | None,
@@ -78,6 +83,7 @@ def run(
     link: str,
     seconds: float | None,
     rehearse: bool,
+    hold: Path | None,
     no_report: bool,
 ) -> None:
     """Measure all arms at all concurrencies and write tables, plots and a notebook."""
@@ -90,12 +96,13 @@ def run(
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))
     levels = _levels(concurrency) if concurrency is not None else profile.load.concurrency
+    load_names = _load_names(loads, profile)
     repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
     source = _source(profile, sharegpt_file)
     digest = hashlib.sha256(source.read_bytes()).hexdigest() if source else ""
     check_sglang()
     check_gpus(profile)
-    plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest)
+    plan = RunPlan(profile, arm_names, levels, repeats, _source_name(source, sharegpt_file), digest, load_names)
 
     folder, continued = open_run(Path(results_dir), run_name, plan, hardware())
     click.echo(f"{'continuing' if continued else 'new run'}: {folder.path}", err=True)
@@ -103,7 +110,7 @@ def run(
     folder.write_json("run.json", plan.to_json())
     if not (folder.path / "environment.json").is_file():
         folder.write_json("environment.json", describe_environment(command_line()))
-    if not _measure(folder, plan, source, seconds):
+    if not _measure(folder, plan, source, seconds, hold):
         click.echo(
             f"not finished; go on with: python -m bench run --run {folder.name} (and the same options)", err=True
         )
@@ -112,8 +119,8 @@ def run(
         from bench.publish.report import build_report  # a GPU host that only measures need not have what draws
 
         build_report(folder, plan)
-        click.echo((folder.path / "table.md").read_text(encoding="utf-8"))
-        click.echo(f"report: {folder.path / 'report.html'}", err=True)
+        click.echo((folder.path / "table.md").read_text(encoding="utf-8").split("\n## ", 1)[0])
+        click.echo(f"all tables: {folder.path / 'table.md'}; with plots: {folder.path / 'report.html'}", err=True)
     latest = folder.store.latest()
     if any(latest[cell].void for cell in plan.cells() if cell in latest):
         click.echo("some rows are void; table.md says why", err=True)
@@ -142,6 +149,23 @@ def reevaluate(folder: str) -> None:
 
 
 @main.command()
+@click.option("--profile", "profile_name", required=True, help="One with a plan_trace.")
+@click.option("--arms", help="Comma-separated. Default: the profile's.")
+@click.option("--link", default="", help="As of `run`: decides what is a node.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def maps(profile_name: str, arms: str | None, link: str, folder: Path) -> None:
+    """Plan the maps that a profile's arms serve into FOLDER (a run plans those that are not in results/RUN/maps)."""
+    profile = with_link(Profile.named(profile_name), link)
+    names = [a.name for a in arms_named(_names(arms) if arms is not None else profile.arms)]
+    if not profile.server.plan_trace:
+        raise InputError(f"--profile {profile_name}: its arms rebalance; only those of one with plan_trace serve maps")
+    model = prepare_engine(profile.server).model
+    for name, path in write_maps(profile.server, names, model, folder).items():
+        placed = placement_on_replay(profile.server, ARMS[name], path) or {}
+        click.echo(f"{name}: {', '.join(f'{k} {v:.3f}' for k, v in placed.items())}")
+
+
+@main.command()
 def profiles() -> None:
     """List the profiles."""
     for path in sorted(PROFILE_DIR.glob("*.toml")):
@@ -152,16 +176,16 @@ main.add_command(summary)
 main.add_command(readme)
 
 
-def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: float | None) -> bool:
+def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: float | None, hold: Path | None) -> bool:
     """Measure what is missing; False when it was interrupted or out of time."""
-    requests = {c: plan.profile.load.requests_at(c.concurrency) for c in plan.cells()}
+    requests = {c: plan.profile.load_named(c.load).requests_at(c.concurrency) for c in plan.cells()}
     left = {c for sitting in folder.left(plan) for c in sitting.cells}
     provenance()  # taken before the run: files changed while it goes on are not what was measured
     progress = ConsoleProgress(sum(requests.values()), sum(n for c, n in requests.items() if c not in left))
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         turns = sharegpt.first_turns(sharegpt.load(source)) if source else []
-        return Runner(folder, plan, turns, progress, seconds).run()
+        return Runner(folder, plan, turns, progress, seconds, hold).run()
     except KeyboardInterrupt:
         return False
     finally:
@@ -178,7 +202,22 @@ def _merge(folder: RunFolder, plan: RunPlan) -> RunPlan:
     old = folder.plan()
     arms = (*old.arms, *(a for a in plan.arms if a not in old.arms))
     levels = tuple(sorted({*old.concurrency, *plan.concurrency}))
-    return replace(plan, arms=arms, concurrency=levels, blocks=max(old.blocks, plan.blocks))
+    loads = (*old.loads, *(name for name in plan.loads if name not in old.loads))
+    return replace(plan, arms=arms, concurrency=levels, blocks=max(old.blocks, plan.blocks), loads=loads)
+
+
+def _load_names(text: str | None, profile: Profile) -> tuple[str, ...]:
+    """The main load is called `main` on the command line and has no name elsewhere."""
+    if text is None:
+        return ("", *profile.loads)
+    names = _names(text)
+    for name in names:
+        if name != MAIN and name not in profile.loads:
+            known = ", ".join((MAIN, *profile.loads))
+            raise InputError(f"--loads: profile {profile.name!r} has no load {name!r}; known are {known}")
+    if not names:
+        raise InputError("--loads: names no load")
+    return tuple("" if name == MAIN else name for name in dict.fromkeys(names))
 
 
 def _names(text: str) -> tuple[str, ...]:

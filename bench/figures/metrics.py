@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bench.figures.rebalance_log import FAILED, UNCHANGED, LogSummary, mean_of
-from bench.figures.server_log import batch_lines, full_prefills, queue_metrics
-from bench.figures.steady import Targets, client_metrics, steady_metrics, steady_window
-from bench.harness.profile import LoadConfig
+from bench.figures.server_log import batch_lines, decode_steps, full_prefills, queue_metrics
+from bench.figures.steady import (
+    Targets,
+    client_metrics,
+    decode_metrics,
+    decode_window,
+    steady_metrics,
+    steady_window,
+)
+from bench.harness.profile import DECODE, PREFILL, LoadConfig
 from bench.harness.request_log import RequestLog
 
 PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "remote_node_copies")
@@ -16,7 +23,8 @@ PLACEMENT = ("balancedness", "gpu_fanout", "node_fanout", "remote_gpu_copies", "
 def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_log: str = "") -> dict[str, float]:
     """What the requests say, and the server's log of the row about them; latencies in ms, rates in 1/s.
 
-    All but ``completed``, ``duration_s``, the token totals and full prefill passes is of the row's steady part.
+    All but ``completed``, ``duration_s``, the token totals, full prefill passes and decode steps is of the row's steady
+    part; that of a `decode` load is when all its requests decode, and a `prefill` load has none.
     """
     ends = log.end[log.ok]
     found = {
@@ -26,12 +34,21 @@ def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_
         "duration_s": float(ends.max() - log.start.min()) if len(ends) else 0.0,
         "silent_requests": float((log.ok & (log.ttft == 0)).sum()),
     }
+    lines = batch_lines(server_log)
+    targets = Targets(load.slo_ttft_ms, load.slo_tpot_ms, load.stall_ms)
+    if load.kind == PREFILL:
+        seconds = max(found["duration_s"], 1e-9)
+        return found | full_prefills(lines) | {"input_tokens_per_s": found["input_tokens"] / seconds}
+    if load.kind == DECODE:
+        window = decode_window(log)
+        if window is None:
+            return found
+        found |= decode_metrics(log, window, targets) | client_metrics(log, window) | decode_steps(server_log)
+        return found | queue_metrics(lines, log.epoch + window.start, log.epoch + window.end)
     window = steady_window(log, concurrency, bool(load.request_rate))
     if window is None:
         return found
-    targets = Targets(load.slo_ttft_ms, load.slo_tpot_ms, load.stall_ms)
     found |= steady_metrics(log, window, targets) | client_metrics(log, window)
-    lines = batch_lines(server_log)
     found |= queue_metrics(lines, log.epoch + window.start, log.epoch + window.end)
     return found | full_prefills(lines)
 

@@ -67,7 +67,7 @@ def _records(folder: RunFolder, plan: RunPlan) -> Iterator[CellRecord]:
 
 def _again(record: CellRecord, seen: RequestLog, during: str, life: str, plan: RunPlan) -> CellRecord:
     """``during``, ``life``: the server's log of the row, and all of it until the row's end."""
-    load = plan.profile.load
+    load = plan.profile.load_named(record.key.load)
     metrics = latency_metrics(seen, load, record.key.concurrency, during)
     metrics |= {name: record.metrics[name] for name in ("other_cores",) if name in record.metrics}
     void = void_reasons(
@@ -80,6 +80,8 @@ def _again(record: CellRecord, seen: RequestLog, during: str, life: str, plan: R
         server_life=parse_log(life),
         cell=parse_log(during),
         speeds=plan.profile.server.engine != "cpu",
+        kind=load.kind,
+        one_map=bool(plan.profile.server.plan_trace),
     )
     void += tuple(reason for reason in record.void if any(part in reason for part in SEEN_ONCE) and reason not in void)
     evaluated = {"commit": provenance()["commit"], "date": now()}

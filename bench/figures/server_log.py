@@ -110,6 +110,27 @@ def full_prefills(lines: Sequence[BatchLine]) -> dict[str, float]:
     }
 
 
+def decode_steps(text: str) -> dict[str, float]:
+    """``decode_step_ms``: of a scheduler's decode passes with the most requests, median over its log's lines, and
+    ``decode_step_requests`` of a rank in one. Empty without such lines. A line's rate is that of the passes since the
+    line before, which must be of as many requests."""
+    rates: list[tuple[int, float]] = []
+    before: dict[str, tuple[str, int]] = {}
+    for line in text.splitlines():
+        match, rate = _BATCH.match(line), _RATE.search(line)
+        if match is None:
+            continue
+        now = (match["phase"], int(match["running"]))
+        if now[0] == "Decode" and rate is not None and before.get(match["rank"]) == now and float(rate["rate"]) > 0:
+            rates.append((now[1], float(rate["rate"])))
+        before[match["rank"]] = now
+    most = max((running for running, _ in rates), default=0)
+    if most == 0:
+        return {}
+    steps = [1000 * running / rate for running, rate in rates if running == most]
+    return {"decode_step_ms": round(median(steps), 4), "decode_step_requests": float(most)}
+
+
 def pass_rates(text: str) -> dict[str, float]:
     """Tokens/s of a rank in the passes of a load: ``decode_throughput`` and ``prefill_throughput``, medians over lines.
 

@@ -62,6 +62,31 @@ def steady_window(log: RequestLog, concurrency: int, open_loop: bool) -> Window 
     return window if window.seconds > 0 else None
 
 
+def decode_window(log: RequestLog) -> Window | None:
+    """The time in which all requests of a wave decode: from the last first token to the first completion."""
+    if not log.ok.all() or not len(log.ok):
+        return None
+    window = Window(float((log.start + log.ttft).max()), float(log.end.min()))
+    return window if window.seconds > 0 else None
+
+
+def decode_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[str, float]:
+    """Of a wave's common decoding: ITL of every token that came in ``window``, TPOT of each request's tokens in it
+    (without the first chunk, part of which is of the time before), tokens/s of all."""
+    request = np.repeat(np.arange(len(log.start)), np.diff(log.first_gap))
+    times = log.chunk_times()
+    came = window.holds(times) & window.holds(times - log.gap)
+    seconds = np.bincount(request[came], log.gap[came], len(log.start))
+    tokens = np.bincount(request[came], log.gap_tokens[came], len(log.start))
+    out = {"steady_s": window.seconds, "mean_concurrency": in_flight(log, window)}
+    if not (tokens > 0).all():
+        return out
+    out |= _percentiles("tpot_ms", 1e3 * seconds / tokens, (50, 90, 99))
+    out |= _itl(log.gap[came].astype(np.float64), log.gap_tokens[came].astype(np.int64), times[came], targets)
+    out["output_tokens_per_s"] = float(log.gap_tokens[window.holds(times)].sum() / window.seconds)
+    return {name: float(value) for name, value in out.items()}
+
+
 def first_token_seen(log: RequestLog) -> np.ndarray:
     """bool [n]: whether TTFT is the time of the first token, and not of a later one that first had text."""
     return np.asarray(log.ok & (log.first_tokens <= 1))

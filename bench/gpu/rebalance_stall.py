@@ -38,7 +38,6 @@ from bench.gpu.flags import (
     timing_options,
     wait_for,
 )
-from bench.gpu.forced_comparison import REDUNDANT_PER_GPU, REPLAY
 from bench.gpu.random_moe import TOKENIZER, MoeSizes, write_config
 from bench.gpu.resident import Load, ResidentArm, ResidentServers
 from bench.gpu.serving_process import ServingProcess
@@ -54,6 +53,8 @@ from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.rebalance import verify
 
 SIZES = MoeSizes(layers=6, hidden=4096, expert_width=1024, heads=32, kv_heads=2)  # six servers fit GPUs of 80 GB
+REDUNDANT_PER_GPU = 4
+REPLAY = "replay:bench/data/tiny_moe_test.npz"  # servers run in the root of the checkout
 INTERVAL = 100
 NAMES = ("none", "sync", "async")
 VERIFIED = "verified"

@@ -4,62 +4,120 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from sglang_eplb_affinity.domain.errors import InputError
+
+# Lets the server measure the placement it serves with. An affinity server records all the time, since it plans on that;
+# one with SGLang's EPLB the last tenth of the passes before each rebalance (on a CPU all); one without EPLB only while
+# it is asked to, between measured rows.
+RECORDER = "--enable-expert-affinity-recorder"
+RULE = "--ep-dispatch-algorithm"
+REDUNDANT = "--ep-num-redundant-experts"
+NEVER = ("--eplb-rebalance-num-iterations", "100000000")
 
 
 @dataclass(frozen=True)
 class Arm:
     """One way to place experts.
 
-    ``uses_eplb`` adds the profile's EPLB flags (redundant experts, rebalance interval, dispatch rule) to the server
-    command; ``flags`` come after them, so that an arm can differ in one of these. ``expects_rebalances``
-    is the claim that the server log must prove, or the rows of this arm are void.
+    ``algorithm`` plans (None: no EPLB), and adds the profile's EPLB flags (redundant experts, rebalance interval,
+    dispatch rule) to the server command; ``dispatch``, ``redundant`` and ``own_flags`` come after them, so that an arm
+    can differ in one of these. ``recorded``: whether the server says what its rebalances moved and how balanced its
+    placement is. ``rebalances``: what an arm with EPLB claims, which the server log must prove, or its rows are void.
     """
 
     name: str
     title: str
-    flags: tuple[str, ...] = ()
-    uses_eplb: bool = False
-    expects_rebalances: bool = False
+    algorithm: str | None = None
+    recorded: bool = True
+    dispatch: str | None = None
+    redundant: int | None = None
+    own_flags: tuple[str, ...] = ()
+    rebalances: Literal["in every row", "at times", "never"] = "in every row"
+
+    @property
+    def uses_eplb(self) -> bool:
+        return self.algorithm is not None
+
+    @property
+    def expects_rebalances(self) -> bool:
+        return self.uses_eplb and self.rebalances == "in every row"
+
+    @property
+    def may_rebalance(self) -> bool:
+        return self.uses_eplb and self.rebalances != "never"
 
     @property
     def only_observed(self) -> bool:
         """Whether the recorder only measures this arm's EPLB, which does without it."""
-        return self.uses_eplb and self.recorded and "affinity" not in self.flags
+        return self.uses_eplb and self.recorded and self.algorithm != "affinity"
 
     @property
-    def recorded(self) -> bool:
-        """Whether the server says what its rebalances moved and how balanced its placement is."""
-        return _RECORDER in self.flags
+    def flags(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = ()
+        found += ("--enable-eplb", "--eplb-algorithm", self.algorithm) if self.algorithm else ()
+        found += (RECORDER,) if self.recorded else ()
+        found += (RULE, self.dispatch) if self.dispatch else ()
+        found += (REDUNDANT, str(self.redundant)) if self.redundant is not None else ()
+        return (*found, *self.own_flags)
 
-
-# Lets the server measure the placement it serves with. An affinity server records all the time, since it plans on that;
-# one with SGLang's EPLB the last tenth of the passes before each rebalance (on a CPU all); one without EPLB only while
-# it is asked to, between measured rows.
-_RECORDER = "--enable-expert-affinity-recorder"
-_AFFINITY = ("--enable-eplb", "--eplb-algorithm", "affinity", _RECORDER)
-_UNRECORDED = ("--enable-eplb", "--eplb-algorithm", "deepseek")
-_VANILLA = (*_UNRECORDED, _RECORDER)
 
 _ARMS = (
-    Arm("none", "no EPLB", (_RECORDER,)),
-    Arm("vanilla", "vanilla EPLB", _VANILLA, True, True),
-    Arm("affinity", "affinity EPLB", _AFFINITY, True, True),
+    Arm("none", "no EPLB"),
+    Arm("vanilla", "vanilla EPLB", "deepseek"),
+    Arm("affinity", "affinity EPLB", "affinity"),
     # The same server twice: what differs between `vanilla` and `vanilla-again` is noise (the A/A floor).
-    Arm("vanilla-again", "vanilla EPLB (A/A)", _VANILLA, True, True),
+    Arm("vanilla-again", "vanilla EPLB (A/A)", "deepseek"),
     # Paused beside other servers, a round may last longer than its limit allows.
-    Arm("async", "affinity EPLB, async", (*_AFFINITY, "--eplb-async", "--eplb-async-phase-limit", "3600"), True, True),
+    Arm(
+        "async",
+        "affinity EPLB, async",
+        "affinity",
+        own_flags=("--eplb-async", "--eplb-async-phase-limit", "3600"),
+    ),
     # Replicas chosen for the fewest GPUs a token. An arm of its own: the others share a rule that SGLang has too.
-    Arm("cover", "affinity EPLB, cover", (*_AFFINITY, "--ep-dispatch-algorithm", "cover"), True, True),
+    Arm("cover", "affinity EPLB, cover", "affinity", dispatch="cover"),
     # Perfectly balanced routing without EPLB: what balance alone could gain. Its outputs are not the model's.
-    Arm("balanced", "balanced routing", (_RECORDER, "--ep-forced-routing", "balanced")),
+    Arm("balanced", "balanced routing", own_flags=("--ep-forced-routing", "balanced")),
+    # As balanced, and each token on all GPUs, or on one: what fan-out costs at the same balance.
+    Arm("balanced-spread", "balanced routing, spread", own_flags=("--ep-forced-routing", "balanced:spread")),
+    Arm("balanced-local", "balanced routing, local", own_flags=("--ep-forced-routing", "balanced:local")),
     # SGLang's EPLB as anybody runs it: `vanilla` pays a little for the recorder that tells its placement.
-    Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", _UNRECORDED, True, True),
+    Arm("vanilla-unrecorded", "vanilla EPLB, not recorded", "deepseek", recorded=False),
+    # What EPLB costs while it rearranges nothing, and with rounds beside serving that move experts without need.
+    Arm("vanilla-idle", "vanilla EPLB, idle", "deepseek", recorded=False, own_flags=NEVER, rebalances="never"),
+    Arm("affinity-idle", "affinity EPLB, idle", "affinity", recorded=False, own_flags=NEVER, rebalances="never"),
+    Arm("plain", "no EPLB, not recorded", recorded=False),
+    Arm(
+        "async-needless",
+        "affinity EPLB, async, moving without need",
+        "affinity",
+        own_flags=("--eplb-async", "--eplb-async-phase-limit", "3600", "--eplb-min-gain", "0"),
+        rebalances="at times",
+    ),
+    # Half of the experts of the small models twice, against traffic.
+    Arm("cover-32", "affinity EPLB, cover, 32 redundant", "affinity", dispatch="cover", redundant=32),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 # Affinity served in another way: they are compared with `affinity` too.
-VARIANTS = ("async", "cover")
+VARIANTS = tuple(arm.name for arm in _ARMS if arm.algorithm == "affinity" and arm.name != "affinity")
+
+
+def map_flags(arm: Arm, path: Path | None) -> tuple[str, ...]:
+    """What an arm gets instead of its flags to serve the map of ``path`` as it is (None: an arm without EPLB).
+
+    Affinity stays on, with all that it does in a pass, and never rearranges. Of SGLang's EPLB only the map is served,
+    without recording, in its favour: it has no recorder for DeepEP's auto mode but one that costs decode some percent.
+    """
+    flags = tuple(flag for flag in arm.flags if flag != RECORDER)
+    if path is None:
+        return flags
+    if arm.algorithm == "affinity":
+        return (*flags, *NEVER, "--init-expert-location", str(path))
+    on = flags.index("--enable-eplb")
+    return (*flags[:on], *flags[on + 3 :], "--init-expert-location", str(path))
 
 
 def arms_named(names: Sequence[str]) -> tuple[Arm, ...]:

@@ -55,6 +55,10 @@ def describe(record: CellRecord) -> str:
     if record.void:
         return f"{record.key.name}: VOID ({'; '.join(record.void)})"
     m, p = record.metrics, record.placement
+    if record.key.load:
+        shown = {"full prefill pass": "full_prefill_ms", "decode step": "decode_step_ms", "P90-TPOT": "p90_tpot_ms"}
+        figures = [f"{title} {m[name]:.2f} ms" for title, name in shown.items() if name in m]
+        return f"{record.key.name}: {', '.join(figures)}"
     moved = "unknown" if p["rebalances_moved"] is None else p["rebalances_moved"]
     return (
         f"{record.key.name}: P50-TTFT {m['p50_ttft_ms']:.0f} ms, P90-TPOT {m['p90_tpot_ms']:.1f} ms, "

@@ -85,6 +85,10 @@ class LoadClient:
         self._replies = queue.Queue()
         threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True).start()
 
+    @property
+    def process_id(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
     def stop(self) -> None:
         if self._process is not None:
             stop_group(self._process, patience_s=2.0)

@@ -12,12 +12,12 @@ from bench.harness.load import send_all
 from bench.harness.profile import ServerConfig
 from bench.harness.server import Server
 from bench.harness.workload import Workload
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
 
 # SGLang writes its recorder's dumps here; rank 0 alone writes, so one file a dump.
 DUMP_FOLDER_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"

@@ -19,6 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+REQUESTS, PREFILL, DECODE = KINDS = ("requests", "prefill", "decode")
 PROFILE_DIR = Path(__file__).parents[1] / "profiles"
 
 
@@ -33,6 +34,9 @@ class ServerConfig:
     nodes: int = 1  # more than 1 on a single host: emulated, the ranks are dealt out node by node
     emulated_nodes: int = 0  # with an emulated link, where nodes is 1; 0: each rank is a node
     engine: str = "cuda"  # `cpu`: SGLang's CPU engine as bench/engines/cpu_engine completes it
+    # Arms with EPLB serve one map each, planned on this routing trace before the run: no rebalance falls into a row.
+    plan_trace: str = ""
+    pinned: bool = False  # schedulers, the rest of a server, and the load generator on cores of their own
     flags: tuple[str, ...] = ()
     eplb_flags: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -55,10 +59,16 @@ class LoadConfig:
     first of a closed loop if it is to ``stagger`` (see bench.harness.workload). ``request_rate`` (requests/s) makes the
     load open (Poisson arrivals, at most the concurrency in flight); 0 is a closed loop. For ``slo_*`` (0: none) and
     ``stall_ms`` see bench.figures.steady.Targets.
+
+    ``kind``: `requests`, or what a server of a disaggregated deployment does, in one wave without arrivals: `prefill`
+    (one token out, so every pass is a full prefill) and `decode` (all requests decode together).
+    ``blocks``: measured in the first so many blocks only; 0: in all.
     """
 
     requests: Mapping[int, int]
     output_tokens: int
+    kind: str = "requests"
+    blocks: int = 0
     prompts: str = "sharegpt"
     input_tokens: tuple[int, int] = (4, 1024)
     exact_input_tokens: int = 0
@@ -77,11 +87,24 @@ class LoadConfig:
 
     def requests_at(self, concurrency: int) -> int:
         """Requests of a cell; between the profile's own points by interpolation, never fewer than 4 a slot."""
+        if self.kind == DECODE:
+            return concurrency
         known = self.concurrency
         if concurrency in self.requests:
             return self.requests[concurrency]
         between = float(np.interp(concurrency, known, [self.requests[c] for c in known]))
         return max(round(between), 4 * concurrency)
+
+    def check(self, source: str) -> None:
+        """Raise InputError, naming ``source``, for values that cannot be measured."""
+        if not self.requests or min(*self.requests, *self.requests.values(), 1) < 1:
+            raise InputError(f"{source} requests must be at least 1 at each concurrency of at least 1")
+        if self.kind not in KINDS:
+            raise InputError(f"{source} kind is {self.kind!r}, but must be one of {', '.join(KINDS)}")
+        if self.prompts not in ("sharegpt", "random-ids"):
+            raise InputError(f"{source} prompts is {self.prompts!r}, but must be sharegpt or random-ids")
+        if self.kind != PREFILL and self.output_tokens < 4:
+            raise InputError(f"{source} output_tokens must be at least 4")
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,7 @@ class Profile:
     title: str
     server: ServerConfig
     load: LoadConfig
+    loads: Mapping[str, LoadConfig] = field(default_factory=dict)  # further ones, by name, on the same servers
     arms: tuple[str, ...] = ("none", "vanilla", "affinity")
     blocks: int = 1
     seed: int = 1
@@ -113,15 +137,16 @@ class Profile:
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"{source}: not TOML ({error})") from None
         server = _build(ServerConfig, data.pop("server", {}), f"{source}: [server]")
-        load_table = dict(data.pop("load", {}))
-        try:
-            load_table["requests"] = {int(key): int(value) for key, value in load_table["requests"].items()}
-        except (KeyError, AttributeError, ValueError, TypeError):
-            raise InputError(f"{source}: [load] requests must map concurrency to a number of requests") from None
-        load = _build(LoadConfig, load_table, f"{source}: [load]")
-        profile: Profile = _build(Profile, {"name": name, "server": server, "load": load, **data}, source)
+        load = _load(data.pop("load", {}), f"{source}: [load]")
+        loads = {name: _load(table, f"{source}: [loads.{name}]") for name, table in data.pop("loads", {}).items()}
+        found = {"name": name, "server": server, "load": load, "loads": loads, **data}
+        profile: Profile = _build(Profile, found, source)
         profile._check(source)
         return profile
+
+    def load_named(self, name: str) -> LoadConfig:
+        """The main load has no name."""
+        return self.loads[name] if name else self.load
 
     def over(self, hosts: OtherHosts) -> Profile:
         """With its server over several hosts; each is a node, unless the profile says what nodes are."""
@@ -140,12 +165,12 @@ class Profile:
             raise InputError(f"{source}: [server] ranks = {self.server.ranks} must be a multiple of emulated_nodes")
         if self.server.other_hosts and ":" not in self.server.dist_init_addr:
             raise InputError(f"{source}: [server] other_hosts need dist_init_addr, HOST:PORT of the first host")
-        if not self.load.requests or min(*self.load.requests, *self.load.requests.values(), 1) < 1:
-            raise InputError(f"{source}: [load] requests must be at least 1 at each concurrency of at least 1")
-        if self.load.prompts not in ("sharegpt", "random-ids"):
-            raise InputError(f"{source}: [load] prompts is {self.load.prompts!r}, but must be sharegpt or random-ids")
-        if self.blocks < 1 or self.load.output_tokens < 4:
-            raise InputError(f"{source}: blocks must be at least 1 and output_tokens at least 4")
+        for name, load in {"load": self.load, **{f"loads.{name}": load for name, load in self.loads.items()}}.items():
+            load.check(f"{source}: [{name}]")
+        if self.load.kind != REQUESTS:
+            raise InputError(f"{source}: [load] kind is {self.load.kind!r}, but that of the main load is requests")
+        if self.blocks < 1:
+            raise InputError(f"{source}: blocks must be at least 1")
 
     def with_model(self, model: str | None) -> Profile:
         """This profile with the model of ``--model``; raises InputError when neither names one."""
@@ -154,6 +179,15 @@ class Profile:
         if not self.server.model:
             raise InputError(f"--model: profile {self.name!r} has no model of its own; give a path or a hub id")
         return self
+
+
+def _load(table: Mapping[str, Any], source: str) -> LoadConfig:
+    found = dict(table)
+    try:
+        found["requests"] = {int(key): int(value) for key, value in found["requests"].items()}
+    except (KeyError, AttributeError, ValueError, TypeError):
+        raise InputError(f"{source} requests must map concurrency to a number of requests") from None
+    return _build(LoadConfig, found, source)
 
 
 T = TypeVar("T")

@@ -46,7 +46,7 @@ def record_cell(
     other_cores: float | None,
 ) -> CellRecord:
     """``start``: size of the server's log when the load began. Leaves timeline.npz beside the cell's requests."""
-    cell, load, link = measured.cell, plan.profile.load, Link.of(plan.profile)
+    cell, load, link = measured.cell, plan.profile.load_named(measured.cell.load), Link.of(plan.profile)
     life_log = server.log_text() if server is not None else ""
     cell_log = server.log_text(start) if server is not None else ""
     life, during = (parse_log(life_log), parse_log(cell_log)) if server is not None else (NOTHING, NOTHING)
@@ -67,6 +67,8 @@ def record_cell(
         cell=during,
         error=result.error,
         speeds=plan.profile.server.engine != "cpu",
+        kind=load.kind,
+        one_map=bool(plan.profile.server.plan_trace),
     )
     if link.emulated and not result.error and ACTIVE not in life_log:
         void = (*void, f"the server's log does not show the emulated link ({link.title})")

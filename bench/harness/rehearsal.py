@@ -47,5 +47,11 @@ def rehearsal(profile: Profile) -> Profile:
         warmup_rounds=3,
         cell_timeout_s=300,
     )
+    small = {"requests": {4: 8}, "input_tokens": (8, 16), "exact_input_tokens": 0, "cell_timeout_s": 300}
+    loads = {
+        name: replace(other, **small, output_tokens=min(other.output_tokens, 24))  # type: ignore[arg-type]
+        for name, other in profile.loads.items()
+    }
     title = f"Rehearsal on the CPU of: {profile.title}"
-    return replace(profile, name=f"{profile.name}-rehearsal", title=title, server=server, load=load, blocks=1, link="")
+    profile = replace(profile, name=f"{profile.name}-rehearsal", title=title, blocks=1, link="")
+    return replace(profile, server=server, load=load, loads=loads)

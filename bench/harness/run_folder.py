@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.profile import LoadConfig, Profile, ServerConfig
-from bench.harness.schedule import CellKey, Sitting, plan_sittings
+from bench.harness.schedule import CellKey, Level, Sitting, plan_sittings
 from bench.harness.store import Store
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -29,23 +29,31 @@ class RunPlan:
     blocks: int
     prompts: str  # the name of the ShareGPT source, without folders
     prompts_sha256: str
+    loads: tuple[str, ...] = ("",)  # by name; the main load has none
 
     def cells(self) -> list[CellKey]:
         return [cell for sitting in self.sittings() for cell in sitting.cells]
 
     def sittings(self) -> list[Sitting]:
-        return plan_sittings(self.arms, self.concurrency, self.blocks, self.profile.arms_side_by_side)
+        return plan_sittings(self.arms, self.levels(), self.blocks, self.profile.arms_side_by_side)
+
+    def levels(self) -> list[Level]:
+        """The main load at each concurrency of the plan, then the other loads at all of theirs."""
+        main = [Level(c, blocks=self.profile.load.blocks) for c in sorted(self.concurrency)] if "" in self.loads else []
+        others = [(name, self.profile.loads[name]) for name in self.loads if name]
+        return [*main, *(Level(c, name, load.blocks) for name, load in others for c in load.concurrency)]
 
     def fingerprint(self) -> str:
-        """Equal for plans whose cells can be compared: everything but the number of blocks, arms and time limits."""
+        """Equal for plans whose cells can be compared: all but the number of blocks, arms, loads and time limits."""
         data = asdict(self)
-        for name in ("blocks", "arms", "concurrency"):
+        for name in ("blocks", "arms", "concurrency", "loads"):
             del data[name]
         for name in ("arms", "blocks", "title"):
             del data["profile"][name]
         for name in ("port", "ready_timeout_s"):
             del data["profile"]["server"][name]
-        del data["profile"]["load"]["cell_timeout_s"]
+        for load in (data["profile"]["load"], *data["profile"]["loads"].values()):
+            del load["cell_timeout_s"], load["blocks"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -56,12 +64,16 @@ class RunPlan:
         data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         data.pop("fingerprint")
         profile = dict(data["profile"])
-        server, load = dict(profile["server"]), dict(profile["load"])
-        server = {key: tuple(value) if isinstance(value, list) else value for key, value in server.items()}
-        load |= {"requests": {int(c): n for c, n in load["requests"].items()}}
-        load |= {"input_tokens": tuple(load["input_tokens"])}
-        profile |= {"server": ServerConfig(**server), "load": LoadConfig(**load), "arms": tuple(profile["arms"])}
+        server = {key: tuple(value) if isinstance(value, list) else value for key, value in profile["server"].items()}
+        config: Any = ServerConfig
+        profile |= {"server": config(**server), "load": _load(profile["load"]), "arms": tuple(profile["arms"])}
+        profile |= {"loads": {name: _load(load) for name, load in profile.get("loads", {}).items()}}
         return RunPlan(**{**data, "profile": Profile(**profile)})
+
+
+def _load(data: dict[str, Any]) -> LoadConfig:
+    requests = {int(c): n for c, n in data["requests"].items()}
+    return LoadConfig(**{**data, "requests": requests, "input_tokens": tuple(data["input_tokens"])})
 
 
 @dataclass(frozen=True)
@@ -79,15 +91,15 @@ class RunFolder:
     def left(self, plan: RunPlan) -> list[Sitting]:
         """The sittings of a plan with what they still have to measure.
 
-        Side by side, arms that are compared were measured in one sitting: a block's rows of one concurrency are
+        Side by side, arms that are compared were measured in one sitting: a block's rows of one level are
         measured again unless all of them count and share it.
         """
         latest = self.store.latest()
         done = {key for key, record in latest.items() if not record.void}
         if plan.profile.arms_side_by_side:
-            rows: dict[tuple[int, int], set[CellKey]] = {}
+            rows: dict[tuple[int, str, int], set[CellKey]] = {}
             for cell in plan.cells():
-                rows.setdefault((cell.block, cell.concurrency), set()).add(cell)
+                rows.setdefault((cell.block, cell.load, cell.concurrency), set()).add(cell)
             for cells in rows.values():
                 if not cells <= done or len({latest[c].provenance.get("sitting") for c in cells}) > 1:
                     done -= cells
@@ -158,5 +170,5 @@ def _compared(hardware: str, plan: RunPlan) -> str:
 
 def _unfinished(folder: RunFolder, plan: RunPlan) -> bool:
     same = folder.plan()
-    wanted = (plan.arms, plan.concurrency, plan.blocks)
-    return (same.arms, same.concurrency, same.blocks) == wanted and bool(folder.left(plan))
+    wanted = (plan.arms, plan.concurrency, plan.blocks, plan.loads)
+    return (same.arms, same.concurrency, same.blocks, same.loads) == wanted and bool(folder.left(plan))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from bench.harness.arms import ARMS
 from bench.harness.contention import ContentionMeter
@@ -14,6 +16,7 @@ from bench.harness.engine import CACHE, Engine, prepare_engine
 from bench.harness.environment import now
 from bench.harness.links import link_environment
 from bench.harness.load import LoadClient, LoadResult, own_environment
+from bench.harness.pinning import Cores, pin_process, pin_server
 from bench.harness.probe import DUMP_FOLDER_VARIABLE, Placement, ProbeFailed, probe_placement
 from bench.harness.record import Measured, record_cell
 from bench.harness.run_folder import RunFolder, RunPlan
@@ -27,8 +30,10 @@ from bench.harness.side_by_side import (
     give_turn,
     start_together,
     stop_together,
+    wait_for_file,
 )
-from bench.harness.sitting import Budget, Preparation, measure_cell, warm_up_server
+from bench.harness.sitting import WARM_UP, Budget, Preparation, WorkKey, measure_cell, warm_up_server
+from bench.harness.static_maps import placement_on_replay, write_maps
 from bench.harness.store import CellRecord
 from bench.harness.workload import Workload
 
@@ -50,6 +55,7 @@ class Arms:
     servers: dict[str, Server] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     probed: dict[str, Placement | None] = field(default_factory=dict)
+    on_replay: dict[str, Placement | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Runner:
     turns: list[Turn]
     progress: Progress
     seconds: float | None = None
+    hold: Path | None = None  # servers are started, and nothing is measured before this file is there
 
     def run(self) -> bool:
         """Measure every sitting that has cells left; a cell is in the store as soon as it is measured.
@@ -87,12 +94,13 @@ class Runner:
         stamp = f"{now()}-{os.getpid()}"
         with ExitStack() as stack:
             arms = self._start(sitting, engine, stack)
+            self._settle(arms, client)
             works = {block: prepared.workloads(block) for block in {cell.block for cell in sitting.cells}}
             self._ready(sitting, arms, works[sitting.cells[0].block], prepared, client, budget)
             for cell in sitting.cells:
-                if not budget.has_room_for(cell.concurrency):
+                if not budget.has_room_for(cell):
                     return False
-                work = works[cell.block][cell.concurrency]
+                work = works[cell.block][cell.load, cell.concurrency]
                 measured = Measured(cell, work, stamp, arms.probed.get(cell.arm))
                 server = arms.servers.get(cell.arm)
                 if server is None or not server.alive:
@@ -102,7 +110,7 @@ class Runner:
                 give_turn(arms.servers, cell.arm)
                 meter, start = ContentionMeter(), server.log_size()
                 show = partial(self._show, cell, work.requests)
-                with budget.measuring(cell.concurrency):
+                with budget.measuring(cell):
                     result = measure_cell(cell, work, server, client, self.plan, engine.model, self.folder, show)
                 self._record(measured, result, server, start, meter.other_cores())
         return True
@@ -113,8 +121,10 @@ class Runner:
         together = len(sitting.arms) > 1
         if together:
             engine = replace(engine, environment={**engine.environment, **SIDE_BY_SIDE_ENVIRONMENT})
+        maps = write_maps(config, sitting.arms, engine.model, self.folder.path / "maps")
         for place, name in enumerate(sitting.arms):
-            command = server_command(config, ARMS[name], engine.model, place)
+            served_map = maps.get(name)
+            command = server_command(config, ARMS[name], engine.model, place, served_map)
             if together and not config.other_hosts:  # each looks for free ports by itself, and two find the same
                 command += ["--nccl-port", str(free_port()), *SIDE_BY_SIDE_FLAGS]
             command, *others = commands_of_hosts(config, command, engine, place)
@@ -126,16 +136,40 @@ class Runner:
 
         stack.callback(stop_together, list(arms.servers.values()))
         began = time.monotonic()
-        arms.failed = start_together(arms.servers, self.progress.say).failed
+        with ThreadPoolExecutor(1) as pool:  # compiles and computes for some seconds, which the start takes anyway
+            figures = {
+                name: pool.submit(placement_on_replay, config, ARMS[name], maps.get(name))
+                for name in (sitting.arms if config.plan_trace else ())
+            }
+            arms.failed = start_together(arms.servers, self.progress.say).failed
+            arms.on_replay = {name: found.result() for name, found in figures.items()}
         arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}
         self.progress.say(f"{sitting.name}: {len(arms.servers)} ready after {time.monotonic() - began:.0f} s")
         return arms
+
+    def _settle(self, arms: Arms, client: LoadClient) -> None:
+        """Give everyone cores of their own, and wait for whoever measures something else first."""
+        config = self.plan.profile.server
+        cores = Cores.of(sorted(os.sched_getaffinity(0)), config.ranks) if config.pinned else None
+        if cores is not None and client.process_id is not None:
+            pin_process(client.process_id, cores.client)
+        for server in arms.servers.values():
+            if cores is None or server.process is None:
+                continue
+            if pin_server(server.process.pid, cores) != config.ranks:
+                self.progress.say(f"not all of the {config.ranks} schedulers were found, so not all are pinned")
+        if config.pinned and cores is None:
+            self.progress.say("too few cores to pin schedulers, servers and load generator apart")
+        if self.hold is not None:
+            give_turn(arms.servers, "")
+            self.progress.say(f"ready; waiting for {self.hold.name}")
+            wait_for_file(self.hold)
 
     def _ready(
         self,
         sitting: Sitting,
         arms: Arms,
-        works: dict[int, Workload],
+        works: dict[WorkKey, Workload],
         prepared: Preparation,
         client: LoadClient,
         budget: Budget,
@@ -146,10 +180,13 @@ class Runner:
             give_turn(arms.servers, name)
             try:
                 warm_up_server(server, ARMS[name], works, self.plan, prepared.model, client, budget, self.folder)
-                if not ARMS[name].uses_eplb:
+                if self.plan.profile.server.plan_trace:
+                    arms.probed[name] = arms.on_replay.get(name)
+                elif ARMS[name].recorded and not ARMS[name].uses_eplb:
                     dumps = CACHE / "dumps" / self.folder.name
                     keep = self.folder.path / "routing.npz"
-                    arms.probed[name] = probe_placement(server, works[0], self.plan.profile.server, dumps, keep)
+                    work, config = works["", WARM_UP], self.plan.profile.server
+                    arms.probed[name] = probe_placement(server, work, config, dumps, keep)
             except ProbeFailed as error:
                 self.progress.say(f"placement not measured: {error}")
             except OSError as error:

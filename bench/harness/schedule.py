@@ -8,15 +8,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class CellKey:
-    """One measurement: a block, an arm, a concurrency. Its name is a folder and a key of the store."""
+    """One measurement: a block, an arm, a concurrency, a load (the main one has no name). Its name is a folder and a
+    key of the store."""
 
     block: int
     arm: str
     concurrency: int
+    load: str = ""
 
     @property
     def name(self) -> str:
-        return f"b{self.block}-{self.arm}-c{self.concurrency}"
+        return "-".join(filter(None, (f"b{self.block}", self.arm, self.load, f"c{self.concurrency}")))
+
+
+@dataclass(frozen=True)
+class Level:
+    """A load at one concurrency, measured in the first ``blocks`` blocks (0: in all)."""
+
+    concurrency: int
+    load: str = ""
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,26 +56,26 @@ def williams_rows(n: int) -> list[list[int]]:
 
 
 def plan_sittings(
-    arms: Sequence[str], concurrency: Sequence[int], blocks: int, side_by_side: bool = False
+    arms: Sequence[str], levels: Sequence[Level], blocks: int, side_by_side: bool = False
 ) -> list[Sitting]:
-    """Every arm at every concurrency in every block; the order of concurrency is reversed on alternate blocks.
+    """Every arm at every level in every block; the order of levels is reversed on alternate blocks.
 
     One server at a time: a sitting is an arm of a block, and the arms of a block follow each other in Williams order.
-    Side by side: there is one sitting, and the arms take turns at each concurrency, each time in the next Williams
+    Side by side: there is one sitting, and the arms take turns at each level, each time in the next Williams
     order.
     """
     rows = williams_rows(len(arms))
-    rising = tuple(sorted(concurrency))
     sittings, turns = [], []
     for block in range(blocks):
-        levels = rising if block % 2 == 0 else rising[::-1]
+        wanted = [(place, level) for place, level in enumerate(levels) if not level.blocks or block < level.blocks]
+        for_block = wanted if block % 2 == 0 else wanted[::-1]
         if side_by_side:
-            for level in levels:
-                row = rows[(block + rising.index(level)) % len(rows)]
-                turns += [CellKey(block, arms[i], level) for i in row]
+            for place, level in for_block:
+                row = rows[(block + place) % len(rows)]
+                turns += [CellKey(block, arms[i], level.concurrency, level.load) for i in row]
         else:
             for i in rows[block % len(rows)]:
-                cells = tuple(CellKey(block, arms[i], level) for level in levels)
+                cells = tuple(CellKey(block, arms[i], level.concurrency, level.load) for _, level in for_block)
                 sittings.append(Sitting(f"b{block}-{arms[i]}", cells))
     return [Sitting("side-by-side", tuple(turns))] if side_by_side else sittings
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bench.figures.rebalance_log import LogSummary, parse_log
-from bench.harness.arms import Arm
+from bench.harness.arms import Arm, map_flags
 from bench.harness.engine import ROOT, Engine
 from bench.harness.process import last_error, pause_group, resume_group, scrub_file, start_group, stop_group
 from bench.harness.profile import ServerConfig
@@ -36,19 +36,24 @@ class ServerEnded(ServerFailed):
     """It ended while it started. Beside others one may have been short of memory for a moment."""
 
 
-def server_command(config: ServerConfig, arm: Arm, model: str, place: int = 0) -> list[str]:
+def server_command(
+    config: ServerConfig, arm: Arm, model: str, place: int = 0, served_map: Path | None = None
+) -> list[str]:
     """The command of one arm. Arms differ only in ``arm.flags`` and, if they use EPLB, ``config.eplb_flags``.
 
-    Of servers side by side each has another ``place``, and with it ports of its own.
+    Of servers side by side each has another ``place``, and with it ports of its own. ``served_map``: what an arm with
+    EPLB serves, without rebalances (see :func:`bench.harness.arms.map_flags`).
     """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
     command += ["--host", HOST, "--port", str(config.port + PORT_STEP * place), *config.flags]
     if arm.uses_eplb:
         command += [*config.eplb_flags, *(["--eplb-affinity-nodes", str(config.nodes)] if config.nodes > 1 else [])]
-        # Recording slows the passes that it is on in, and is not what this arm is about.
-        if arm.only_observed and config.engine != "cpu" and _INTERVAL in config.eplb_flags:
-            interval = int(config.eplb_flags[config.eplb_flags.index(_INTERVAL) + 1])
-            command += ["--expert-affinity-record-last-passes", str(max(1, interval // 10))]
+    if config.plan_trace:
+        return [*command, *map_flags(arm, served_map)]
+    # Recording slows the passes that it is on in, and is not what this arm is about.
+    if arm.only_observed and config.engine != "cpu" and _INTERVAL in config.eplb_flags:
+        interval = int(config.eplb_flags[config.eplb_flags.index(_INTERVAL) + 1])
+        command += ["--expert-affinity-record-last-passes", str(max(1, interval // 10))]
     return [*command, *arm.flags]  # of a flag that is given twice the last counts
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import methodcaller
+from pathlib import Path
 
 from bench.harness.server import HOST, Server, ServerEnded, ServerFailed
 
@@ -21,6 +22,7 @@ SIDE_BY_SIDE_ENVIRONMENT = {
 # What a server still does after its last answer (a pass that was launched ahead, the rest of a rebalance) is over by
 # then. Paused in the middle of a collective, its kernel on one GPU would wait for its peer, and keep that GPU busy.
 SETTLE_SECONDS = 0.4
+HOLD_SECONDS = 300.0
 
 
 @dataclass
@@ -79,6 +81,13 @@ def give_turn(servers: Mapping[str, Server], name: str) -> None:
         server.pause()
     if name in servers:
         servers[name].resume()
+
+
+def wait_for_file(path: Path) -> None:
+    """Return once ``path`` exists, or after HOLD_SECONDS, whatever it waits for being over by then."""
+    deadline = time.monotonic() + HOLD_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from zlib import crc32
 
 from bench.figures.steady import Targets, steady_metrics, steady_window
 from bench.harness.arms import Arm
@@ -28,8 +29,10 @@ from bench.harness.workload import (
     write_texts,
 )
 
-WARM_UP = 0  # the key of the warm-up's requests among those of the concurrencies
+WARM_UP = 0  # stands for a concurrency in the key of the warm-up's requests
 SHORT_OUTPUT = 16
+# A load's name and the concurrency; below 0 the short wave that compiles what that concurrency needs.
+WorkKey = tuple[str, int]
 
 
 @dataclass
@@ -49,30 +52,31 @@ class Preparation:
     def _vocabulary(self) -> int:
         return vocabulary_of(self.model)
 
-    def workloads(self, block: int) -> dict[int, Workload]:
-        """Requests of each concurrency, of the warm-up, and (keys below 0) of one short wave at each concurrency."""
-        load = self.plan.profile.load
-        found = {}
-        for concurrency in self.plan.concurrency if self.plan.profile.server.engine == "cuda" else ():
-            wave = replace(load, output_tokens=min(SHORT_OUTPUT, load.output_tokens), stagger=False)
-            found[-concurrency] = self._write(block, -concurrency, wave, concurrency, concurrency)
-        for concurrency in (WARM_UP, *self.plan.concurrency):
-            count = load.requests_at(concurrency) if concurrency else load.warmup_requests
-            in_flight = concurrency or warm_up_concurrency(self.plan)
-            found[concurrency] = self._write(block, concurrency, load, count, in_flight)
+    def workloads(self, block: int) -> dict[WorkKey, Workload]:
+        """Requests of each level, of the warm-up, and (on GPUs) of one short wave at each level."""
+        main = self.plan.profile.load
+        found = {("", WARM_UP): self._write(block, ("", WARM_UP), main, main.warmup_requests, warm_up_level(self.plan))}
+        for level in self.plan.levels():
+            load, key = self.plan.profile.load_named(level.load), (level.load, level.concurrency)
+            if self.plan.profile.server.engine == "cuda":
+                wave = replace(load, output_tokens=min(SHORT_OUTPUT, load.output_tokens), stagger=False)
+                short = (level.load, -level.concurrency)
+                found[short] = self._write(block, short, wave, level.concurrency, level.concurrency)
+            found[key] = self._write(block, key, load, load.requests_at(level.concurrency), level.concurrency)
         return found
 
-    def _write(self, block: int, key: int, load: LoadConfig, count: int, concurrency: int) -> Workload:
-        seed = block_seed(self.plan.profile.seed, block) * 10_000 + abs(key)
+    def _write(self, block: int, key: WorkKey, load: LoadConfig, count: int, concurrency: int) -> Workload:
+        seed = block_seed(self.plan.profile.seed, block) * 10_000 + abs(key[1]) + crc32(key[0].encode())
         lengths = output_lengths(load, count, concurrency, seed)
-        path = self.folder / f"b{block}-c{key}.json"
+        path = self.folder / "-".join(filter(None, (f"b{block}", key[0], f"c{key[1]}.json")))
         if load.prompts == "random-ids":
             return write_random_ids(path, load, self._vocabulary, lengths, seed)
         prompts = select_prompts(self.turns, self._tokenizer, load, count, seed=seed)
         return write_texts(path, prompts, lengths)
 
 
-def warm_up_concurrency(plan: RunPlan) -> int:
+def warm_up_level(plan: RunPlan) -> int:
+    """Requests of the warm-up in flight."""
     return max(1, min(max(plan.concurrency), plan.profile.load.warmup_requests))
 
 
@@ -82,30 +86,31 @@ class Budget:
 
     seconds: float | None
     _began: float = field(default_factory=lambda: time.monotonic())
-    _took: dict[int, float] = field(default_factory=dict)
+    _took: dict[WorkKey, float] = field(default_factory=dict)
 
     def in_time(self) -> bool:
         return self.seconds is None or time.monotonic() - self._began < self.seconds
 
-    def has_room_for(self, concurrency: int) -> bool:
-        """Whether a row of this concurrency will be over in time if it takes as long as the longest so far."""
+    def has_room_for(self, cell: CellKey) -> bool:
+        """Whether a row of this level will be over in time if it takes as long as the longest so far."""
         if self.seconds is None:
             return True
-        return time.monotonic() - self._began + self._took.get(concurrency, 0.0) < self.seconds
+        took = self._took.get((cell.load, cell.concurrency), 0.0)
+        return time.monotonic() - self._began + took < self.seconds
 
     @contextmanager
-    def measuring(self, concurrency: int) -> Iterator[None]:
-        began = time.monotonic()
+    def measuring(self, cell: CellKey) -> Iterator[None]:
+        began, level = time.monotonic(), (cell.load, cell.concurrency)
         try:
             yield
         finally:
-            self._took[concurrency] = max(self._took.get(concurrency, 0.0), time.monotonic() - began)
+            self._took[level] = max(self._took.get(level, 0.0), time.monotonic() - began)
 
 
 def warm_up_server(
     server: Server,
     arm: Arm,
-    works: dict[int, Workload],
+    works: dict[WorkKey, Workload],
     plan: RunPlan,
     model: str,
     client: LoadClient,
@@ -114,16 +119,17 @@ def warm_up_server(
 ) -> int:
     """One short wave at each concurrency, since kernels are compiled for the sizes that occur, then rounds of the
     warm-up's requests until ITL is flat; returns their number. Raises OSError if the server ends."""
-    load = plan.profile.load
-    for level in sorted(-key for key in works if key < 0):
+    load, rounds_of = plan.profile.load, works["", WARM_UP]
+    for name, level in sorted((name, -level) for name, level in works if level < 0):
         if budget.in_time():
-            wave = load_arguments(load, works[-level], model, server.port, level, seed=0)
-            client.run(wave, works[-level], folder.path / "warm-up", server, load.cell_timeout_s)
-    concurrency = warm_up_concurrency(plan)
-    arguments = load_arguments(load, works[WARM_UP], model, server.port, concurrency, seed=0)
+            work = works[name, -level]
+            wave = load_arguments(plan.profile.load_named(name), work, model, server.port, level, seed=0)
+            client.run(wave, work, folder.path / "warm-up", server, load.cell_timeout_s)
+    concurrency = warm_up_level(plan)
+    arguments = load_arguments(load, rounds_of, model, server.port, concurrency, seed=0)
 
     def measure() -> float | None:
-        result = client.run(arguments, works[WARM_UP], folder.path / "warm-up", server, load.cell_timeout_s)
+        result = client.run(arguments, rounds_of, folder.path / "warm-up", server, load.cell_timeout_s)
         if not server.alive:
             raise OSError(result.error or "server ended while warming up")
         if result.requests is None:
@@ -132,8 +138,10 @@ def warm_up_server(
         return None if window is None else steady_metrics(result.requests, window, Targets()).get("p50_itl_ms")
 
     def rebalanced() -> bool:
+        if not arm.expects_rebalances or plan.profile.server.plan_trace:
+            return True
         life = server.summary()
-        return not arm.expects_rebalances or bool(life.moved if arm.recorded else life.upstream_ends)
+        return bool(life.moved if arm.recorded else life.upstream_ends)
 
     return warm_up(measure, load.warmup_rounds, rebalanced, budget.in_time)
 
@@ -148,7 +156,7 @@ def measure_cell(
     folder: RunFolder,
     progress: Callable[[int], None],
 ) -> LoadResult:
-    load = plan.profile.load
+    load = plan.profile.load_named(cell.load)
     seed = block_seed(plan.profile.seed, cell.block)
     arguments = load_arguments(load, work, model, server.port, cell.concurrency, seed)
     return client.run(arguments, work, folder.path / "cells" / cell.name, server, load.cell_timeout_s, progress)

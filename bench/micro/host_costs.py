@@ -87,7 +87,7 @@ def word_step() -> tuple[Step, Step]:
 def layer_steps(device: torch.device) -> dict[str, tuple[Step, Step]]:
     """Staging, preparing and committing a layer in which every slot of this rank takes another's expert."""
     tensors = [torch.zeros(LOCAL, *shape, dtype=torch.bfloat16, device=device) for shape in ((64, 32), (32, 32))]
-    weights = LayerWeights.of(0, tensors, LOCAL)
+    weights = LayerWeights.of(0, lambda: tensors, LOCAL)
     staging = StagingBuffer(LOCAL, weights.row_bytes, device)
     order = np.arange(SLOTS, dtype=np.int32) % EXPERTS
     plan = layer_plan(0, order, np.roll(order, 1), EXPERTS, Topology(2, 1), "static")

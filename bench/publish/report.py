@@ -27,6 +27,7 @@ from bench.publish.table import (
     CPU_NOTE,
     crowded_warning,
     emulated_note,
+    main_load,
     placement_titles,
     read_table,
     write_tables,
@@ -76,7 +77,7 @@ def rebalance_table(folder: RunFolder) -> pd.DataFrame:
     """One row for each rebalance of the cells that count, in order of time."""
     rows: list[dict[str, Any]] = []
     for record in sorted(latest_records(folder.store.records()).values(), key=lambda record: record.finished):
-        if not record.void:
+        if not record.void and not record.key.load:
             rows += [{**asdict(record.key), **asdict(rebalance)} for rebalance in record.rebalances]
     columns = ["arm", "block", "concurrency", "result", "moved_experts", "balancedness_before", "gpu_fanout_before"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
@@ -84,7 +85,7 @@ def rebalance_table(folder: RunFolder) -> pd.DataFrame:
 
 def build_report(folder: RunFolder, plan: RunPlan) -> None:
     """Write the tables and, when a cell was measured, the plots, the executed notebook and its HTML page."""
-    if write_tables(folder, plan).empty:
+    if main_load(write_tables(folder, plan)).empty:
         return
     write_plots(folder)
     execute_notebook(folder)

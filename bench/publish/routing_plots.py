@@ -109,7 +109,12 @@ def row_timelines(folder: RunFolder, plan: RunPlan) -> list[RowTimeline]:
         for cell in plan.cells():
             path = folder.path / "cells" / cell.name / "timeline.npz"
             record = latest.get(cell)
-            if (cell.block, cell.concurrency) != (block, level) or record is None or record.void or not path.is_file():
+            if (
+                (cell.block, cell.concurrency, cell.load) != (block, level, "")
+                or record is None
+                or record.void
+                or not path.is_file()
+            ):
                 continue
             found.append(_timeline(path, f"{ARMS[cell.arm].title}, concurrency {level}", cell.arm, record.rebalances))
         if found:

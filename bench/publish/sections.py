@@ -68,14 +68,9 @@ def original_layout(summary: Cells, concurrency: Sequence[int], with_published: 
 def ratio_table(frame: pd.DataFrame, titles: Mapping[str, str] = HEADLINE) -> list[str]:
     """Every arm against the arms without affinity, and its variants against it; empty where nothing can be compared."""
     variants = frame[frame["arm"].isin(("affinity", *VARIANTS))]
-    ratios = pd.concat(
-        [
-            compare(frame, "vanilla", list(titles)),
-            compare(frame, "none", list(titles)),
-            compare(variants, "affinity", list(titles)),
-        ],
-        ignore_index=True,
-    )
+    compared = [compare(frame, baseline, list(titles)) for baseline in ("vanilla", "none", "plain")]
+    compared += [compare(variants, baseline, list(titles)) for baseline in ("affinity", "affinity-idle")]
+    ratios = pd.concat([rows for rows in compared if not rows.empty] or compared[:1], ignore_index=True)
     if ratios.empty:
         return []
     header = ["concurrency", "arm", "against", *(title.removesuffix(" ms") for title in titles.values()), "blocks"]

@@ -15,6 +15,8 @@ from bench.harness.links import Link
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey
 from bench.harness.store import CellRecord
+from bench.publish.first_screen import first_screen
+from bench.publish.loads import load_sections
 from bench.publish.sections import (
     CONDITIONS,
     HEADLINE,
@@ -40,14 +42,14 @@ CPU_NOTE = "Measured on a CPU with a small model: these speeds say nothing about
 
 
 def tidy(records: Iterable[CellRecord]) -> pd.DataFrame:
-    """One row a record: key, validity, metrics, placement, provenance; sorted by concurrency, arm, block."""
+    """One row a record: key, validity, metrics, placement, provenance; sorted by load, concurrency, arm, block."""
     rows = [_row(record) for record in records]
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame
     order = {name: i for i, name in enumerate(ARMS)}
     frame["_arm"] = frame["arm"].map(order)
-    return frame.sort_values(["concurrency", "_arm", "block"], ignore_index=True).drop(columns="_arm")
+    return frame.sort_values(["load", "concurrency", "_arm", "block"], ignore_index=True).drop(columns="_arm")
 
 
 def _row(record: CellRecord) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def _row(record: CellRecord) -> dict[str, Any]:
         "block": key.block,
         "arm": key.arm,
         "concurrency": key.concurrency,
+        "load": key.load,
         "valid": not record.void,
         "void": "; ".join(record.void),
         "requests": record.requests,
@@ -86,8 +89,14 @@ def write_tables(folder: RunFolder, plan: RunPlan) -> pd.DataFrame:
     return frame
 
 
+def main_load(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the profile's main load."""
+    return frame if frame.empty else frame[frame["load"] == ""]
+
+
 def read_table(folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(folder / "cells.parquet")
+    """The rows of the main load."""
+    return main_load(pd.read_parquet(folder / "cells.parquet"))
 
 
 def over_blocks(frame: pd.DataFrame) -> pd.DataFrame:
@@ -101,12 +110,13 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
     """table.md: what was measured, latency and throughput, placement, and the rows that do not count."""
     profile, link = plan.profile, Link.of(plan.profile)
     emulated = f" ({link.title})" if link.emulated else ""
-    lines = [f"# {profile.title}", ""]
+    lines = [f"# {profile.title}", "", *first_screen(frame, plan), "", "## What was measured", ""]
     lines += [f"- {line}" for line in _facts(plan, environment)]
     if profile.server.engine == "cpu":
         lines += ["", f"**{CPU_NOTE}**"]
     if link.emulated:
         lines += ["", f"**{emulated_note(link)}**"]
+    every, frame = frame, main_load(frame)
     if not frame.empty:
         summary = over_blocks(frame)
         rows = list(_rows(frame, summary, plan))
@@ -126,7 +136,8 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
         lines += placement_table(frame, summary, plan)
         if conditions := metric_table(rows, CONDITIONS):
             lines += ["", f"## Conditions of the rows{emulated}", "", _CONDITIONS_TEXT, "", *conditions]
-    lines += _void_list(frame, missing)
+    lines += load_sections(every, plan, emulated)
+    lines += _void_list(every, missing)
     return "\n".join(lines) + "\n"
 
 
@@ -263,11 +274,11 @@ def _rows(
 
 
 def _void_list(frame: pd.DataFrame, missing: Sequence[CellKey]) -> list[str]:
-    void = [] if frame.empty else frame[~frame["valid"]].to_dict("records")
-    lines = [
-        f"- block {row['block']}, concurrency {row['concurrency']}, {ARMS[row['arm']].title}: {row['void']}"
-        for row in void
-    ]
+    lines = []
+    for row in [] if frame.empty else frame[~frame["valid"]].to_dict("records"):
+        load = f"load {row['load']}, " if row["load"] else ""
+        where = f"block {row['block']}, {load}concurrency {row['concurrency']}, {ARMS[row['arm']].title}"
+        lines.append(f"- {where}: {row['void']}")
     lines += [f"- {cell.name}: not measured (the run was interrupted; it goes on where it stopped)" for cell in missing]
     return ["", "## Rows that do not count", "", *lines] if lines else []
 

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
 
 KEY = "eplb_affinity"
 VERSION = 1

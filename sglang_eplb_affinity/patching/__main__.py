@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
-from sglang_eplb_affinity.patching.upstream import Installation
+from sglang_eplb_affinity.patching.upstream import Installation, series_folder
 
 DEFAULT_PATCHES = Path(__file__).resolve().parents[2] / "patches"
 
@@ -16,12 +16,13 @@ DEFAULT_PATCHES = Path(__file__).resolve().parents[2] / "patches"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sglang_eplb_affinity.patching", description=__doc__)
     parser.add_argument("action", choices=["apply", "unapply", "verify", "refresh", "status"])
-    parser.add_argument("--patches", type=Path, default=DEFAULT_PATCHES, help="folder of the series")
+    parser.add_argument("--patches", type=Path, default=DEFAULT_PATCHES, help="folder with a series for each SGLang")
     parser.add_argument("--topic", help="refresh: the patch that takes edits made to the installed files")
     parser.add_argument("--wheel", type=Path, help="refresh: SGLang's wheel, when a further file was edited")
     options = parser.parse_args(argv)
     try:
-        project = actions.Project(options.patches, Installation.find())
+        installation = Installation.find()
+        project = actions.Project(series_folder(options.patches, installation.version), installation)
         if options.action == "refresh":
             print(actions.refresh(project, options.topic, options.wheel))
         else:

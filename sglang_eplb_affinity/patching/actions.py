@@ -19,7 +19,7 @@ from sglang_eplb_affinity.patching.upstream import Installation, Upstream, check
 
 @dataclass(frozen=True)
 class Project:
-    """The checkout's patch folder and the SGLang it acts on."""
+    """The series for the SGLang that is installed (its folder in the checkout), and that SGLang."""
 
     patches: Path
     installation: Installation
@@ -94,7 +94,7 @@ def refresh(project: Project, topic: str | None = None, wheel: Path | None = Non
     series = project.series
     target = topic or (series[-1].name if series else "")
     if target not in [patch.name for patch in series]:
-        raise InputError(f"TOPIC={topic}: not in patches/series; known: {', '.join(p.name for p in series)}")
+        raise InputError(f"TOPIC={topic}: not in the series; known: {', '.join(p.name for p in series)}")
     if [patch.text for patch in project.applied] != [patch.text for patch in series]:
         raise InputError("patches: the series in force is not this checkout's; run `make apply` before `make refresh`")
     names = _watched(project, series)

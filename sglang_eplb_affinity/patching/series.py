@@ -79,7 +79,7 @@ def apply_in(folder: Path, patch: Patch, *, reverse: bool = False, offset: bool 
         reasons = [
             line.removeprefix("error: ") for line in done.stderr.splitlines() if "error:" in line or "offset" in line
         ]
-        raise InputError(f"patches/{patch.name}: does not apply ({'; '.join(reasons) or done.stderr.strip()})")
+        raise InputError(f"{patch.name}: does not apply ({'; '.join(reasons) or done.stderr.strip()})")
 
 
 def make_diff(before: dict[str, str | None], after: dict[str, str | None]) -> str:

@@ -1,4 +1,4 @@
-"""The pinned SGLang: what `patches/UPSTREAM` says, and what is installed."""
+"""The pinned SGLangs: what `patches/VERSION/UPSTREAM` says, and what is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 
 @dataclass(frozen=True)
 class Upstream:
-    """`patches/UPSTREAM`: ``version: X`` and one ``wheel: NAME sha256: HEX`` line for each wheel."""
+    """`patches/VERSION/UPSTREAM`: ``version: X`` and one ``wheel: NAME sha256: HEX`` line for each wheel."""
 
     version: str
     wheels: tuple[tuple[str, str], ...]
@@ -36,6 +36,29 @@ class Upstream:
         if not version:
             raise InputError(f"{path}: has no 'version:' line")
         return Upstream(version, tuple(wheels))
+
+
+def series_folder(patches: Path, version: str) -> Path:
+    """The folder of the series for SGLang ``version``: ``patches/version``, or ``patches`` if it is a series itself.
+
+    Raises InputError naming the versions that there are.
+    """
+    if (patches / "series").is_file():
+        return patches
+    folder = patches / version
+    if not (folder / "series").is_file():
+        known = series_versions(patches)
+        raise InputError(
+            f"SGLang {version}: this project has series for {' and '.join(known) or 'none'}; "
+            f"install {' or '.join(f'sglang=={name}' for name in known) or 'another checkout'}"
+        )
+    return folder
+
+
+def series_versions(patches: Path) -> list[str]:
+    """Versions of SGLang that ``patches`` has a series for, the oldest first."""
+    names = [path.parent.name for path in patches.glob("*/series")]
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
 
 
 def checksum(data: bytes) -> str:
@@ -65,7 +88,7 @@ class Installation:
         if not (dist_info / "RECORD").is_file():
             raise InputError(
                 f"{dist_info}: has no RECORD, so SGLang was not installed from a wheel; "
-                "install the wheel that patches/UPSTREAM names"
+                "install a wheel that patches/*/UPSTREAM names"
             )
         return Installation(dist_info.parent, dist_info, distribution.version)
 

@@ -24,7 +24,10 @@ class Judgement:
 
 
 def worth_moving(current: Judgement, planned: Judgement, load_cap: float, minimum_gain: float) -> bool:
-    """Whether a layer gains enough to move its experts; see ``PlannerConfig.minimum_gain``."""
+    """Whether a layer gains enough to move its experts; see ``PlannerConfig.minimum_gain``.
+
+    The one rule for it, of plans, servers and simulated days. ``load_cap`` 0: load alone decides.
+    """
 
     def gained(before: float, after: float) -> bool:
         return after < before and after <= before * (1 - minimum_gain)

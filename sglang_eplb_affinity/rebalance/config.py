@@ -12,15 +12,13 @@ class AsyncConfig:
     """Passes are forward passes of the server; every rank runs the same ones, so they are the common clock.
 
     ``interval``: passes from one round's start to the next. ``warm_up``: passes after the server's start before the
-    first interval begins. ``minimum_gain``: a layer is moved if its dispatch cost or its most loaded GPU's load falls
-    by this fraction. ``run_once``: no more rounds after the first that was applied. ``layers_in_flight``: layers whose
-    weights travel at the same time; each has a staging buffer. ``phase_limit_seconds``: how long one phase of a round
-    may take before the round is given up (planning, or the movement of one layer).
+    first interval begins. ``run_once``: no more rounds after the first that was applied. ``layers_in_flight``: layers
+    whose weights travel at the same time; each has a staging buffer. ``phase_limit_seconds``: how long one phase of a
+    round may take before the round is given up (planning, or the movement of one layer).
     """
 
     interval: int
     warm_up: int = 0
-    minimum_gain: float = 0.02
     run_once: bool = False
     layers_in_flight: int = 2
     phase_limit_seconds: float = 60.0
@@ -30,8 +28,6 @@ class AsyncConfig:
             raise InputError(f"--eplb-rebalance-num-iterations {self.interval}: must be at least 1")
         if self.warm_up < 0:
             raise InputError(f"--eplb-async-warm-up-passes {self.warm_up}: must be 0 or more")
-        if not 0 <= self.minimum_gain < 1:
-            raise InputError(f"--eplb-min-gain {self.minimum_gain}: must be a fraction, 0 to below 1")
         if self.layers_in_flight < 1:
             raise InputError(f"--eplb-async-layers-in-flight {self.layers_in_flight}: must be at least 1")
         if not self.phase_limit_seconds > 0:

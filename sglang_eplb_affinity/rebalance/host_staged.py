@@ -83,7 +83,7 @@ class HostStagedTransfer:
         for (_, arrival), parts in zip(remote, landing.parts(weights, [row for row, _ in remote]), strict=True):
             source = self._global_rank(arrival.source_rank)
             for number, part in enumerate(parts):
-                tag = self._tag(self._rank, arrival.slot, number)
+                tag = _tag(arrival.slot, number, len(parts))
                 receives.append(dist.irecv(part, source, group=self._group, tag=tag))
         failure = self._send(job, weights)
         try:
@@ -110,7 +110,7 @@ class HostStagedTransfer:
             for departure, of_expert in zip(chunk, parts, strict=True):
                 target = self._global_rank(departure.target_rank)
                 for number, part in enumerate(of_expert):
-                    tag = self._tag(departure.target_rank, departure.target_slot, number)
+                    tag = _tag(departure.target_slot, number, len(of_expert))
                     sends.append(dist.isend(part, target, group=self._group, tag=tag))
             for work in sends:
                 work.wait(self._limit)
@@ -148,6 +148,7 @@ class HostStagedTransfer:
             copy_all(self._landing.parts(weights, rows), staging.parts(weights, rows))
             self._stream.synchronize()
 
-    @staticmethod
-    def _tag(target_rank: int, target_slot: int, number: int) -> int:
-        return (target_rank << 20 | target_slot << 4 | number) & 0x3FFFFFFF
+
+def _tag(target_slot: int, number: int, tensors: int) -> int:
+    """Of tensor ``number`` of ``tensors`` of an expert: unique among the messages between two ranks for one layer."""
+    return target_slot * tensors + number

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sglang_eplb_affinity.dispatch.evaluate import moved_experts
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.rebalance.round_record import MapFigures, Result, RoundRecord
+from sglang_eplb_affinity.rebalance.round_record import Result, RoundRecord
 
 PREFIX = "eplb_affinity_"
 RESULTS: tuple[Result, ...] = ("applied", "unchanged", "skipped", "failed")

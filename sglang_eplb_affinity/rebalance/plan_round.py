@@ -1,24 +1,22 @@
-"""What the planner process does for one round: from the recorded window to the layers that are to move."""
+"""What every round plans, synchronous or not: from the recorded window to the layers that are to move."""
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
-from sglang_eplb_affinity.planner.judge import judge
+from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
 from sglang_eplb_affinity.planner.layout import align
 from sglang_eplb_affinity.rebalance.layer_moves import LayerPlan, layer_plan
-from sglang_eplb_affinity.rebalance.round_record import MapFigures, routing_checksum
-
-logger = logging.getLogger(__name__)
+from sglang_eplb_affinity.rebalance.round_record import routing_checksum
 
 Algorithm = Literal["affinity", "deepseek", "deepseek_hierarchical"]
 ALGORITHMS: tuple[Algorithm, ...] = ("affinity", "deepseek", "deepseek_hierarchical")
@@ -28,15 +26,15 @@ ALGORITHMS: tuple[Algorithm, ...] = ("affinity", "deepseek", "deepseek_hierarchi
 class PlanSettings:
     """What stays the same from round to round.
 
-    ``staging_rows``: how many slots of a rank can change in a layer at once; a layer that needs more stays as it is.
-    ``nodes_of_eplb`` and ``expert_groups`` are for deepseek_hierarchical.
+    ``planner.minimum_gain`` holds for every algorithm. ``staging_rows``: how many slots of a rank can change in a layer
+    at once; a layer that needs more stays as it is. None: any number. ``nodes_of_eplb`` and ``expert_groups`` are for
+    deepseek_hierarchical.
     """
 
     algorithm: Algorithm
     planner: PlannerConfig
     topology: Topology
-    minimum_gain: float
-    staging_rows: int
+    staging_rows: int | None = None
     nodes_of_eplb: int = 1
     expert_groups: int | None = None
 
@@ -69,54 +67,77 @@ class PlanReply:
     routing_checksum: str | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """``planned``: the map after the round. ``layers``: those that differ from the map in force, largest gain first.
+
+    ``reason``: why there is none, where a plan exists.
+    """
+
+    planned: ExpertMap
+    layers: tuple[int, ...]
+    reason: str | None = None
+
+
 def plan_round(request: PlanRequest) -> PlanReply:
     """Plan, leave out the layers that gain too little, and work out the moves and tables of the others."""
     began = time.perf_counter()
     window, current, settings = request.window, request.current, request.settings
-    settings = replace(settings, planner=settings.planner.for_window(window))
-    tokens = int(window.counts.sum(1).max(initial=0))
-    if not tokens:
+    if not window.counts.any():
         return PlanReply("skipped", "no tokens recorded")
-    planned = _place(request)
-    gain = layer_gains(window, current, planned, settings)
-    differs = planned.physical_to_logical != current.physical_to_logical
-    order = [int(layer) for layer in np.argsort(-gain, kind="stable") if differs[layer].any()]
-    arrivals = differs.reshape(len(differs), settings.topology.num_gpus, -1).sum(2).max(1)
-    chosen = [n for n in order if gain[n] >= settings.minimum_gain and arrivals[n] <= settings.staging_rows]
-    home = ExpertMap.contiguous(current.num_layers, current.num_experts, current.num_slots)
-    contiguous = MapFigures.of(window, home, settings.topology, settings.planner.dispatch)
-    common = {"tokens": tokens, "routing_checksum": routing_checksum(window), "contiguous": contiguous}
-    before = MapFigures.of(window, current, settings.topology, settings.planner.dispatch)
-    if not chosen:
-        reason = f"no layer gains {settings.minimum_gain:.2%} within {settings.staging_rows} moves" if order else None
-        seconds = time.perf_counter() - began
-        return PlanReply("unchanged", reason, before=before, after=before, seconds=seconds, **common)  # type: ignore[arg-type]
-    rows = current.physical_to_logical.copy()
-    rows[chosen] = planned.physical_to_logical[chosen]
-    after_map = ExpertMap(rows, current.num_experts)
+    choice = choose_layers(request)
+    figures = figures_of_round(window, current, choice.planned, settings)
     layers = tuple(
         layer_plan(
-            layer, current.physical_to_logical[layer], rows[layer], current.num_experts, settings.topology,
-            settings.planner.dispatch,
+            layer, current.physical_to_logical[layer], choice.planned.physical_to_logical[layer], current.num_experts,
+            settings.topology, settings.planner.dispatch,
         )
-        for layer in chosen
+        for layer in choice.layers
     )  # fmt: skip
-    return PlanReply(
-        "planned",
-        layers=layers,
-        before=before,
-        after=MapFigures.of(window, after_map, settings.topology, settings.planner.dispatch),
-        seconds=time.perf_counter() - began,
-        **common,  # type: ignore[arg-type]
-    )
+    seconds = time.perf_counter() - began
+    return PlanReply("planned" if layers else "unchanged", choice.reason, layers, seconds=seconds, **figures)
+
+
+def choose_layers(request: PlanRequest) -> Choice:
+    """Plan on a window with tokens, and keep the layers that are not worth their move or have no room for it."""
+    current, settings = request.current, request.settings
+    settings = replace(settings, planner=settings.planner.for_window(request.window))
+    placed = _place(replace(request, settings=settings))
+    gain, worth = layer_gains(request.window, current, placed, settings)
+    differs = placed.physical_to_logical != current.physical_to_logical
+    arrivals = differs.reshape(len(differs), settings.topology.num_gpus, -1).sum(2).max(1)
+    room = np.inf if settings.staging_rows is None else settings.staging_rows
+    chosen = [int(layer) for layer in np.argsort(-gain, kind="stable") if worth[layer] and arrivals[layer] <= room]
+    rows = current.physical_to_logical.copy()
+    rows[chosen] = placed.physical_to_logical[chosen]
+    least, reason = settings.planner.minimum_gain, None
+    if not chosen and (least or worth.any()):
+        reason = f"no layer gains {least or 0:.2%}" + (f" within {settings.staging_rows} moves" if worth.any() else "")
+    return Choice(ExpertMap(rows, current.num_experts), tuple(chosen), reason)
+
+
+def figures_of_round(
+    window: RoutingWindow, before: ExpertMap, after: ExpertMap, settings: PlanSettings
+) -> dict[str, Any]:
+    """Fields of PlanReply and RoundRecord: what was recorded, and the maps measured on it."""
+    home = ExpertMap.contiguous(after.num_layers, after.num_experts, after.num_slots)
+    topology, rule, threads = settings.topology, settings.planner.dispatch, settings.planner.threads or 1
+    of_before = MapFigures.of(window, before, topology, rule, threads)
+    return {
+        "tokens": int(window.counts.sum(1).max(initial=0)),
+        "routing_checksum": routing_checksum(window),
+        "contiguous": MapFigures.of(window, home, topology, rule, threads),
+        "before": of_before,
+        "after": of_before if after is before else MapFigures.of(window, after, topology, rule, threads),
+    }
 
 
 def _place(request: PlanRequest) -> ExpertMap:
     window, current, settings = request.window, request.current, request.settings
     if settings.algorithm == "affinity":
         config = settings.planner
-        if request.first and config.max_moves is None:
-            config = replace(config, incremental=False, warm_start=False)
+        if request.first and (config.max_moves is None or settings.staging_rows is None):
+            config = replace(config, incremental=False, warm_start=False, max_moves=None)
         return plan(window, settings.topology, current.num_slots, config, current).expert_map
     hierarchical = settings.algorithm == "deepseek_hierarchical"
     nodes = settings.nodes_of_eplb if hierarchical else 1
@@ -133,20 +154,29 @@ def _place(request: PlanRequest) -> ExpertMap:
     return ExpertMap(np.stack(rows), current.num_experts)
 
 
-def layer_gains(window: RoutingWindow, old: ExpertMap, new: ExpertMap, settings: PlanSettings) -> np.ndarray:
-    """float64 [layers]: the larger of the relative falls of dispatch cost and of the most loaded GPU's load."""
-    gain = np.zeros(window.num_layers)
-    for layer in np.flatnonzero((old.physical_to_logical != new.physical_to_logical).any(1)):
-        counts = window.counts[layer]
-        tokens = np.empty((0, 1), np.int16)
-        if window.tokens is not None:
-            tokens = np.ascontiguousarray(window.tokens[layer][window.tokens[layer][:, 0] >= 0], dtype=np.int16)
-        if not counts.any():
-            continue
-        before, after = (
-            judge(m.physical_to_logical[layer], counts, tokens, settings.topology, settings.planner) for m in (old, new)
-        )
+def layer_gains(
+    window: RoutingWindow, old: ExpertMap, new: ExpertMap, settings: PlanSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each layer that differs: float64 [layers], the larger of the relative falls of dispatch cost and of the most
+    loaded GPU's load, for the order of moves; bool [layers], whether it is worth moving.
+
+    A plan with affinity has left the layers that are not worth it as they were; EPLB's placements are for load alone.
+    """
+    gain, least = np.zeros(window.num_layers), settings.planner.minimum_gain
+    worth = (old.physical_to_logical != new.physical_to_logical).any(1)
+    for layer in np.flatnonzero(worth & window.counts.any(1)):
+        before, after = (_judged(window, m, int(layer), settings) for m in (old, new))
         by_load = 1 - after.load / before.load
         by_cost = 1 - after.cost / before.cost if before.cost > 0 and settings.algorithm == "affinity" else by_load
         gain[layer] = max(by_load, by_cost)
-    return gain
+        if settings.algorithm != "affinity" and least is not None:
+            worth[layer] = worth_moving(before, after, load_cap=0, minimum_gain=least)
+    return gain, worth
+
+
+def _judged(window: RoutingWindow, expert_map: ExpertMap, layer: int, settings: PlanSettings) -> Judgement:
+    tokens = np.empty((0, 1), np.int16)
+    if window.tokens is not None:
+        tokens = np.ascontiguousarray(window.tokens[layer][window.tokens[layer][:, 0] >= 0], dtype=np.int16)
+    row = expert_map.physical_to_logical[layer]
+    return judge(row, window.counts[layer], tokens, settings.topology, settings.planner)

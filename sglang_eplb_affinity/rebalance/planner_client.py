@@ -7,13 +7,13 @@ import fcntl
 import logging
 import os
 import pickle
-import select
+import selectors
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings
 from sglang_eplb_affinity.rebalance.planner_main import HEADER, READY
@@ -133,8 +133,7 @@ class PlannerProcess:
                 if left <= 0:
                     raise PlannerFailed(f"no plan within {self._limit:g} s")
                 # A process that is stopped or stuck does not read: the pipe must not hold this thread.
-                _, writable, _ = select.select([], [process.stdin], [], min(left, 1.0))
-                if writable:
+                if _usable(process.stdin, selectors.EVENT_WRITE, min(left, 1.0)):
                     view = view[os.write(process.stdin.fileno(), view[:PIPE_BYTES]) :]
         except (OSError, ValueError) as error:
             raise PlannerFailed(f"planner process ended ({self._status()})") from error
@@ -153,7 +152,7 @@ class PlannerProcess:
             if left <= 0:
                 raise PlannerFailed(f"no plan within {self._limit:g} s")
             try:
-                readable, _, _ = select.select([process.stdout], [], [], min(left, 1.0))
+                readable = _usable(process.stdout, selectors.EVENT_READ, min(left, 1.0))
                 chunk = os.read(process.stdout.fileno(), min(count - len(parts), 1 << 20)) if readable else None
             except (OSError, ValueError):
                 chunk = b""
@@ -169,3 +168,10 @@ class PlannerProcess:
             self._process.wait(timeout=1)
         code = self._process.returncode
         return "still running" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _usable(pipe: IO[bytes], event: int, seconds: float) -> bool:
+    """Whether ``pipe`` can be read or written within ``seconds``; for descriptors above 1023 too, unlike select()."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, event)
+        return bool(selector.select(seconds))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,28 +35,30 @@ def slot_bytes(tensor: torch.Tensor, what: str = "expert weights") -> torch.Tens
 class LayerWeights:
     """One layer's expert weights on this rank: uint8 [local slots, bytes] for each tensor.
 
-    ``owners``: the model's own tensors that these are views of; empty for those of another process.
+    ``lookup`` gives the model's tensors as they are at that moment; None for those of another process.
     """
 
     tensors: tuple[torch.Tensor, ...]
-    owners: tuple[torch.Tensor, ...] = ()
+    lookup: Callable[[], Sequence[torch.Tensor]] | None = None
 
     @staticmethod
-    def of(layer: int, tensors: Sequence[torch.Tensor], local_slots: int) -> LayerWeights:
+    def of(layer: int, lookup: Callable[[], Sequence[torch.Tensor]], local_slots: int) -> LayerWeights:
+        tensors = lookup()
         for tensor in tensors:
             if tensor.dim() < 1 or tensor.shape[0] != local_slots:
                 raise InputError(
                     f"--eplb-async: layer {layer} has expert weights of shape {tuple(tensor.shape)}, "
                     f"but this rank has {local_slots} slots"
                 )
-        views = tuple(slot_bytes(tensor, f"layer {layer}'s expert weights") for tensor in tensors)
-        return LayerWeights(views, tuple(tensors))
+        return LayerWeights(tuple(slot_bytes(tensor, f"layer {layer}'s expert weights") for tensor in tensors), lookup)
 
     def check_in_place(self) -> None:
         """Raise RuntimeError if the model has put a tensor elsewhere: what is written here would then serve nobody."""
-        for view, owner in zip(self.tensors, self.owners, strict=bool(self.owners)):
-            if owner.data_ptr() != view.data_ptr():
-                raise RuntimeError("the model's expert weights are no longer where they were at start-up")
+        if self.lookup is None:
+            return
+        places = [tensor.data_ptr() for tensor in self.lookup()]
+        if places != [view.data_ptr() for view in self.tensors]:
+            raise RuntimeError("the model's expert weights are no longer where they were at start-up")
 
     def slots(self, wanted: Iterable[int]) -> list[tuple[torch.Tensor, ...]]:
         """For each of the local slots ``wanted``: uint8 [bytes] of each tensor."""

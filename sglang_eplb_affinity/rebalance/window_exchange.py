@@ -6,8 +6,9 @@ Blocking gloo calls on a process group of its own, always the same ones on all r
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,20 @@ from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings
 from sglang_eplb_affinity.rebalance.planner_client import PlannerFailed
 from sglang_eplb_affinity.rebalance.window_reduce import sample_shares
+
+T = TypeVar("T")
+
+
+class _Attempt(Generic[T]):
+    """What a call gave, or the error that it raised: other ranks are told before anybody acts on either."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self.result: T | None = None
+        self.error: Exception | None = None
+        try:
+            self.result = call()
+        except Exception as error:
+            self.error = error
 
 
 class WindowShare(Protocol):
@@ -67,53 +82,71 @@ class WindowExchange:
         self._group, self._rank, self._world = group, rank, world
 
     def plan(self, share: WindowShare, current: ExpertMap, first: bool) -> PlanReply:
-        """A collective call; raises on every rank if any could not contribute."""
-        failure: Exception | None = None
-        try:
-            seen, counts, tokens = share.wait()
-        except Exception as error:
-            failure, seen = error, 0
-        state = torch.zeros(self._world, 2, dtype=torch.int64)
-        state[self._rank, 0], state[self._rank, 1] = seen, failure is not None
-        dist.all_reduce(state, group=self._group)
-        if failure is not None:
-            raise failure
-        if state[:, 1].any():
-            raise RuntimeError(f"rank {int(state[:, 1].argmax())} could not read its window")
-        shares = sample_shares(state[:, 0].numpy(), self._shape.sample_tokens)
-        own = tokens[:, : int(shares[self._rank])].contiguous()
-        reply = self._on_rank_0(state[:, 0].numpy(), shares, counts, own, current, first) if self._rank == 0 else None
-        if self._rank and seen:
+        """A collective call; raises on every rank if any could not contribute, and then before anything is sent.
+
+        What can fail on one rank alone (reading the device, memory) comes before an all-reduce that tells the others.
+        """
+        parts = _Attempt(share.wait)
+        seen = self._gather(parts.result[0] if parts.result is not None else 0, parts, "could not read its window")
+        assert parts.result is not None
+        _, counts, tokens = parts.result
+        shares = sample_shares(seen, self._shape.sample_tokens)
+        own = _Attempt(lambda: tokens[:, : int(shares[self._rank])].contiguous())
+        room = _Attempt(lambda: self._room(counts.shape, seen, shares) if self._rank == 0 else {})
+        self._gather(0, room if own.error is None else own, "has no memory for the window")
+        assert own.result is not None and room.result is not None
+        if self._rank == 0:
+            return self._broadcast(self._on_rank_0(room.result, counts, own.result, current, first))
+        if seen[self._rank]:
             dist.send(torch.from_numpy(counts), self._root(), group=self._group)
-            if own.numel():
-                dist.send(own.view(torch.uint8), self._root(), group=self._group)
-        return self._broadcast(reply)
+            if own.result.numel():
+                dist.send(own.result.view(torch.uint8), self._root(), group=self._group)
+        return self._broadcast(None)
+
+    def _gather(self, value: int, attempt: _Attempt[Any], what: str) -> np.ndarray:
+        """int64 [ranks]: every rank's ``value``; raises on all ranks where ``attempt`` failed on any."""
+        state = torch.zeros(self._world, 2, dtype=torch.int64)
+        state[self._rank, 0], state[self._rank, 1] = value, attempt.error is not None
+        dist.all_reduce(state, group=self._group)
+        if attempt.error is not None:
+            raise attempt.error
+        if state[:, 1].any():
+            raise RuntimeError(f"rank {int(state[:, 1].argmax())} {what}")
+        return state[:, 0].numpy()
+
+    def _room(
+        self, counts: tuple[int, ...], seen: np.ndarray, shares: np.ndarray
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Rank 0's memory for what other ranks send: (counts, sampled tokens) by rank that saw any token."""
+        shape = self._shape
+        return {
+            int(rank): (
+                torch.empty(counts, dtype=torch.int64),
+                torch.empty(shape.num_layers, int(shares[rank]), shape.top_k, dtype=torch.int16),
+            )
+            for rank in np.flatnonzero(seen)
+            if rank
+        }
 
     def _on_rank_0(
         self,
-        seen: np.ndarray,
-        shares: np.ndarray,
+        room: dict[int, tuple[torch.Tensor, torch.Tensor]],
         counts: np.ndarray,
         own: torch.Tensor,
         current: ExpertMap,
         first: bool,
     ) -> PlanReply:
-        shape = self._shape
-        total, samples = counts.copy(), [own]
-        for rank in np.flatnonzero(seen):
-            if rank == 0:
-                continue
-            other = torch.empty(counts.shape, dtype=torch.int64)
-            tokens = torch.empty(shape.num_layers, int(shares[rank]), shape.top_k, dtype=torch.int16)
-            source = dist.get_global_rank(self._group, int(rank)) if self._group is not None else int(rank)
+        for rank, (other, tokens) in room.items():
+            source = dist.get_global_rank(self._group, rank) if self._group is not None else rank
             dist.recv(other, source, group=self._group)
             if tokens.numel():
                 dist.recv(tokens.view(torch.uint8), source, group=self._group)
-            total += other.numpy()
-            samples.append(tokens)
-        assert self._planner is not None
-        window = RoutingWindow(total.sum(0), None, torch.cat(samples, 1).numpy(), phase_counts=total)
+        # From here on the others wait for an answer, whatever goes wrong.
         try:
+            assert self._planner is not None
+            total = sum((other.numpy() for other, _ in room.values()), counts)
+            sample = torch.cat([own, *(tokens for _, tokens in room.values())], 1).numpy()
+            window = RoutingWindow(total.sum(0), None, sample, phase_counts=total)
             return self._planner.plan(PlanRequest(window, current, self._settings, first))
         except PlannerFailed as error:
             return PlanReply("failed", str(error))
@@ -124,10 +157,17 @@ class WindowExchange:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0
 
     def _broadcast(self, reply: PlanReply | None) -> PlanReply:
-        payload = np.frombuffer(pickle.dumps(reply, protocol=5) if reply is not None else b"", np.uint8)
+        payload = np.frombuffer(_pickled(reply) if reply is not None else b"", np.uint8)
         length = torch.tensor([len(payload)])
         dist.broadcast(length, self._root(), group=self._group)
         data = torch.from_numpy(payload.copy()) if self._rank == 0 else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, self._root(), group=self._group)
         found: PlanReply = pickle.loads(data.numpy().tobytes())
         return found
+
+
+def _pickled(reply: PlanReply) -> bytes:
+    try:
+        return pickle.dumps(reply, protocol=5)
+    except Exception as error:  # the others wait for an answer
+        return pickle.dumps(PlanReply("failed", f"{type(error).__name__}: {error}"), protocol=5)

@@ -131,7 +131,11 @@ def begin_round(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | N
 
 
 def start_async_rebalancing(model_runner: Any) -> None:
-    """With --eplb-async: once a rank's weights are loaded, before its KV cache is sized."""
+    """Once a rank's weights are loaded, before its KV cache is sized: what experts are to move, or refuse to; with
+    --eplb-async the rebalancer."""
+    from sglang_eplb_affinity.sglang_hooks import expert_weights
+
+    expert_weights.check(model_runner)
     if model_runner.eplb_manager is None or not model_runner.server_args.eplb_async:
         return
     from sglang_eplb_affinity.sglang_hooks import async_rebalance

@@ -9,6 +9,7 @@ from typing import Any
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, async_arguments
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.refusals import check_moving, check_placed
 from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_cover,
     check_schedule,
@@ -21,6 +22,7 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
 logger = logging.getLogger(__name__)
 
 INITIAL_MAP = "--init-expert-location"
+DEFAULT_MIN_GAIN = 0.02  # of --eplb-min-gain, as the series has it
 # What the patch series adds to SGLang's ServerArgs.
 ADDED = (
     "enable_expert_affinity_recorder",
@@ -74,6 +76,7 @@ def resolve(server_args: Any) -> None:
         )
     if server_args.eplb_affinity_max_moves is not None and server_args.eplb_affinity_max_moves < 1:
         raise InputError(f"--eplb-affinity-max-moves {server_args.eplb_affinity_max_moves}: must be at least 1")
+    _check_min_gain(server_args)
     check_schedule(server_args)
     if server_args.expert_load_log_passes < 0:
         raise InputError(f"--expert-load-log-passes {server_args.expert_load_log_passes}: must be 0 (off) or more")
@@ -116,6 +119,10 @@ def check(server_args: Any) -> None:
             f"{view.ep_size}; give --ep-size of 2 or more (with --tp-size at least as large)"
         )
     async_arguments.check(server_args, view)
+    if server_args.enable_eplb or loads:
+        check_placed(server_args, "EPLB" if server_args.enable_eplb else INITIAL_MAP)
+    if ours or server_args.eplb_async:
+        check_moving(server_args, view, "--eplb-async" if server_args.eplb_async else flag)
     if forced:
         from sglang_eplb_affinity.sglang_hooks.forcing import make
 
@@ -148,6 +155,14 @@ def check(server_args: Any) -> None:
             100 * server_args.eplb_affinity_max_load_increase,
             server_args.expert_affinity_sample_tokens,
         )
+
+
+def _check_min_gain(server_args: Any) -> None:
+    gain = server_args.eplb_min_gain
+    if not 0 <= gain < 1:
+        raise InputError(f"--eplb-min-gain {gain}: must be a fraction, 0 to below 1")
+    if gain != DEFAULT_MIN_GAIN and not server_args.eplb_async and server_args.eplb_algorithm != ALGORITHM:
+        raise InputError(f"--eplb-min-gain {gain}: needs --eplb-async or --eplb-algorithm affinity")
 
 
 def _check_record_map(server_args: Any) -> None:

@@ -11,7 +11,6 @@ from sglang_eplb_affinity.rebalance.config import AsyncConfig
 _FLAGS = {
     "eplb_async_layers_in_flight": "layers_in_flight",
     "eplb_async_warm_up_passes": "warm_up",
-    "eplb_min_gain": "minimum_gain",
     "eplb_async_run_once": "run_once",
     "eplb_async_phase_limit": "phase_limit_seconds",
 }
@@ -28,13 +27,9 @@ def resolve(server_args: Any) -> None:
     """Early: ranges, and the recorder that planning needs."""
     if not server_args.eplb_async:
         defaults = {field.name: field.default for field in dataclasses.fields(AsyncConfig)}
-        dataclasses.replace(AsyncConfig(1), minimum_gain=server_args.eplb_min_gain)  # its range
-        ours = server_args.eplb_algorithm == ALGORITHMS[0]
         for flag, field in _FLAGS.items():
-            if getattr(server_args, flag) == defaults[field] or (ours and field == "minimum_gain"):
-                continue
-            needed = "--eplb-async" + (" or --eplb-algorithm affinity" if field == "minimum_gain" else "")
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(server_args, flag)}: needs {needed}")
+            if getattr(server_args, flag) != defaults[field]:
+                raise InputError(f"--{flag.replace('_', '-')} {getattr(server_args, flag)}: needs --eplb-async")
         return
     if not server_args.enable_eplb:
         raise InputError("--eplb-async: needs --enable-eplb (which --eplb-algorithm affinity turns on)")
@@ -51,7 +46,6 @@ def check(server_args: Any, view: Any) -> None:
     if not server_args.eplb_async:
         return
     refused = {
-        "--pp-size": (view.pp_size > 1, view.pp_size, "pipeline stages do not rebalance together; use 1"),
         "--elastic-ep-backend": (
             server_args.elastic_ep_backend is not None,
             server_args.elastic_ep_backend,

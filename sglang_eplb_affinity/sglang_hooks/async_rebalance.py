@@ -18,6 +18,7 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.rebalance import verify
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
+from sglang_eplb_affinity.rebalance.expert_tensors import ExpertModule, expert_modules
 from sglang_eplb_affinity.rebalance.map_tables import MapTables
 from sglang_eplb_affinity.rebalance.paths import Members, make_transfer
 from sglang_eplb_affinity.rebalance.plan_round import Algorithm, PlanSettings
@@ -53,8 +54,8 @@ def start(model_runner: Any) -> AsyncRebalancer:
 
     local_slots = metadata.num_physical_experts // num_ranks
     weights = {
-        int(layer): LayerWeights.of(layer, list(tensors), local_slots)
-        for layer, tensors in sorted(model_runner.model.routed_experts_weights_of_layer.items())
+        layer: LayerWeights.of(layer, partial(_tensors, found), local_slots)
+        for layer, found in sorted(expert_modules(model_runner.model).items())
     }
     rows, row_bytes = _staging_rows(args, local_slots), staging_row_bytes(weights)
     staging = tuple(StagingBuffer(rows, row_bytes, device) for _ in range(config.layers_in_flight))
@@ -106,6 +107,10 @@ def start(model_runner: Any) -> AsyncRebalancer:
     return rebalancer
 
 
+def _tensors(found: ExpertModule) -> list[torch.Tensor]:
+    return list(found.tensors().values())
+
+
 def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: int) -> PlanSettings:
     """How the planner process plans; ``auto`` is resolved as SGLang does."""
     algorithm: Algorithm = ALGORITHM  # type: ignore[assignment]
@@ -122,7 +127,6 @@ def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: in
             args, first=False, num_groups=rebalance.num_groups_of(getattr(model_runner, "model_config", None))
         ),
         topology=rebalance.topology_of(args, num_ranks),
-        minimum_gain=args.eplb_min_gain,
         staging_rows=staging_rows,
         nodes_of_eplb=args.nnodes,
         expert_groups=groups,

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 
 from sglang_eplb_affinity.dispatch.evaluate import moved_experts
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import plan
-from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord
+from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
 from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.initial_map import InitialMap, placement_of, read_initial_map

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ class MoeShape:
 
 
 def _is_moe(hf_config: Any, layer: int) -> bool:
-    """DeepSeek: dense layers first, then every moe_layer_freq-th; Qwen: every decoder_sparse_step-th but the listed."""
+    """DeepSeek: dense layers first, then every moe_layer_freq-th; Qwen: every decoder_sparse_step-th but the listed;
+    Step: those in moe_layers_enum."""
+    listed = getattr(hf_config, "moe_layers_enum", None)
+    if listed is not None:
+        names = listed.split(",") if isinstance(listed, str) else listed
+        return layer in {int(name) for name in names if str(name).strip()}
     frequency = getattr(hf_config, "moe_layer_freq", 1)
     sparse = frequency[layer] if isinstance(frequency, list) else layer % max(frequency or 1, 1) == 0
     step = getattr(hf_config, "decoder_sparse_step", 1) or 1

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_eplb_affinity.dispatch.evaluate import moved_experts
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -25,14 +26,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, plan, warm_up
 from sglang_eplb_affinity.planner.config import Objective, usable_cores
 from sglang_eplb_affinity.rebalance.layer_moves import static_choice
-from sglang_eplb_affinity.rebalance.round_record import (
-    MapFigures,
-    Result,
-    RoundObserver,
-    RoundRecord,
-    report,
-    routing_checksum,
-)
+from sglang_eplb_affinity.rebalance.round_record import Result, RoundObserver, RoundRecord, report, routing_checksum
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM
 
 logger = logging.getLogger(__name__)

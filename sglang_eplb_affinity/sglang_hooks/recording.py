@@ -43,6 +43,7 @@ class ServerRecorder:
         from sglang.srt.runtime_context import get_parallel
 
         parallel = get_parallel()
+        self._world_rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.top_k = top_k
         self._all_to_all = server_args.moe_a2a_backend != "none"
         self._num_groups = 1 if self._all_to_all else max(parallel.attn_dp_size, 1)
@@ -71,7 +72,8 @@ class ServerRecorder:
             config=RecorderConfig(
                 sample_tokens=server_args.expert_affinity_sample_tokens,
                 max_pass_tokens=max(chunk, 8192) * self._num_groups,
-                seed=server_args.random_seed or 0,
+                # Ranks run in lockstep: with one seed all would keep the tokens of the same positions.
+                seed=(server_args.random_seed or 0) + self._world_rank,
                 # With EPLB on recording never stops, and all layers of the target model run inside a pass.
                 quiet_between_passes=not self.serves_eplb or server_args.speculative_algorithm is not None,
             ),
@@ -86,7 +88,8 @@ class ServerRecorder:
 
     def on_forward_pass_start(self, forward_batch: Any) -> None:
         if self._reduction.contributes:
-            phase = 0 if forward_batch.forward_mode.is_extend() else 1
+            mode = forward_batch.forward_mode  # a speculative decode step verifies several tokens, as a short extend
+            phase = 0 if mode.is_extend() and not mode.is_target_verify() else 1
             self._records_pass = self._schedule.records(self._passes)
             self.recorder.begin_pass(self._tokens_of_groups(forward_batch), phase, self._records_pass)
         self._passes += 1

@@ -200,18 +200,10 @@ class Day:
         capped = policy.name == "affinity-async"
         config = PlannerConfig(
             objective=self.mode, dispatch=policy.arm(self.mode).rule, max_moves=policy.max_moves if capped else None,
-            num_groups=self.system.model.num_groups,
+            num_groups=self.system.model.num_groups, minimum_gain=policy.min_gain if capped else None,
         )  # fmt: skip
         planned = plan(window, self.system.topology, self.system.num_slots, config, current)
-        report = planned.report
-        if capped and report.current is not None:
-            # Gain by the planner's own cost and by the load of the busiest GPU, layer by layer.
-            cost = report.planned.cost / report.current.cost
-            load = report.planned.load_max_over_mean / report.current.load_max_over_mean
-            keep = np.minimum(cost, load) > 1 - policy.min_gain
-            rows = np.where(keep[:, None], current.physical_to_logical, planned.expert_map.physical_to_logical)
-            return ExpertMap(rows, current.num_experts), report.seconds
-        return planned.expert_map, report.seconds
+        return planned.expert_map, planned.report.seconds
 
     def _window(
         self, window: int, policy: Policy, batch: tuple[np.ndarray, np.ndarray, float], current: ExpertMap,

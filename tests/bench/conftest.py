@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def unpatched_log() -> str:
 
 @pytest.fixture
 def plan() -> RunPlan:
-    return RunPlan(Profile.named("cpu"), ("none", "vanilla", "affinity"), (1, 4), 1, "ShareGPT (test)", "0" * 64)
+    one_at_a_time = replace(Profile.named("cpu"), arms_side_by_side=False)
+    return RunPlan(one_at_a_time, ("none", "vanilla", "affinity"), (1, 4), 1, "ShareGPT (test)", "0" * 64)
 
 
 def make_record(

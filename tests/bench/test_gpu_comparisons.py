@@ -1,4 +1,4 @@
-"""What the GPU comparisons do around their servers: order, validity, gains and summary entries."""
+"""What the GPU comparisons do around their servers: order and validity."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.forced_comparison import ARMS, entries, gains, loads, main, write_maps
 from bench.gpu.resident import Load, ResidentArm, ResidentServers, by_block, incomplete
 from bench.harness.server import Server, ServerEnded, ServerFailed
 from bench.micro.deepep import cases
 from bench.micro.deepep.summary import local_to_spread
-from bench.publish.summary import parse_figures
 from sglang_eplb_affinity.device.forced_routing import balanced_order, rows_of_order
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 
 LOADS = (Load("prefill", 64, 8, 128, 1, streams=False), Load("decode", 16, 16, 8, 64))
-SOURCE = {"hardware": "2 x GPU", "versions": {"torch": "2"}, "commit": "abcdef0"}
 
 
 def servers(folder: Path, *names: str) -> ResidentServers:
@@ -125,34 +121,6 @@ def test_rows_by_block_and_void_rows() -> None:
     assert by_block(rows, "a", "decode", "x") == {0: 2.0}
     assert incomplete(rows, LOADS) == []
     assert incomplete([{**rows[1], "completed": 15}], LOADS) == ["a, decode, block 0: 15 of 16 completed"]
-
-
-def test_gains_are_paired_by_block_and_become_entries() -> None:
-    slow, fast = {0: 100.0, 1: 200.0, 2: 400.0}, {0: 110.0, 1: 220.0, 2: 440.0}
-    throughput = {"recorded": {"prefill": slow, "decode": slow}, "balanced": {"prefill": fast, "decode": {0: 90.0}}}
-    found = gains(throughput)
-    assert found["balanced"]["prefill"] == {"value": 10.0, "lower": 10.0, "upper": 10.0, "blocks": 3}
-    assert found["balanced"]["decode"] == {"value": -10.0, "lower": None, "upper": None, "blocks": 1}
-    result = {"gain_pct_over_recorded": found, "date": "2026-01-01T00:00:00Z", "command": "x"}
-    figures = parse_figures(entries(result, SOURCE), "entries")
-    # One block has no interval, so it makes no entry.
-    assert [(f.name, f.value) for f in figures] == [("forced.balanced.prefill_gain_pct", 10.0)]
-
-
-def test_maps_of_the_arms_fit_the_model(tmp_path: Path) -> None:
-    write_maps(tmp_path, 2)
-    for arm in ARMS:
-        flags = arm.resident(tmp_path, 2).flags
-        if arm.algorithm:
-            loaded = ExpertMap.load(Path(flags[flags.index("--init-expert-location") + 1]), 64)
-            assert (loaded.num_layers, loaded.num_slots) == (6, 64 + 8)
-    assert {load.name for load in loads(2)} == {"prefill", "decode"}
-
-
-def test_one_gpu_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--out", str(tmp_path / "x"), "--gpus", "1"]) == 2
-    assert capsys.readouterr().err == "error: --gpus: 1, but expert parallelism needs at least 2\n"
-    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])

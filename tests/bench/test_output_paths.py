@@ -14,7 +14,7 @@ from bench.harness.engine import ROOT
 from bench.harness.output_paths import result_file, result_folder
 
 FILES = ["bench.micro.forced_routing", "bench.gpu.kernel_times", "bench.gpu.kernel_tuning", "bench.gpu.rebalance_check"]
-FOLDERS = ["bench.gpu.overhead", "bench.gpu.rebalance_stall", "bench.gpu.forced_comparison"]
+FOLDERS = ["bench.gpu.overhead", "bench.gpu.rebalance_stall"]
 
 
 @pytest.mark.parametrize("module", [*FILES, "bench.micro.deepep.__main__"])

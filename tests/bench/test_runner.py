@@ -293,7 +293,7 @@ def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
     plan = replace(plan, profile=replace(plan.profile, server=server))
     turns = [Turn("x" * 20 + str(n), "answer") for n in range(500)]
     works = sitting_module.Preparation(plan, turns, "model", tmp_path).workloads(0)
-    assert {key: work.requests for key, work in works.items() if key < 0} == {-1: 1, -4: 4}
+    assert {key: work.requests for key, work in works.items() if key[1] < 0} == {("", -1): 1, ("", -4): 4}
     asked: list[tuple[str, str]] = []
 
     class Client(FakeClient):
@@ -307,3 +307,14 @@ def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
     rounds = sitting_module.warm_up_server(running, arm, works, plan, "model", Client(bench), budget, folder)  # type: ignore[arg-type]
     assert rounds == 2
     assert asked == [("1", "b0-c-1.json"), ("4", "b0-c-4.json"), ("4", "b0-c0.json"), ("4", "b0-c0.json")]
+
+
+def test_a_server_that_cannot_record_is_not_asked_to(
+    bench: Bench, folder: RunFolder, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("SGLang's schedulers end when a recorder that is off is asked")
+
+    monkeypatch.setattr(runner_module, "probe_placement", fail)
+    measure(folder, replace(plan, arms=("plain",), concurrency=(1,)))
+    assert cells(bench) == ["b0-plain-c1"]

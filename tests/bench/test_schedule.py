@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from bench.harness.schedule import block_seed, plan_sittings, williams_rows
+from bench.harness.schedule import Level, block_seed, plan_sittings, williams_rows
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
@@ -17,7 +17,7 @@ def test_order_is_balanced(n: int) -> None:
 
 
 def test_every_block_measures_everything_once_and_reverses_concurrency() -> None:
-    sittings = plan_sittings(["none", "vanilla", "affinity"], [8, 1], blocks=2)
+    sittings = plan_sittings(["none", "vanilla", "affinity"], [Level(1), Level(8)], blocks=2)
     cells = [cell for sitting in sittings for cell in sitting.cells]
     assert len(cells) == len(set(cells)) == 12
     levels = [(s.cells[0].block, tuple(cell.concurrency for cell in s.cells)) for s in sittings]
@@ -27,7 +27,7 @@ def test_every_block_measures_everything_once_and_reverses_concurrency() -> None
 
 @pytest.mark.parametrize("arms", [("vanilla", "affinity"), ("none", "vanilla", "affinity")])
 def test_arms_side_by_side_take_turns_at_each_concurrency(arms: tuple[str, ...]) -> None:
-    (sitting,) = plan_sittings(arms, [1, 8, 64], blocks=6, side_by_side=True)
+    (sitting,) = plan_sittings(arms, [Level(1), Level(8), Level(64)], blocks=6, side_by_side=True)
     assert len(sitting.cells) == len(set(sitting.cells)) == 18 * len(arms) and set(sitting.arms) == set(arms)
     turns = [sitting.cells[i : i + len(arms)] for i in range(0, len(sitting.cells), len(arms))]
     assert all({cell.arm for cell in turn} == set(arms) for turn in turns)
@@ -40,9 +40,9 @@ def test_arms_side_by_side_take_turns_at_each_concurrency(arms: tuple[str, ...])
 
 def test_more_blocks_only_add() -> None:
     arms = ["none", "vanilla", "affinity"]
-    few, many = (plan_sittings(arms, [1], blocks) for blocks in (2, 5))
+    few, many = (plan_sittings(arms, [Level(1)], blocks) for blocks in (2, 5))
     assert many[: len(few)] == few
-    ((one,), (more,)) = (plan_sittings(arms, [1, 4], blocks, side_by_side=True) for blocks in (2, 5))
+    ((one,), (more,)) = (plan_sittings(arms, [Level(1), Level(4)], blocks, side_by_side=True) for blocks in (2, 5))
     assert more.cells[: len(one.cells)] == one.cells
 
 

@@ -15,11 +15,11 @@ from bench.harness.schedule import CellKey
 from bench.publish.report import build_report, load_run, plot_figures, write_plots
 from bench.publish.routing_plots import inside
 from bench.publish.table import CPU_NOTE, over_blocks, tidy, write_tables
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import eplb_placement
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
 from tests.bench.conftest import make_record
 from tests.bench.loads import closed_loop
 

@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sglang_eplb_affinity.cli import cli
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, save_recorded_map
-from sglang_eplb_affinity.rebalance.round_record import MapFigures
 from tests.planner.test_plan import skewed_tokens
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.maps import load_map
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, origin_of, save_recorded_map
 from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
-from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord, report
+from sglang_eplb_affinity.rebalance.round_record import RoundRecord, report
 
 MODEL = ServedModel("org/model", "Qwen3MoeForCausalLM", 2, 4, 2)
 FIGURES = MapFigures(0.9, 1.5, 1.25, 0.75, 0.5)

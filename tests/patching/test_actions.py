@@ -1,11 +1,13 @@
 """apply, unapply, verify and refresh on a small fake installation."""
 
+from pathlib import Path
+
 import pytest
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
 from sglang_eplb_affinity.patching.series import HEADER_FIELDS, make_diff
-from sglang_eplb_affinity.patching.upstream import Installation, checksum
+from sglang_eplb_affinity.patching.upstream import Installation, checksum, series_folder
 
 ORIGINAL = {
     "sglang/a.py": "".join(f"line {n}\n" for n in range(30)),
@@ -95,7 +97,7 @@ def test_files_changed_by_someone_else_are_named_and_left_alone(project, applied
 def test_a_patch_that_does_not_fit_changes_nothing(project) -> None:
     text = (project.patches / "two.patch").read_text()
     (project.patches / "two.patch").write_text(text.replace(" line 18\n", " line eighteen\n"))
-    with pytest.raises(InputError, match=r"patches/two\.patch: does not apply"):
+    with pytest.raises(InputError, match=r"two\.patch: does not apply"):
         actions.apply(project)
     assert site_files(project) == ORIGINAL
 
@@ -103,7 +105,7 @@ def test_a_patch_that_does_not_fit_changes_nothing(project) -> None:
 def test_an_offset_is_refused(project) -> None:
     text = (project.patches / "one.patch").read_text()
     (project.patches / "one.patch").write_text(text.replace("@@ -3,7 +3,8 @@", "@@ -5,7 +5,8 @@"))
-    with pytest.raises(InputError, match=r"patches/one\.patch: does not apply .*offset"):
+    with pytest.raises(InputError, match=r"one\.patch: does not apply .*offset"):
         actions.apply(project)
     assert site_files(project) == ORIGINAL
 
@@ -163,5 +165,14 @@ def test_a_patch_without_its_header_is_refused(project) -> None:
 
 def test_unknown_topic_is_refused(project) -> None:
     actions.apply(project)
-    with pytest.raises(InputError, match=r"TOPIC=three\.patch: not in patches/series"):
+    with pytest.raises(InputError, match=r"TOPIC=three\.patch: not in the series"):
         actions.refresh(project, "three.patch")
+
+
+def test_the_series_is_that_of_the_installed_version(tmp_path: Path) -> None:
+    for version in ("0.5.9", "0.5.17"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "series").write_text("")
+    assert series_folder(tmp_path, "0.5.9") == tmp_path / "0.5.9"
+    with pytest.raises(InputError, match=r"SGLang 0\.5\.18: this project has series for 0\.5\.9 and 0\.5\.17; install"):
+        series_folder(tmp_path, "0.5.18")

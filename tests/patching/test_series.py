@@ -1,4 +1,4 @@
-"""The project's own series on a copy of the installed SGLang."""
+"""The project's own series; that of the installed SGLang on a copy of it."""
 
 import importlib.metadata
 import re
@@ -11,10 +11,11 @@ import pytest
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
 from sglang_eplb_affinity.patching.series import files_of, read_series
-from sglang_eplb_affinity.patching.upstream import Installation, Upstream
+from sglang_eplb_affinity.patching.upstream import Installation, Upstream, series_folder, series_versions
 from sglang_eplb_affinity.sglang_hooks import arguments
 
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
+VERSIONS = series_versions(PATCHES)
 
 
 @pytest.fixture
@@ -28,13 +29,14 @@ def project(tmp_path) -> actions.Project:
     dist_info = tmp_path / here.dist_info.name
     dist_info.mkdir()
     shutil.copy(here.dist_info / "RECORD", dist_info)
-    for name in files_of(read_series(PATCHES)):
+    patches = series_folder(PATCHES, here.version)
+    for name in files_of(read_series(patches)):
         kept = here.state_dir / "originals" / name
         source = kept if kept.is_file() else here.site / name
         if name in here.recorded:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, tmp_path / name)
-    return actions.Project(PATCHES, Installation(tmp_path, dist_info, here.version))
+    return actions.Project(patches, Installation(tmp_path, dist_info, here.version))
 
 
 def test_series_applies_comes_off_and_refreshes_without_a_diff(project) -> None:
@@ -49,21 +51,25 @@ def test_series_applies_comes_off_and_refreshes_without_a_diff(project) -> None:
         assert project.installation.checksum_of(name) == project.installation.recorded[name]
 
 
-def test_every_patch_alone_in_the_folder_is_in_the_series() -> None:
-    listed = [patch.name for patch in read_series(PATCHES)]
-    assert sorted(listed) == sorted(path.name for path in PATCHES.glob("*.patch"))
-    assert all(patch.diff for patch in read_series(PATCHES))
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_patch_alone_in_the_folder_is_in_the_series(version: str) -> None:
+    folder = PATCHES / version
+    listed = [patch.name for patch in read_series(folder)]
+    assert sorted(listed) == sorted(path.name for path in folder.glob("*.patch"))
+    assert all(patch.diff for patch in read_series(folder))
 
 
-def test_upstream_names_wheels_with_checksums() -> None:
-    upstream = Upstream.read(PATCHES / "UPSTREAM")
-    assert upstream.version == "0.5.17" and len(upstream.wheels) >= 4
-    assert all(name.startswith("sglang-0.5.17-") and len(value) == 64 for name, value in upstream.wheels)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_upstream_names_wheels_with_checksums(version: str) -> None:
+    upstream = Upstream.read(PATCHES / version / "UPSTREAM")
+    assert upstream.version == version and upstream.wheels
+    assert all(name.startswith(f"sglang-{version}-") and len(value) == 64 for name, value in upstream.wheels)
 
 
-def test_a_server_on_an_older_series_says_so() -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_server_on_an_older_series_says_so(version: str) -> None:
     """The flags that the package looks for are those that the series adds; without one of them the start is refused."""
-    patches = sorted(PATCHES.glob("*.patch"))
+    patches = sorted((PATCHES / version).glob("*.patch"))
     added = {
         name for patch in patches for name in re.findall(r"^\+    ([a-z_]+): A\[", patch.read_text(), re.MULTILINE)
     }

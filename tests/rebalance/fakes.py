@@ -106,7 +106,9 @@ class Rank:
         start = ExpertMap.contiguous(LAYERS, EXPERTS, SLOTS)
         self.rank, self.cluster = rank, cluster
         self.tensors = weights_of(start.physical_to_logical, rank)
-        self.live = {layer: LayerWeights.of(layer, tensors, LOCAL) for layer, tensors in self.tensors.items()}
+        self.live = {
+            layer: LayerWeights.of(layer, lambda t=tensors: t, LOCAL) for layer, tensors in self.tensors.items()
+        }
         self.slots = torch.from_numpy(start.physical_to_logical.astype(np.int64))
         table = start.logical_to_all_physical().astype(np.int64)
         self.table = torch.full((LAYERS, EXPERTS, SLOTS), -1)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig
+from sglang_eplb_affinity.rebalance import window_exchange
 from sglang_eplb_affinity.rebalance.agreement import GlooAgreement
 from sglang_eplb_affinity.rebalance.commit import LayerCommitter
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
@@ -59,6 +60,7 @@ class Scenario:
     phase_limit_seconds: float = 60.0
     expert_elements: int = 64
     through_host: bool = False  # host-staged messages also between the GPUs of one host
+    open_descriptors: int = 0  # held by each rank from the start, as the sockets of a large server are
     faults: dict[str, int] = field(default_factory=dict)
 
 
@@ -104,7 +106,9 @@ class Rank:
         start = ExpertMap.contiguous(LAYERS, EXPERTS, self.slots_of_ranks)
         own = start.physical_to_logical[:, self.own_slots]
         self.tensors = {layer: self.weights_of(layer, row) for layer, row in enumerate(own)}
-        weights = {layer: LayerWeights.of(layer, tensors, local_slots) for layer, tensors in self.tensors.items()}
+        weights = {
+            layer: LayerWeights.of(layer, lambda t=tensors: t, local_slots) for layer, tensors in self.tensors.items()
+        }
         self.slots = torch.from_numpy(start.physical_to_logical.astype(np.int64)).to(device)
         host_table = torch.full((LAYERS, EXPERTS, self.slots_of_ranks), -1)
         table = start.logical_to_all_physical()
@@ -217,26 +221,30 @@ class Rank:
             peer = isinstance(self.transfer, PeerCopyTransfer)
             owner = PeerCopyTransfer if peer else HostStagedTransfer
             self._once(owner, "pull" if peer else "read", RuntimeError("planted"))
+        if "no memory for the sum" in wanted and self.rank == 0:
+            self._once(window_exchange, "RoutingWindow", MemoryError("planted"))
+        if "no memory to receive" in wanted and self.rank == 0:
+            self._once(WindowExchange, "_room", MemoryError("planted"))
         if "messages lost" in wanted and self.rank == 1:
             self._once(HostStagedTransfer, "_exchange", RuntimeError("planted"))
         if "slow rank" in wanted and self.rank == 1:
             self._once(HostStagedTransfer, "_send", None)
 
     @staticmethod
-    def _once(owner: type, name: str, error: Exception | None) -> None:
+    def _once(owner: object, name: str, error: Exception | None) -> None:
         original = getattr(owner, name)
 
-        def replaced(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def replaced(*args, **kwargs):  # type: ignore[no-untyped-def]
             setattr(owner, name, original)
             if error is not None:
                 raise error
             time.sleep(2)
-            return original(self, *args, **kwargs)
+            return original(*args, **kwargs)
 
         setattr(owner, name, replaced)
 
     def run(self) -> dict[str, object]:
-        passes, memory, slowest, planted = 0, [], 0.0, 0
+        passes, memory, slowest, planted, descriptors = 0, [], 0.0, 0, []
         while True:
             ending = torch.tensor([int(self.rank == 0 and len(self.records) >= self.scenario.rounds)])
             dist.broadcast(ending, 0)
@@ -252,6 +260,7 @@ class Rank:
             passes += 1
             if self.rebalancer.phase is Phase.WAITING and len(memory) < self.rebalancer.rounds:
                 memory.append(_resident_mb())
+                descriptors.append(len(os.listdir("/proc/self/fd")))
         self._wrong = self._wrong.cpu()
         return {
             "passes": passes,
@@ -259,6 +268,7 @@ class Rank:
             "slowest_pass_end_ms": 1000 * slowest,
             "planner_starts": self.planner.starts if self.planner is not None else None,
             "memory_mb": memory,
+            "descriptors": descriptors,
             "transfer": type(self.transfer).__name__,
             "records": [asdict(record) for record in self.records],
         }
@@ -278,6 +288,11 @@ def main(path: str) -> None:
 
 def _process(rank: int, scenario: Scenario) -> None:
     torch.set_num_threads(1)
+    if scenario.open_descriptors:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(scenario.open_descriptors)]
+        assert held[-1] > scenario.open_descriptors
     folder = Path(scenario.folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=scenario.ranks)
     found = Rank(scenario, rank)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.rebalance.metrics import METRICS, PREFIX, PlacementMetrics
-from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord
+from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 
 ROOT = Path(__file__).parents[2]
 LABELS = {"model_name": "m"}

@@ -19,7 +19,7 @@ from sglang_eplb_affinity.rebalance.planner_client import PlannerFailed, Planner
 LAYERS, EXPERTS, SLOTS = 3, 16, 20
 TOPOLOGY = Topology(4)
 CURRENT = ExpertMap.contiguous(LAYERS, EXPERTS, SLOTS)
-SETTINGS = PlanSettings("affinity", PlannerConfig(dispatch="dynamic"), TOPOLOGY, minimum_gain=0.01, staging_rows=5)
+SETTINGS = PlanSettings("affinity", PlannerConfig(dispatch="dynamic", minimum_gain=0.01), TOPOLOGY, staging_rows=5)
 
 
 def window(seed: int = 0, tokens: int = 600) -> RoutingWindow:
@@ -48,7 +48,7 @@ def test_a_plan_moves_layers_that_gain(algorithm: str) -> None:
         assert ((plan.source >= 0) == (plan.slots != rows[plan.layer])).all()
         rows[plan.layer] = plan.slots
     ExpertMap(rows, EXPERTS)  # every expert still has a replica
-    gains = layer_gains(window(), CURRENT, ExpertMap(rows, EXPERTS), replace(SETTINGS, algorithm=algorithm))  # type: ignore[arg-type]
+    gains, _ = layer_gains(window(), CURRENT, ExpertMap(rows, EXPERTS), replace(SETTINGS, algorithm=algorithm))  # type: ignore[arg-type]
     order = [gains[plan.layer] for plan in reply.layers]
     assert order == sorted(order, reverse=True) and min(order) >= 0.01
 
@@ -63,8 +63,9 @@ def test_deepseek_balances_as_eplb_does_with_fewer_moves() -> None:
         assert (plan.source >= 0).sum() <= (eplb[plan.layer] != CURRENT.physical_to_logical[plan.layer]).sum()
 
 
-def test_a_gain_below_the_threshold_moves_nothing() -> None:
-    reply = plan_round(request(minimum_gain=0.999))
+@pytest.mark.parametrize("algorithm", ["affinity", "deepseek"])
+def test_a_gain_below_the_threshold_moves_nothing(algorithm: str) -> None:
+    reply = plan_round(request(algorithm=algorithm, planner=replace(SETTINGS.planner, minimum_gain=0.999)))
     assert reply.result == "unchanged" and "no layer gains 99.90%" in (reply.reason or "")
 
 

@@ -32,8 +32,11 @@ def test_every_fault_costs_its_round_only(tmp_path: Path) -> None:
         "window unreadable": 4,
         "slow rank": 5,
         "planner too slow": 7,
+        "no memory for the sum": 8,
+        "no memory to receive": 9,
     }
-    found = run(tmp_path, rounds=8, faults=faults, phase_limit_seconds=8.0, pass_seconds=0.002)
+    # A server of some hundred ranks has more than 1024 descriptors open, more than select() takes.
+    found = run(tmp_path, rounds=10, faults=faults, phase_limit_seconds=8.0, pass_seconds=0.002, open_descriptors=1100)
     records = {record["round"]: record for record in found[0]["records"]}
     reasons = {number: record["reason"] or "" for number, record in records.items()}
     assert "planner process ended (signal 9)" in reasons[2]
@@ -42,7 +45,9 @@ def test_every_fault_costs_its_round_only(tmp_path: Path) -> None:
     assert "planning failed on rank" in reasons[4]
     assert records[5]["phase_seconds"]["move"] > 2
     assert "no plan within 8 s" in reasons[7]
-    for number in (1, 5, 6, 8):
+    assert reasons[8] == "MemoryError: planted"
+    assert "planning failed on rank" in reasons[9]
+    for number in (1, 5, 6, 10):
         assert records[number]["result"] == "applied" and records[number]["moved_experts"] > 0, records[number]
     assert found[0]["planner_starts"] == 3
 
@@ -63,6 +68,7 @@ def test_200_rounds_leave_memory_flat(tmp_path: Path) -> None:
         # What gloo and the allocator hold for messages in flight goes up and down by 12 MB (800 rounds show no trend);
         # keeping a tenth of what a rank receives would be 22 MB over the 120 rounds between the two windows.
         early, late = min(rank["memory_mb"][40:80]), min(rank["memory_mb"][-40:])
+        assert max(rank["descriptors"][-40:]) <= max(rank["descriptors"][40:80])
         assert late - early < 20, f"{early:.0f} MB in rounds 40 to 80, {late:.0f} MB in the last 40"
 
 

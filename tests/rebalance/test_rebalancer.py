@@ -213,7 +213,6 @@ def test_new_weights_drop_what_is_staged() -> None:
     [
         ("interval", 0, "--eplb-rebalance-num-iterations 0: must be at least 1"),
         ("warm_up", -1, "--eplb-async-warm-up-passes -1: must be 0 or more"),
-        ("minimum_gain", 1.0, "--eplb-min-gain 1.0: must be a fraction"),
         ("layers_in_flight", 0, "--eplb-async-layers-in-flight 0: must be at least 1"),
         ("phase_limit_seconds", 0, "--eplb-async-phase-limit 0: must be above 0 seconds"),
     ],

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from bench.figures.rebalance_log import parse_log
+from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.rebalance.round_record import MapFigures, RoundRecord, report, routing_checksum
+from sglang_eplb_affinity.rebalance.round_record import RoundRecord, report, routing_checksum
 
 
 def window(seed: int = 0) -> RoutingWindow:

@@ -20,6 +20,7 @@ EP2 = ["--tp", "2", "--ep", "2"]
 AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
 ASYNC = [*AFFINITY, "--eplb-async"]
 REPLICAS = ["--ep-num-redundant-experts", "4"]
+LORA = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules"]
 NORMAL = ["--moe-a2a-backend", "deepep", "--deepep-mode", "normal"]
 
 
@@ -79,6 +80,17 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "async algorithm": [*EP2, "--enable-eplb", "--eplb-algorithm", "elasticity_aware", "--eplb-async"],
         "async chunks": [*ASYNC, "--eplb-rebalance-layers-per-chunk", "2"],
         "async threshold": [*ASYNC, "--eplb-min-rebalancing-utilization-threshold", "0.9"],
+        "tp and ep": ["--tp", "4", "--ep", "2", "--eplb-algorithm", "affinity"],
+        "tp and ep async": ["--tp", "4", "--ep", "2", "--eplb-algorithm", "affinity", "--eplb-async"],
+        "pp": [*AFFINITY, "--pp-size", "2"],
+        "pp async": [*ASYNC, "--pp-size", "2"],
+        "lora": [*AFFINITY, *LORA, "all"],
+        "lora map": [*EP2, *LORA, "gate_up_proj", "--init-expert-location", str(files / "good.json")],
+        "lora attention": [*AFFINITY, *LORA, "q_proj", "o_proj"],
+        "weight cache": [*AFFINITY, "--weight-cache-mode", "client"],
+        "memory saver": [*ASYNC, "--enable-memory-saver"],
+        "pdmux": [*ASYNC, "--enable-pdmux"],
+        "elastic": [*ASYNC, "--elastic-ep-backend", "mooncake"],
         "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
         "normal": [*AFFINITY, *REPLICAS, *NORMAL],
         "normal asked": [*AFFINITY, *REPLICAS, *NORMAL, "--ep-dispatch-algorithm", "static"],
@@ -143,7 +155,7 @@ def test_cover_is_the_default_only_where_it_saves_destinations(results: dict[str
     assert rules == {case: "cover" if case == "normal" else "static" for case in cases}, results
 
 
-@pytest.mark.parametrize("case", ["async", "async deepseek", "gain"])
+@pytest.mark.parametrize("case", ["async", "async deepseek", "gain", "tp and ep async", "lora attention"])
 def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> None:
     assert results[case]["code"] == 0, results[case]["errors"]
 
@@ -179,6 +191,15 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("async algorithm", "not with --eplb-algorithm elasticity_aware"),
         ("async chunks", "--eplb-rebalance-layers-per-chunk 2: does not go with --eplb-async; use --eplb-async-layers"),
         ("async threshold", "--eplb-min-rebalancing-utilization-threshold 0.9: does not go with --eplb-async; use"),
+        ("tp and ep", "--ep-size 2: SGLang's synchronous rebalance takes the tensor-parallel rank for the"),
+        ("pp", "--pp-size 2: pipeline stages do not rebalance together with --eplb-algorithm affinity; use 1"),
+        ("pp async", "--pp-size 2: pipeline stages do not rebalance together with --eplb-async; use 1"),
+        ("lora", "--enable-lora: adapters of experts are kept by contiguous expert ids, so with EPLB they would"),
+        ("lora map", "so with --init-expert-location they would act on other experts"),
+        ("weight cache", "--weight-cache-mode client: --eplb-algorithm affinity would move experts in the daemon's"),
+        ("memory saver", "--enable-memory-saver: /release_memory_occupation takes weights away that --eplb-async"),
+        ("pdmux", "--enable-pdmux: prefill and decode run at the same time there, so --eplb-async could change"),
+        ("elastic", "--elastic-ep-backend mooncake: does not go with --eplb-async; leave the flag out"),
         ("missing.json", "layer 2 has no replica of logical expert 5"),
         ("range.json", "layer 1 slot 3 holds expert 16, but ids must be 0 to 15"),
         ("layers.json", "has 3 layers of 16 slots, but the model needs 4 layers of 16"),

@@ -17,9 +17,11 @@ class Passes:
 
     def __init__(self) -> None:
         self.begun: list[bool] = []
+        self.phases: list[int] = []
 
     def begin_pass(self, tokens: list[int], phase: int, record: bool) -> None:
         self.begun.append(record)
+        self.phases.append(phase)
 
 
 @pytest.fixture
@@ -33,8 +35,8 @@ def server_recorder() -> recording.ServerRecorder:
     return found
 
 
-def begin(found: recording.ServerRecorder) -> None:
-    mode = SimpleNamespace(is_extend=lambda: True)
+def begin(found: recording.ServerRecorder, *, extend: bool = True, verify: bool = False) -> None:
+    mode = SimpleNamespace(is_extend=lambda: extend, is_target_verify=lambda: verify)
     found.on_forward_pass_start(SimpleNamespace(forward_mode=mode, num_token_non_padded_cpu=3))
 
 
@@ -57,3 +59,10 @@ def test_a_captured_pass_always_records(server_recorder: recording.ServerRecorde
     monkeypatch.setattr(recording.torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(recording.torch.compiler, "is_compiling", lambda: True)
     assert server_recorder.rows_to_record(0, 3) == one_group(3)
+
+
+def test_verifying_speculated_tokens_is_decode(server_recorder: recording.ServerRecorder) -> None:
+    """SGLang counts TARGET_VERIFY among the modes that extend."""
+    for extend, verify in ((True, False), (True, True), (False, False)):
+        begin(server_recorder, extend=extend, verify=verify)
+    assert server_recorder.recorder.phases == [0, 1, 1]  # type: ignore[attr-defined]

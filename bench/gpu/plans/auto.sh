@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# What 2 GPUs are asked for in one session of 25 minutes (bench/gpu/session.sh), the most telling first:
+#
+#   1. GPU tests, while the first servers start; then kernel and expert times, while these wait
+#   2. the profile h200-x2-auto over NVLink, and over the emulated link of 25 GB/s
+#   3. another version of SGLang, if its bundle is there: a served rebalance in each of DeepEP's modes
+#   4. what EPLB costs while it never rearranges, and with asynchronous rounds (profile h200-x2-idle)
+#
+# Seconds since $START at which each is over: ENDS="NVLINK EMULATED OTHER IDLE" (710 1290 1470 1600). REHEARSE=1: the
+# same on the CPU. Steps that are missing in $CARRY are left out.
+set -uo pipefail
+read -r nvlink_end emulated_end other_end idle_end <<<"${ENDS:-710 1290 1470 1600}"
+results=$WORK/results profile=${PROFILE:-h200-x2-auto} idle=${IDLE_PROFILE:-h200-x2-idle} python=${PYTHON:-python3}
+left() { echo $((START + $1 - $(date +%s))); }
+say() { echo "== $(($(date +%s) - START)) s: $*"; }
+bounded() { local end=$1; shift; timeout -k 15 "$(left "$end")" "$@"; } # none of it goes on after END
+options=(--no-report --results-dir "$results" ${BENCH_OPTIONS:-})
+
+say "unpacking"
+if [ -z "${REHEARSE:-}" ]; then
+    export SITE=$WORK/site
+    (cd "$HOME" && for archive in "$CARRY"/caches*.tar.xz; do [ -e "$archive" ] && tar -xJf "$archive"; done)
+    bash bench/gpu/unpack.sh "$CARRY" >"$results/unpack.log" 2>&1 || say "unpack.sh: exit code $?"
+    tail -n 2 "$results/unpack.log"
+    . bench/gpu/env.sh
+    export NUMBA_CACHE_DIR=$HOME/.cache/numba TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/inductor
+    { date; nvidia-smi; nvidia-smi topo -m; lscpu; "$python" -m pip list; } >"$results/host.txt" 2>&1
+    gib=$("$python" -c 'import torch; print(round(torch.cuda.get_device_properties(0).total_memory / 2**30))')
+    # Six servers of 24 layers need GPUs of 141 GB.
+    [ "$gib" -gt 120 ] || options+=(--model "random:layers=8,hidden=4096,expert_width=640,heads=32,kv_heads=1")
+    say "GPUs of $gib GiB"
+else
+    options+=(--rehearse)
+fi
+place_maps() { # RUN LINK: those that were planned before
+    [ -d "$CARRY/maps/$2" ] && mkdir -p "$results/$1/maps" && cp "$CARRY/maps/$2"/*.json "$results/$1/maps/"
+}
+measure() { # RUN LINK END PROFILE [OPTIONS]
+    local run=$1 link=$2 end=$3 of=$4; shift 4
+    [ "$(left "$end")" -gt 60 ] || { say "no time for $run"; return; }
+    place_maps "$run" "$link"
+    [ -z "${REHEARSE:-}" ] || link="" # the CPU engine has no link to emulate
+    bounded "$((end + 15))" "$python" -m bench run --profile "$of" --run "$run" --link "$link" \
+        --seconds "$(left "$end")" "${options[@]}" "$@" >"$results/$run.log" 2>&1
+    say "$run: exit code $? ($(grep -c '^b[0-9]' "$results/$run.log") rows, $(grep -c VOID "$results/$run.log") void)"
+}
+serve_other() { # beside the servers of the last step, which start meanwhile and wait
+    local other=$WORK/site-other mode port
+    cp -al "$SITE" "$other"
+    # What it has instead of ours, and the metadata of those; the files are shared, so none is written over.
+    tar -tJf "$CARRY/other-site.tar.xz" | cut -d/ -f1 | sort -u | while read -r name; do
+        rm -rf "${other:?}/$name" "$other/${name%%-*}"-*.dist-info
+    done
+    tar -C "$other" -xJf "$CARRY/other-site.tar.xz"
+    export SITE=$other PYTHONPATH=
+    . bench/gpu/env.sh
+    "$python" -m sglang_eplb_affinity.patching apply
+    "$python" -m compileall -qq -j 0 "$other/sglang"
+    "$python" -c 'import sglang, sglang.srt.server_args; print("SGLang", sglang.__version__)'
+    for mode in low_latency normal auto; do
+        port=$((34000 + 200 * ${#mode}))
+        (
+            bounded "$other_end" "$python" -m bench.gpu.rebalance_check --mode $mode --rebalances 1 --seconds 60 \
+                --work "$WORK/other-$mode" --out "$results/other-$mode.json" --port $port >"$results/other-$mode.log" 2>&1
+            echo "$mode: exit code $?: $(tail -n 1 "$results/other-$mode.log" | cut -c 1-200)"
+            mkdir -p "$results/other-$mode" && cp "$WORK/other-$mode"/servers/*.log "$results/other-$mode/"
+        ) &
+    done
+    wait
+}
+
+go=$WORK/go; rm -f "$go"
+measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" &
+measuring=$!
+if [ -z "${REHEARSE:-}" ]; then
+    # Before the servers get there: they compile one kernel after another, all of them the same.
+    bounded 120 "$python" -m bench.gpu.precompile_experts --slots 32,36,48 --hidden 4096 --width 640 \
+        --batches 8,32,64,128,256 >"$results/precompile.log" 2>&1
+    say "experts' kernels: exit code $?, $(grep -c ': there' "$results/precompile.log") of $(wc -l <"$results/precompile.log")"
+    bounded 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider ${TESTS:-tests/device tests/rebalance \
+        tests/bench/test_emulated_link.py} >"$results/tests.log" 2>&1
+    say "tests: exit code $?: $(tail -n 1 "$results/tests.log")"
+fi
+# The servers wait, stopped, once they are ready.
+until grep -qs 'ready; waiting for' "$results/$profile-nvlink.log" || ! kill -0 $measuring 2>/dev/null; do sleep 0.5; done
+say "servers ready: $(grep -h 'ready after' "$results/$profile-nvlink.log")"
+# On a GPU each, side by side: $CARRY/steps/NAME.gpuN.sh, in the root of this checkout, its results below $STEP_OUT.
+steps=()
+for gpu in 0 1; do
+    (
+        for step in "$CARRY"/steps/*.gpu$gpu.sh; do
+            [ -e "$step" ] || continue
+            name=$(basename "$step" .gpu$gpu.sh)
+            mkdir -p "$results/$name"
+            CUDA_VISIBLE_DEVICES=$gpu STEP_OUT=$results/$name bounded "${STEPS_END:-330}" bash "$step" \
+                >"$results/$name/log" 2>&1
+            say "$name: exit code $?"; tail -n 6 "$results/$name/log" | cut -c 1-200
+        done
+    ) &
+    steps+=($!)
+done
+wait "${steps[@]}"
+touch "$go"
+wait $measuring
+measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${EMULATED_OPTIONS:-}
+go=$WORK/go-idle; rm -f "$go"
+measure "$idle" nvlink "$idle_end" "$idle" --loads decode --hold "$go" &
+measuring=$!
+if [ -e "$CARRY/other-site.tar.xz" ] && [ "$(left "$other_end")" -gt 60 ]; then
+    say "another version of SGLang"
+    serve_other 2>&1 | tee "$results/other.log"
+fi
+touch "$go"
+wait $measuring
+say "over"
