@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.harness.profile import ServerConfig
 from sglang_eplb_affinity.dispatch.evaluate import dealt_sources, measure_layer
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow, coactivation_of
 from sglang_eplb_affinity.domain.topology import Topology
@@ -77,7 +77,7 @@ def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology
         chosen = np.empty((count, k), np.int16)
         measure_layer(
             np.ascontiguousarray(tokens[layer], np.int16), sources, table[layer], replicas[layer],
-            slots_per_gpu, topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule),
+            slots_per_gpu, topology.gpus_per_node, topology.num_nodes, int(RuleNumber.of(rule)),
             np.zeros(5, np.int64), load[layer], chosen,
         )  # fmt: skip
         visited = np.zeros((count, topology.num_gpus), bool)

@@ -97,8 +97,17 @@ _ARMS = (
         own_flags=("--eplb-async", "--eplb-async-phase-limit", "3600", "--eplb-min-gain", "0"),
         rebalances="at times",
     ),
+    # Replicas chosen for few GPUs a token and for even loads within the pass.
+    Arm("cover-balanced", "affinity EPLB, balanced cover", "affinity", dispatch="cover_balanced"),
     # Half of the experts of the small models twice, against traffic.
     Arm("cover-32", "affinity EPLB, cover, 32 redundant", "affinity", dispatch="cover", redundant=32),
+    Arm(
+        "cover-balanced-32",
+        "affinity EPLB, balanced cover, 32 redundant",
+        "affinity",
+        dispatch="cover_balanced",
+        redundant=32,
+    ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 # Affinity served in another way: they are compared with `affinity` too.

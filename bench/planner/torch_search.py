@@ -29,7 +29,8 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement
 from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget, budget_for
 from sglang_eplb_affinity.planner.imbalance import SHIFT, Imbalance
-from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, search_layer, thin
+from sglang_eplb_affinity.planner.layer_problem import UNLIMITED, LayerProblem
+from sglang_eplb_affinity.planner.layer_search import search_layer, thin
 
 LOAD_WEIGHT = 50.0  # copies per token that the squared relative load above LOAD_FREE costs, mean over GPUs
 LOAD_FREE = 1.0

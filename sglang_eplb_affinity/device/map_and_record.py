@@ -14,7 +14,7 @@ import torch
 from sglang_eplb_affinity.device.cover_words import GpuCodes
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RowLayout
-from sglang_eplb_affinity.dispatch.rules import DispatchRule, choose_replicas
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber, choose_replicas
 from sglang_eplb_affinity.domain.topology import Topology
 
 try:
@@ -112,7 +112,7 @@ class MapAndRecord:
     def _uses_kernel(topk_ids: torch.Tensor) -> bool:
         if kernel is None or topk_ids.stride(1) != 1 or torch.compiler.is_compiling():
             return False
-        return topk_ids.is_cuda or bool(triton.knobs.runtime.interpret)
+        return topk_ids.is_cuda or triton.knobs.runtime.interpret is True  # a stand-in for Triton has anything
 
     def _launch(
         self,
@@ -180,7 +180,7 @@ class MapAndRecord:
     ) -> tuple[Any, ...]:
         """The kernel's constexpr arguments in order."""
         recorder, placement = self.recorder, self.placement
-        rule = kernel.NO_RULE if tables is None else kernel.CODES[tables.rule]
+        rule = kernel.NO_RULE if tables is None else int(RuleNumber.of(tables.rule))
         record = (False, has_valid, 1, even, 0, 0, 0, 0)
         if recorder is not None:
             config = recorder.config

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
@@ -38,6 +38,7 @@ DEFINITIONS = {
     "load_max_over_mean": "token-expert assignments of the most loaded GPU over the mean GPU, averaged over layers",
 }
 METRICS = tuple(DEFINITIONS)
+_STATIC = int(RuleNumber.STATIC)
 NOT_KEPT = np.empty((0, 0), np.int16)
 
 
@@ -67,7 +68,7 @@ def measure_layer(  # type: ignore[no-untyped-def]
     """One layer of :func:`measure`; the same rules as dispatch.py.
 
     tokens int16 [T, k]; source int32 [T] or empty; table int32 [experts, max_replicas]; replicas int32 [experts];
-    rule 0 cover, 1 static, 2 dynamic. Adds to sums int64 [5] and load int64 [slots]; writes chosen int16 [T, k], the
+    rule: a RuleNumber. Adds to sums int64 [5] and load int64 [slots]; writes chosen int16 [T, k], the
     slot of each (token, expert), unless it is empty.
     """
     count, k = tokens.shape
@@ -78,7 +79,7 @@ def measure_layer(  # type: ignore[no-untyped-def]
     has_source = source.shape[0] > 0
     keep = chosen.shape[0] > 0
     static = np.empty((0, 0), np.int32)
-    if rule == 1 and has_source:
+    if rule == _STATIC and has_source:
         static = static_slots(table, replicas, load.shape[0] // slots_per_gpu, slots_per_gpu, gpus_per_node)
     for t in range(count):
         if tokens[t, 0] < 0:
@@ -145,8 +146,7 @@ def measure(
     ``source`` int32 [T] is the GPU of each token, or None: then remote copies are 0 and source steps are skipped.
     ``threads`` share the layers.
     """
-    if rule not in DISPATCH_RULES:
-        raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
+    number = int(RuleNumber.of(rule))
     layers = len(tokens)
     table = expert_map.logical_to_all_physical()
     replicas = expert_map.replica_counts()
@@ -158,7 +158,7 @@ def measure(
     def one(layer: int) -> None:
         measure_layer(
             np.ascontiguousarray(tokens[layer], dtype=np.int16), where, table[layer], replicas[layer], slots_per_gpu,
-            topology.gpus_per_node, topology.num_nodes, DISPATCH_RULES.index(rule), sums[layer],
+            topology.gpus_per_node, topology.num_nodes, number, sums[layer],
             slot_load[layer],
             NOT_KEPT,
         )  # fmt: skip

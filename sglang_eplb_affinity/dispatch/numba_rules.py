@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.rules import RuleNumber
 from sglang_eplb_affinity.domain.numba_kernel import kernel
+
+_STATIC, _COVER = int(RuleNumber.STATIC), int(RuleNumber.COVER)
 
 
 @kernel
@@ -64,7 +67,7 @@ def choose_slots(  # type: ignore[no-untyped-def]
 
     t: the token's row number, for the hash; row int16 [k]; home: its GPU, or -1 where it is not known; table int32
     [experts, max_replicas]; replicas int32 [experts]; static: :func:`static_slots` where that is the rule and homes are
-    known, else not read; rule 0 cover, 1 static, 2 dynamic. gpu_mark int64 [gpus] and
+    known, else not read; rule: a RuleNumber. gpu_mark int64 [gpus] and
     node_mark int64 [nodes] hold the last token that visited each (start with -1); candidates int64 [max_replicas] is
     scratch.
     """
@@ -74,7 +77,7 @@ def choose_slots(  # type: ignore[no-untyped-def]
     for j in range(row.shape[0]):
         e = row[j]
         out[j] = -1
-        if rule == 0 and e >= 0 and replicas[e] == 1:
+        if rule == _COVER and e >= 0 and replicas[e] == 1:
             out[j] = table[e, 0]
             new_gpu, new_node = _visit(t, out[j], slots_per_gpu, gpus_per_node, gpu_mark, node_mark)
             fan += new_gpu
@@ -90,9 +93,9 @@ def choose_slots(  # type: ignore[no-untyped-def]
             h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
             h = h ^ (h >> 13)
             slot = int(table[e, h % n])
-            if rule == 1 and home >= 0:
+            if rule == _STATIC and home >= 0:
                 slot = int(static[home, e])
-            elif rule == 0:
+            elif rule == _COVER:
                 for step in range(4):
                     found = 0
                     for i in range(n):

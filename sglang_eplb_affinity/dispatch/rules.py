@@ -21,6 +21,7 @@ Without a source (no all-to-all backend: every rank runs all tokens and must cho
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -34,6 +35,21 @@ if TYPE_CHECKING:
 
 DispatchRule = Literal["cover", "static", "dynamic"]
 DISPATCH_RULES: tuple[DispatchRule, ...] = ("cover", "static", "dynamic")
+
+
+class RuleNumber(IntEnum):
+    """How compiled code, numba's and Triton's, tells the rules apart; 0 is no rule."""
+
+    STATIC = 1
+    DYNAMIC = 2
+    COVER = 3
+
+    @staticmethod
+    def of(rule: DispatchRule) -> RuleNumber:
+        """Raises InputError for a rule that there is not."""
+        if rule not in DISPATCH_RULES:
+            raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
+        return RuleNumber[rule.upper()]
 
 
 def replica_hash(row: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
@@ -61,6 +77,7 @@ def choose_replicas(
     """
     import torch
 
+    RuleNumber.of(rule)
     device = topk_ids.device
     tokens = topk_ids.shape[0]
     table = logical_to_all_physical.to(device).long()
@@ -82,10 +99,8 @@ def choose_replicas(
         choice = _nth(valid, number % valid.sum(-1))
     elif rule == "static":
         choice = _choose_static(valid, table, safe, source, topology, slots_per_gpu, number)
-    elif rule == "cover":
-        choice = _choose_cover(valid, gpu, node, used, source, topology, number)
     else:
-        raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
+        choice = _choose_cover(valid, gpu, node, used, source, topology, number)
     physical = replicas.gather(-1, choice[..., None])[..., 0]
     return torch.where(used, physical, -1).to(topk_ids.dtype)
 

@@ -36,3 +36,13 @@ def popcount(typingctx, word):  # type: ignore[no-untyped-def]
         return builder.ctpop(args[0])
 
     return types.int64(types.uint64), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx, word):  # type: ignore[no-untyped-def]
+    """Index of the lowest set bit of a uint64, as int64; 64 where there is none (LLVM's cttz)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.cttz(args[0], context.get_constant(types.boolean, False))
+
+    return types.int64(types.uint64), codegen

@@ -52,6 +52,13 @@ _SWAPS = ImbalanceWeights(window=300.0, blocks=10.0)
 _REPLICAS = ImbalanceWeights(window=480.0, blocks=24.0)
 
 
+def _replica_steps(num_experts: int, num_slots: int) -> int:
+    """Proposals in a stage: fewer for large models, which have more layers; more where there are many replicas."""
+    size = min(64 / num_experts, 1.0)
+    many = min(2 * (num_slots / num_experts - 1), 1.0)
+    return min(round(1000 * size**1.2 * (1 + 3 * many * size**1.5)), num_experts * num_slots)
+
+
 def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> SearchBudget:
     """The budget for one layer: the same for all layers and ranks."""
     fast = config.effort == "fast"
@@ -62,11 +69,8 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
         )
         return SearchBudget(annealing, False, _SWAPS)
     if num_slots > num_experts and (config.dispatch == "cover" or config.objective != "normal"):
-        # A proposal costs more with more slots; at DeepSeek-V3's size more a stage gain nothing.
-        steps = 265 if num_slots <= 128 else 190
-        annealing = (
-            Annealing(2048, 20, steps * scale, 0.05, 0.003) if fast else Annealing(8192, 80, 2500 * scale, 0.06, 0.0024)
-        )
+        steps = _replica_steps(num_experts, num_slots) * scale
+        annealing = Annealing(2048, 20, steps, 0.05, 0.003) if fast else Annealing(4096, 80, 4 * steps, 0.06, 0.0024)
         return SearchBudget(annealing, True, _REPLICAS)
     annealing = (
         Annealing(4096, 40, 2200 * scale, 0.08, 0.004) if fast else Annealing(16384, 100, 20000 * scale, 0.08, 0.0024)

@@ -12,36 +12,15 @@ from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
 from sglang_eplb_affinity.planner.budget import COST_UNIT, REDEAL_SHARE, Annealing, SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.cover_search import search_cover
-from sglang_eplb_affinity.planner.imbalance import Imbalance
 from sglang_eplb_affinity.planner.judge import tokens_by_slot
-from sglang_eplb_affinity.planner.layout import spread_duplicates
+from sglang_eplb_affinity.planner.layer_problem import LayerProblem
+from sglang_eplb_affinity.planner.layout import without_duplicates
+from sglang_eplb_affinity.planner.numbering import MOST_GPUS, numbering
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG
+from sglang_eplb_affinity.planner.replica_search import Balance, Costs, Moves, Steps, search_replicas
 from sglang_eplb_affinity.planner.replica_steps import adapt_replicas
 from sglang_eplb_affinity.planner.swap_search import search_swaps
-
-UNLIMITED = 1 << 30
-
-
-@dataclass(frozen=True)
-class LayerProblem:
-    """counts int64 [experts]; tokens int16 [T, k]; start int32 [slots]; load_cap in counts.
-
-    home uint8 [experts, gpus]: 1 where an expert may be without it counting as a move; ``move_cost`` in copies to
-    another GPU per million tokens; ``max_moves`` per GPU; ``hot_share``: factor of the first temperature;
-    ``adapts_replicas``: slots of replicas take other experts first while a GPU is loaded over the cap.
-    """
-
-    counts: np.ndarray
-    tokens: np.ndarray
-    start: np.ndarray
-    load_cap: int
-    imbalance: Imbalance
-    home: np.ndarray
-    move_cost: int
-    max_moves: int
-    seed: int
-    hot_share: float = 1.0
-    adapts_replicas: bool = False
+from sglang_eplb_affinity.planner.token_service import sample_of
 
 
 @dataclass(frozen=True)
@@ -61,20 +40,18 @@ class _Weights:
         )
 
 
-def search_layer(
-    problem: LayerProblem, topology: Topology, config: PlannerConfig, budget: SearchBudget
-) -> np.ndarray | None:
-    """int32 [slots], or None where no GPU can be kept free of duplicate experts."""
-    out = problem.start.copy()
+def search_layer(problem: LayerProblem, topology: Topology, config: PlannerConfig, budget: SearchBudget) -> np.ndarray:
+    """int32 [slots]: what the search makes of the start; no GPU holds an expert twice."""
+    out = without_duplicates(problem.start, problem.counts, topology)
     replicas = np.bincount(out, minlength=len(problem.counts))
-    if not spread_duplicates(out, len(out) // topology.num_gpus, problem.counts // replicas):
-        return None
     if problem.adapts_replicas and len(out) > len(replicas):
         adapt_replicas(
             out, problem.counts, len(out) // topology.num_gpus, problem.load_cap, problem.home, problem.max_moves
         )
     weights = _Weights.of(config, topology)
-    annealing = replace(budget.annealing, hot=max(budget.annealing.hot * problem.hot_share, budget.annealing.cold))
+    annealing = budget.annealing
+    steps = max(1, round(annealing.steps_per_stage * problem.steps_share))
+    annealing = replace(annealing, steps_per_stage=steps, hot=max(annealing.hot * problem.hot_share, annealing.cold))
     tokens = thin(problem.tokens, annealing.tokens)
     temperatures = annealing.temperatures(tokens.size / len(problem.counts))
     if budget.replicas:
@@ -113,14 +90,26 @@ def _choose_replicas(
     annealing: Annealing, temperatures: np.ndarray,
 ) -> None:  # fmt: skip
     """Improve ``slot_expert`` in place: places, and which experts have replicas."""
-    experts = len(problem.counts)
-    bits = expert_bitmaps(tokens, experts)
-    search_cover(
-        bits, _coin_bitmaps(experts, bits.shape[1]), np.bincount(tokens[tokens >= 0], minlength=experts),
-        problem.counts, slot_expert, len(slot_expert) // topology.num_gpus, topology.gpus_per_node, topology.num_nodes,
-        weights.gpu, weights.node, weights.spread, problem.load_cap, problem.imbalance.load_free,
-        problem.imbalance.load_scale, problem.imbalance.block_profile, len(tokens), problem.home,
-        _move_cost(problem, tokens), problem.max_moves, temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed,
+    balance = problem.imbalance
+    if topology.num_gpus > MOST_GPUS:
+        experts = len(problem.counts)
+        bits = expert_bitmaps(tokens, experts)
+        search_cover(
+            bits, _coin_bitmaps(experts, bits.shape[1]), np.bincount(tokens[tokens >= 0], minlength=experts),
+            problem.counts, slot_expert, len(slot_expert) // topology.num_gpus, topology.gpus_per_node,
+            topology.num_nodes, weights.gpu, weights.node, weights.spread, problem.load_cap, balance.load_free,
+            balance.load_scale, balance.block_profile, len(tokens), problem.home, _move_cost(problem, tokens),
+            problem.max_moves, temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed,
+        )  # fmt: skip
+        return
+    names = numbering(topology.num_gpus, topology.num_nodes)
+    search_replicas(
+        sample_of(tokens, problem.counts, len(names.bit)), slot_expert, names, len(slot_expert) // topology.num_gpus,
+        topology.gpus_per_node, topology.num_nodes,
+        Costs(weights.gpu, weights.node, weights.spread, _move_cost(problem, tokens)),
+        Balance(problem.load_cap, balance.load_free, balance.load_scale, balance.block_profile, len(tokens)),
+        Moves(problem.home, problem.max_moves),
+        Steps(temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed),
     )  # fmt: skip
 
 

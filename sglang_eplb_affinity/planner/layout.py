@@ -5,13 +5,25 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_eplb_affinity.domain.numba_kernel import kernel
+from sglang_eplb_affinity.domain.topology import Topology
+
+
+def without_duplicates(row: np.ndarray, counts: np.ndarray, topology: Topology) -> np.ndarray:
+    """``row`` int32 [slots] with no expert twice on a GPU: slots are swapped, or take an expert that gains by it.
+
+    counts int64 [experts]. More replicas of an expert than GPUs are of no use; EPLB makes them where slots are many.
+    """
+    out = row.copy()
+    replicas = np.bincount(out, minlength=len(counts))
+    _part_duplicates(out, len(out) // topology.num_gpus, counts // np.maximum(replicas, 1))
+    return out
 
 
 @kernel
-def spread_duplicates(slot_expert, slots_per_gpu, item_load):  # type: ignore[no-untyped-def]
-    """Swap slots in place until no GPU holds an expert twice, each time the swap that shifts the least load.
+def _part_duplicates(slot_expert, slots_per_gpu, item_load):  # type: ignore[no-untyped-def]
+    """In place: each time the swap that shifts the least load, else the hottest expert that the GPU does not hold.
 
-    slot_expert int32 [slots]; item_load int64 [experts], the load of one replica. Returns False if no swap is left.
+    slot_expert int32 [slots]; item_load int64 [experts], the load of one replica.
     """
     slots = slot_expert.shape[0]
     gpus = slots // slots_per_gpu
@@ -34,17 +46,21 @@ def spread_duplicates(slot_expert, slots_per_gpu, item_load):  # type: ignore[no
             if best < 0 or shift < best_shift:
                 best = r
                 best_shift = shift
+        holds[a, g] -= 1
         if best < 0:
-            return False
+            for e in range(item_load.shape[0]):
+                if holds[e, g] == 0 and (best < 0 or item_load[e] > item_load[best]):
+                    best = e
+            holds[best, g] += 1
+            slot_expert[s] = best
+            continue
         b = slot_expert[best]
         h = best // slots_per_gpu
         slot_expert[s] = b
         slot_expert[best] = a
-        holds[a, g] -= 1
         holds[a, h] += 1
         holds[b, h] -= 1
         holds[b, g] += 1
-    return True
 
 
 @kernel

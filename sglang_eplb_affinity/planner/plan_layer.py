@@ -8,19 +8,20 @@ import numpy as np
 
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.planner.budget import COST_UNIT, SearchBudget
+from sglang_eplb_affinity.planner.budget import SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
-from sglang_eplb_affinity.planner.imbalance import imbalance
 from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
-from sglang_eplb_affinity.planner.layer_search import UNLIMITED, LayerProblem, search_layer, thin
-from sglang_eplb_affinity.planner.layout import align, keep_slots
+from sglang_eplb_affinity.planner.layer_problem import LayerProblem, problem_of
+from sglang_eplb_affinity.planner.layer_search import search_layer, thin
+from sglang_eplb_affinity.planner.layout import align, keep_slots, without_duplicates
 from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
+from sglang_eplb_affinity.planner.starts import copied_start
 
 NO_TRAFFIC = "no traffic"
 NO_AFFINITY = "no token sample or co-activation"
 NOT_BETTER = "search not better"
-DUPLICATES = "an expert twice on a GPU, no swap to part them"
 MOVE_CAP = "duplicates in the current map need more moves than allowed"
+IN_USE_BETTER = "the current map is better"
 LITTLE_GAIN = "the current map is as good, or nearly"
 PSEUDO_TOKENS = 4096
 ATTEMPTS = 3
@@ -83,10 +84,15 @@ def plan_layer(
     def result(slots: np.ndarray, fallback: str, judged: Judgement) -> LayerPlan:
         return LayerPlan(slots, fallback, by_eplb, judged, in_use, limit)
 
+    if kept is eplb:
+        parted = without_duplicates(eplb, counts, topology)
+        by_parted = judge(parted, counts, tokens, topology, config)
+        if by_parted.cost <= by_eplb.cost and by_parted.load <= limit:
+            kept, by_kept = parted, by_parted
     if not len(tokens):
         return result(kept, NO_AFFINITY, by_kept)
 
-    problem = _problem(counts, tokens, eplb, current, topology, config, budget, layer)
+    problem = problem_of(counts, tokens, eplb, current, topology, config, budget, layer)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
     tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
     mean = counts.sum() / topology.num_gpus
@@ -97,12 +103,11 @@ def plan_layer(
         """What the search found and its judgement, or why that is not to be used."""
         for attempt in range(attempts):
             found = search_layer(problem, topology, config, budget)
-            if found is None:
-                return DUPLICATES
             if current is not None:
-                found = _settle(found, current, problem, topology, config)
-                if found is None:
+                settled = _settle(found, current, problem, topology, config)
+                if settled is None:
                     return MOVE_CAP
+                found = settled
             judged = judge(found, counts, tokens, topology, config)
             lighter = judged.load < by_kept.load - 0.005
             if judged.load <= cap and (judged.cost < by_kept.cost or lighter):
@@ -126,11 +131,18 @@ def plan_layer(
     else:
         outcomes = [search(replace(problem, hot_share=GROUPED_HOT_SHARE), ATTEMPTS)]
         outcomes.append(search(replace(problem, start=scattered), ATTEMPTS))
+    if budget.replicas and not config.keeps_current:
+        copied = copied_start(problem, topology, config, budget)
+        if copied is not None:
+            outcomes.append(search(copied, ATTEMPTS))
     usable = [outcome for outcome in outcomes if not isinstance(outcome, str)]
-    if not usable:
-        return result(kept, str(outcomes[0]), by_kept)
-    slots, judged = min(usable, key=lambda outcome: outcome[1].cost)
-    return result(slots, "", judged)
+    slots, judged, reason = kept, by_kept, str(outcomes[0])
+    if usable:
+        slots, judged = min(usable, key=lambda outcome: outcome[1].cost)
+        reason = ""
+    if current is not None and in_use is not None and in_use.cost <= judged.cost and in_use.load <= judged.load:
+        return result(current, IN_USE_BETTER, in_use)
+    return result(slots, reason, judged)
 
 
 def _settle(
@@ -143,35 +155,6 @@ def _settle(
     found = _keep_slots(found, current, slots_per_gpu)
     new = problem.home[found, np.arange(len(found)) // slots_per_gpu] == 0
     return None if new.reshape(-1, slots_per_gpu).sum(1).max() > problem.max_moves else found
-
-
-def _problem(
-    counts: np.ndarray, tokens: np.ndarray, eplb: np.ndarray, current: np.ndarray | None, topology: Topology,
-    config: PlannerConfig, budget: SearchBudget, layer: int,
-) -> LayerProblem:  # fmt: skip
-    replicas = np.bincount(eplb, minlength=len(counts))
-    eplb_load = float((counts / replicas)[eplb].reshape(topology.num_gpus, -1).sum(1).max())
-    balance = imbalance(tokens, counts, eplb_load, topology.num_gpus, COST_UNIT, budget.imbalance)
-    allowance = config.load_noise_allowance * balance.noise * counts.sum() / topology.num_gpus
-    start, move_cost, max_moves = eplb, 0, UNLIMITED
-    home = np.ones((len(counts), topology.num_gpus), np.uint8)
-    if current is not None and config.keeps_current:
-        start, move_cost = current, config.move_cost
-        max_moves = UNLIMITED if config.max_moves is None else config.max_moves
-        home[:] = 0
-        home[current, np.arange(len(current)) // (len(current) // topology.num_gpus)] = 1
-    return LayerProblem(
-        counts=counts,
-        tokens=tokens,
-        start=start,
-        load_cap=int(eplb_load * (1 + config.max_load_increase) + allowance),
-        imbalance=balance,
-        home=home,
-        move_cost=move_cost,
-        max_moves=max_moves,
-        seed=(config.seed << 20) + layer + 1,
-        adapts_replicas=config.keeps_current,
-    )
 
 
 def _keep_slots(found: np.ndarray, current: np.ndarray, slots_per_gpu: int) -> np.ndarray:

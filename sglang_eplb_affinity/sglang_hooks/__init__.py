@@ -1,6 +1,6 @@
-"""What the patched SGLang 0.5.17 calls. This is the only part of the package that imports SGLang, and it does so late.
+"""What runs inside SGLang. This is the only part of the package that imports SGLang, and it does so late.
 
-SGLang's side is one small module that the series adds, ``sglang/srt/eplb/eplb_affinity.py``; it finds these names.
+SGLang's side is one small module that the series adds, ``sglang/srt/eplb/eplb_affinity.py``; calls.py is what it calls.
 """
 
 from __future__ import annotations
@@ -123,24 +123,24 @@ def start_observing(server_args: Any, dp_rank: int | None) -> None:
     observing.start(server_args, dp_rank)
 
 
-def begin_round(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | None:
-    """A rebalance of SGLang's EPLB manager begins; None if there is no affinity record to work with."""
+def begin_round(manager: Any, window: Any) -> RebalanceRound | None:
+    """A rebalance of SGLang's EPLB manager begins; None if there is no affinity record (``window``) to work with."""
     from sglang_eplb_affinity.sglang_hooks import rebalance
 
-    return rebalance.begin(manager, dump_output)
+    return rebalance.begin(manager, window)
 
 
-def start_async_rebalancing(model_runner: Any) -> None:
+def weights_loaded(model_runner: Any, arguments: Any) -> None:
     """Once a rank's weights are loaded, before its KV cache is sized: what experts are to move, or refuse to; with
     --eplb-async the rebalancer."""
     from sglang_eplb_affinity.sglang_hooks import expert_weights
 
-    expert_weights.check(model_runner)
-    if model_runner.eplb_manager is None or not model_runner.server_args.eplb_async:
+    expert_weights.check(model_runner, arguments)
+    if model_runner.eplb_manager is None or not arguments.eplb_async:
         return
     from sglang_eplb_affinity.sglang_hooks import async_rebalance
 
-    model_runner.eplb_manager.affinity_rebalancer = async_rebalance.start(model_runner)
+    model_runner.eplb_manager.affinity_rebalancer = async_rebalance.start(model_runner, arguments)
 
 
 def weights_change(model_runner: Any) -> None:

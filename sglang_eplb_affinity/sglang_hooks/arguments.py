@@ -17,6 +17,7 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     gains_by_cover,
     is_ours,
     records_affinity,
+    replaces_counts,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def resolve(server_args: Any) -> None:
     missing = [name for name in ADDED if not hasattr(server_args, name)]
     if missing:
         raise InputError(
-            f"SGLang has an older version of the patch series than this sglang_eplb_affinity, without "
+            f"SGLang has another version of the patch series than this sglang_eplb_affinity, without "
             f"--{missing[0].replace('_', '-')}; run `make apply` in its checkout"
         )
     name = server_args.eplb_algorithm
@@ -93,6 +94,8 @@ def check(server_args: Any) -> None:
     forced = server_args.ep_forced_routing
     loads = server_args.init_expert_location != "trivial"
     check_cover(server_args)
+    if replaces_counts(server_args):  # nothing is put into SGLang's buffer of counts
+        server_args.expert_distribution_recorder_buffer_size = 1
     if not ours and not records_affinity(server_args) and not forced and not loads:
         return
     if server_args.eplb_record_map is not None:

@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 _GROUP_TIMEOUT = timedelta(hours=12)
 
 
-def start(model_runner: Any) -> AsyncRebalancer:
+def start(model_runner: Any, args: Any) -> AsyncRebalancer:
     """A collective call of all ranks, with the weights loaded and the KV cache not yet sized."""
     from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
     from sglang.srt.runtime_context import get_parallel
 
-    args, parallel = model_runner.server_args, get_parallel()
+    parallel = get_parallel()
     metadata = get_global_expert_location_metadata()
     config, device = config_of(args), _device_of(args, model_runner)
     world, world_rank = dist.get_world_size(), dist.get_rank()

@@ -7,10 +7,9 @@ from typing import Any
 from sglang_eplb_affinity.rebalance.expert_tensors import check_slots, expert_modules, provide_weights
 
 
-def check(model_runner: Any) -> None:
+def check(model_runner: Any, args: Any) -> None:
     """In every rank. Raises InputError where the map in force could not be served, or weights could not be moved."""
-    args = model_runner.server_args
-    if model_runner.is_draft_worker or not (args.enable_eplb or args.init_expert_location != "trivial"):
+    if not (args.enable_eplb or args.init_expert_location != "trivial"):
         return
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 

@@ -25,6 +25,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
+from sglang_eplb_affinity.sglang_hooks.adapter import adapter
 from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.initial_map import InitialMap, placement_of, read_initial_map
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
@@ -41,12 +42,11 @@ def load(server_args: Any, model_config: Any, ep_rank: int) -> Any | None:
     """SGLang's metadata of the map that the flag names; None where SGLang has to do it (elastic EP; a dump for another
     algorithm). A collective call: rank 0 reads, so that files that differ between hosts cannot split the ranks."""
     global in_force
-    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().elastic_ep_initial_size is not None:
         return None
-    common = ExpertLocationMetadata._init_common(server_args, model_config)
+    common = adapter().init_common(server_args, model_config)
     if common is None:
         raise InputError(f"{INITIAL_MAP}: SGLang cannot place the experts of this model's class; leave the flag out")
     experts, ep_size = common["model_config_for_expert_location"].num_logical_experts, common["ep_size"]

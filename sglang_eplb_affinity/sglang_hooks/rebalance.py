@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from sglang_eplb_affinity.planner.config import Objective, usable_cores
 from sglang_eplb_affinity.rebalance.layer_moves import static_choice
 from sglang_eplb_affinity.rebalance.round_record import Result, RoundObserver, RoundRecord, report, routing_checksum
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM
+from sglang_eplb_affinity.sglang_hooks.adapter import adapter
+
+if TYPE_CHECKING:
+    from sglang_eplb_affinity.sglang_hooks.recording import RecordedWindow
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +96,8 @@ def warm_up_planner(server_args: Any) -> None:
         logger.exception("[eplb-affinity] planner could not be warmed up")
 
 
-def begin(manager: Any, dump_output: dict[str, Any]) -> RebalanceRound | None:
-    window = dump_output.get("affinity")
-    if not isinstance(window, RoutingWindow):
-        return None
-    return RebalanceRound(manager, window)
+def begin(manager: Any, recorded: RecordedWindow | None) -> RebalanceRound | None:
+    return None if recorded is None else RebalanceRound(manager, recorded.window)
 
 
 class RebalanceRound:
@@ -106,7 +107,7 @@ class RebalanceRound:
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
         self._manager = manager
-        self._server_args = manager._server_args
+        self._server_args = adapter().arguments()
         self._num_groups = num_groups_of(getattr(manager, "_model_config", None))
         self._window = window
         self._started = time.perf_counter()

@@ -13,6 +13,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingWindow, estimated_coactivation
 from sglang_eplb_affinity.rebalance.window_reduce import Reduction, reduce_window
 from sglang_eplb_affinity.sglang_hooks import observing
+from sglang_eplb_affinity.sglang_hooks.adapter import adapter
 from sglang_eplb_affinity.sglang_hooks.load_log import LoadLog
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
@@ -127,11 +128,8 @@ class ServerRecorder:
         return RecordedWindow(window)
 
     def _tokens_of_groups(self, forward_batch: Any) -> list[int]:
-        local = forward_batch.num_token_non_padded_cpu
-        if local is None:
-            local = len(forward_batch.input_ids)
         if self._num_groups == 1:
-            return [local]
+            return [adapter().tokens_of_pass(forward_batch)]
         counts = forward_batch.global_num_tokens_cpu
         if counts is None or len(counts) != self._num_groups:
             self._warn("a batch without per-rank token counts is not recorded")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
@@ -22,6 +22,8 @@ NORMAL_RECEIVED, NORMAL_LOCAL, NORMAL_NVLINK_OUT, NORMAL_RDMA_OUT, NORMAL_RDMA_I
 LATENCY_NVLINK_OUT, LATENCY_NVLINK_IN, LATENCY_RDMA_OUT, LATENCY_RDMA_IN = range(5, 9)
 OWN_NODE_TOKENS, NORMAL_FORWARDED, LATENCY_LOCAL = 9, 10, 11
 NUM_COUNTERS = 12
+
+_STATIC = int(RuleNumber.STATIC)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
     free = np.empty(table.shape[1], np.int64)
     slots = np.empty(k, np.int64)
     static = np.empty((0, 0), np.int32)
-    if rule == 1:
+    if rule == _STATIC:
         static = static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node)
     for t in range(tokens.shape[0]):
         home = np.int64(source[t])
@@ -128,7 +130,7 @@ def batch_traffic(
         topology.slots_per_gpu(expert_map.num_slots),
         topology.gpus_per_node,
         topology.num_nodes,
-        DISPATCH_RULES.index(rule),
+        int(RuleNumber.of(rule)),
         counters,
         slot_load,
     )

@@ -1,5 +1,6 @@
 """Every target TopK looks its placement up, whatever its model hands over; draft layers keep their own order."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -8,6 +9,10 @@ import sys
 import pytest
 
 from bench.harness.engine import ROOT, cpu_environment
+
+pytestmark = pytest.mark.skipif(
+    importlib.metadata.version("sglang") != "0.5.17", reason="SGLang mended this itself after 0.5.17"
+)
 
 
 @pytest.fixture(scope="module")

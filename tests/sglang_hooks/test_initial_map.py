@@ -106,7 +106,7 @@ def test_a_map_planned_from_a_dump_knows_the_models_expert_groups(
 
     class Metadata:
         @staticmethod
-        def _init_common(server_args: object, model_config: object) -> dict[str, object]:
+        def _init_common(*server_args_and_model_config: object) -> dict[str, object]:
             model = SimpleNamespace(num_logical_experts=4, num_layers=3)
             return {"model_config_for_expert_location": model, "ep_size": 2, "num_physical_experts": 6}
 

@@ -20,6 +20,7 @@ LAYERS, EXPERTS, SLOTS = 2, 8, 12
 @pytest.fixture
 def make_round(monkeypatch: pytest.MonkeyPatch):
     from sglang_eplb_affinity.sglang_hooks import rebalance
+    from sglang_eplb_affinity.sglang_hooks.recording import RecordedWindow
 
     ids = torch.from_numpy(ExpertMap.contiguous(LAYERS, EXPERTS, SLOTS).physical_to_logical.astype(np.int64))
     metadata = SimpleNamespace(
@@ -48,11 +49,13 @@ def make_round(monkeypatch: pytest.MonkeyPatch):
         init_expert_location="trivial",
     )
 
+    monkeypatch.setattr(rebalance, "adapter", lambda: SimpleNamespace(arguments=lambda: arguments))
+
     def make(window: RoutingWindow) -> rebalance.RebalanceRound:
         weights = {layer: [torch.zeros(SLOTS // 4, 5, 2), torch.zeros(SLOTS // 4, 3)] for layer in range(LAYERS)}
         model = SimpleNamespace(routed_experts_weights_of_layer=weights)
-        manager = SimpleNamespace(_server_args=arguments, _get_model=lambda: model)
-        found = rebalance.begin(manager, {"affinity": window})
+        manager = SimpleNamespace(_get_model=lambda: model)
+        found = rebalance.begin(manager, RecordedWindow(window))
         assert found is not None
         return found
 
@@ -160,7 +163,7 @@ def test_layers_without_experts_do_not_count_as_moved(make_round, caplog: pytest
 def test_without_a_record_there_is_no_round() -> None:
     from sglang_eplb_affinity.sglang_hooks import rebalance
 
-    assert rebalance.begin(SimpleNamespace(), {"logical_count": None}) is None
+    assert rebalance.begin(SimpleNamespace(), None) is None
 
 
 def test_load_record_shares_an_experts_tokens_among_its_replicas() -> None:
@@ -201,12 +204,13 @@ def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, norm
 
 def test_the_planner_is_told_the_models_expert_groups(make_round) -> None:
     from sglang_eplb_affinity.sglang_hooks import rebalance
+    from sglang_eplb_affinity.sglang_hooks.recording import RecordedWindow
 
     model = SimpleNamespace(hf_config=SimpleNamespace(n_group=4))
     assert rebalance.num_groups_of(model) == 4
     assert rebalance.num_groups_of(SimpleNamespace(hf_config=SimpleNamespace())) is None
     assert rebalance.num_groups_of(None) is None
     arguments = make_round(some_window())._server_args
-    found = rebalance.begin(SimpleNamespace(_server_args=arguments, _model_config=model), {"affinity": some_window()})
+    found = rebalance.begin(SimpleNamespace(_model_config=model), RecordedWindow(some_window()))
     assert found is not None and found._num_groups == 4
     assert rebalance.planner_config(arguments, num_groups=4).num_groups == 4

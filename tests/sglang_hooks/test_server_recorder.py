@@ -37,7 +37,9 @@ def server_recorder() -> recording.ServerRecorder:
 
 def begin(found: recording.ServerRecorder, *, extend: bool = True, verify: bool = False) -> None:
     mode = SimpleNamespace(is_extend=lambda: extend, is_target_verify=lambda: verify)
-    found.on_forward_pass_start(SimpleNamespace(forward_mode=mode, num_token_non_padded_cpu=3))
+    found.on_forward_pass_start(
+        SimpleNamespace(forward_mode=mode, num_token_non_padded_cpu=3, global_num_token_non_padded_cpu=3)
+    )
 
 
 def test_a_pass_that_does_not_count_launches_nothing(server_recorder: recording.ServerRecorder) -> None:

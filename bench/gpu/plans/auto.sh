@@ -16,6 +16,8 @@ say() { echo "== $(($(date +%s) - START)) s: $*"; }
 bounded() { local end=$1; shift; timeout -k 15 "$(left "$end")" "$@"; } # none of it goes on after END
 options=(--no-report --results-dir "$results" ${BENCH_OPTIONS:-})
 
+# Which arms: a list in $CARRY/arms instead of the profile's.
+[ ! -e "$CARRY/arms" ] || arms=(--arms "$(cat "$CARRY/arms")")
 say "unpacking"
 if [ -z "${REHEARSE:-}" ]; then
     export SITE=$WORK/site
@@ -70,7 +72,7 @@ serve_other() { # beside the servers of the last step, which start meanwhile and
 }
 
 go=$WORK/go; rm -f "$go"
-measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" &
+measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" ${arms[@]+"${arms[@]}"} &
 measuring=$!
 if [ -z "${REHEARSE:-}" ]; then
     # Before the servers get there: they compile one kernel after another, all of them the same.
@@ -84,6 +86,14 @@ fi
 # The servers wait, stopped, once they are ready.
 until grep -qs 'ready; waiting for' "$results/$profile-nvlink.log" || ! kill -0 $measuring 2>/dev/null; do sleep 0.5; done
 say "servers ready: $(grep -h 'ready after' "$results/$profile-nvlink.log")"
+give_up() { # WHY: paid time is better spent after a look at the logs
+    say "$1; the errors of the servers' logs:"
+    grep -hE 'Error|Exception|CUDA' "$results/$profile-nvlink"/server/*.log | sort | uniq -c | sort -rn | head -n 12
+    kill $measuring 2>/dev/null && wait $measuring
+    exit 1
+}
+ready=$(sed -n 's/^side-by-side: \([0-9]*\) ready after.*/\1/p' "$results/$profile-nvlink.log")
+[ "${ready:-0}" -ge "${FEWEST_SERVERS:-2}" ] || give_up "too few servers started"
 # On a GPU each, side by side: $CARRY/steps/NAME.gpuN.sh, in the root of this checkout, its results below $STEP_OUT.
 steps=()
 for gpu in 0 1; do
@@ -102,7 +112,11 @@ done
 wait "${steps[@]}"
 touch "$go"
 wait $measuring
-measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${EMULATED_OPTIONS:-}
+counted=$(grep '^b[0-9]' "$results/$profile-nvlink.log" | grep -vc VOID)
+[ "$counted" -ge 6 ] || give_up "only $counted rows count"
+# Two servers of one arm were compared over NVLink.
+emulated=$(sed 's/,vanilla-again//' "$CARRY/arms" 2>/dev/null)
+measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${emulated:+--arms "$emulated"} ${EMULATED_OPTIONS:-}
 go=$WORK/go-idle; rm -f "$go"
 measure "$idle" nvlink "$idle_end" "$idle" --loads decode --hold "$go" &
 measuring=$!

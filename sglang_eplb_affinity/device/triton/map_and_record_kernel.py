@@ -19,10 +19,13 @@ from sglang_eplb_affinity.device.cover_words import READ_AHEAD
 from sglang_eplb_affinity.device.triton.cover_fields_kernel import load_replicas, pick, replica_hash
 from sglang_eplb_affinity.device.triton.cover_kernel import choose_in_loops, choose_in_registers
 from sglang_eplb_affinity.device.triton.cover_lanes_kernel import choose_in_lanes
+from sglang_eplb_affinity.dispatch.rules import RuleNumber
 
 NO_RULE = 0  # ids stay logical: record only
-CODES = {"static": 1, "dynamic": 2, "cover": 3}  # `static`: one slot per expert on this rank
 
+_STATIC = tl.constexpr(int(RuleNumber.STATIC))  # here: one slot per expert on this rank
+_DYNAMIC = tl.constexpr(int(RuleNumber.DYNAMIC))
+_COVER = tl.constexpr(int(RuleNumber.COVER))
 _FEW = tl.constexpr(READ_AHEAD)
 
 
@@ -82,7 +85,7 @@ def map_and_record(
     a power of 2 no less than the number of experts: counts are added up in the block first, as many tokens queue for
     a hot expert's. `cover` needs at least as many rows as the program has threads, or LANES and a thread for each item.
     """
-    ROWS: tl.constexpr = RULE == 3 and not LANES
+    ROWS: tl.constexpr = RULE == _COVER and not LANES
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if ROWS:  # [rows, columns]
         row = at[:, None]
@@ -93,7 +96,7 @@ def map_and_record(
     else:
         row = at // K
         col = at % K
-    if RULE == 3:
+    if RULE == _COVER:
         inside = (row < num_rows) & (col < K)
         own_col = tl.minimum(col, K - 1)
     else:
@@ -120,25 +123,25 @@ def map_and_record(
         sample_at = sample + slot.to(tl.int64) * K + own_col
         if ROWS:
             sample_at = tl.max_contiguous(sample_at, [1, 1])
-    if RULE == 1:
+    if RULE == _STATIC:
         physical = tl.load(table + safe).to(tl.int32)
-    if RULE > 1:
+    if RULE > _STATIC:
         slots = load_replicas(table, safe, TABLE_STRIDE)
         replicas = tl.where(used, tl.load(table_counts + safe).to(tl.int32), 0)
 
     if RECORD:
         _add_counts(to_counts, tl.where(counted & used, expert, -1), BINS)
         tl.store(sample_at, expert.to(tl.int16), mask=sampled & inside)
-    if RULE > 1:
+    if RULE > _STATIC:
         most = tl.max(tl.reshape(replicas, [replicas.numel], can_reorder=True), 0)
-    if RULE == 2:
+    if RULE == _DYNAMIC:
         hashed = replica_hash(row, safe)
         number = tl.where(replicas == 2, hashed & 1, tl.where(replicas == 3, hashed % 3, hashed & 3))
         physical = pick(slots, tl.where(replicas == 1, 0, number))
         if most > _FEW:
             choice = (hashed % tl.maximum(replicas, 1).to(tl.uint32)).to(tl.int32)
             physical = tl.load(table + safe * TABLE_STRIDE + choice).to(tl.int32)
-    if RULE == 3:
+    if RULE == _COVER:
         physical = slots[0]
         if LANES:
             physical = choose_in_lanes(

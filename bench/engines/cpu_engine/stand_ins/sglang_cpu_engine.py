@@ -1,4 +1,4 @@
-"""What SGLang 0.5.17's CPU engine lacks for expert parallelism, data-parallel attention and DeepSeek models.
+"""What SGLang's CPU engine lacks for expert parallelism, data-parallel attention and DeepSeek models.
 
 SGLang loads this in every process through its plugin entry points. Faults that concern EPLB itself are mended in the
 patch series, not here.
@@ -54,6 +54,7 @@ def _complete_dp_attention():
 
     # Padded batches ask the attention backend for a filling (forward_batch_info.py).
     TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = lambda self: 1
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1  # its name in 0.5.23
 
     # forward_batch_info.py asks for pinned memory whatever the device.
     make_tensor = torch.tensor
@@ -86,7 +87,18 @@ def _complete_dp_attention():
     )
 
 
+def _complete_torch_cpu():
+    """Two functions of a device module that SGLang's recorder and its updater of expert locations call."""
+    import torch
+
+    if not hasattr(torch.cpu, "empty_cache"):
+        torch.cpu.empty_cache = lambda: None
+    if not hasattr(torch.cpu, "is_current_stream_capturing"):
+        torch.cpu.is_current_stream_capturing = lambda: False
+
+
 def load():
+    _complete_torch_cpu()
     _replace_native_moe()
     _register_mla_handler()
     _complete_dp_attention()

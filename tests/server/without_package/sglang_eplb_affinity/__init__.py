@@ -1,1 +1,1 @@
-raise ImportError("sglang_eplb_affinity is hidden for this test")
+raise ModuleNotFoundError("No module named 'sglang_eplb_affinity' (hidden for this test)", name="sglang_eplb_affinity")

@@ -1,0 +1,83 @@
+"""Many replicas: every layer is searched, no GPU holds an expert twice, and more slots never cost more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sglang_eplb_affinity.dispatch.evaluate import measure
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
+from sglang_eplb_affinity.planner.layout import without_duplicates
+from sglang_eplb_affinity.planner.numbering import numbering
+from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, sample_of, serve_all
+from tests.planner.test_plan import skewed_tokens, window_of
+
+
+def hot_tokens(seed: int, layers: int = 1, count: int = 1200, experts: int = 16) -> np.ndarray:
+    """Token sets of 4 in which expert 0 is in nearly all: EPLB gives it more replicas than there are GPUs."""
+    tokens = skewed_tokens(np.random.default_rng(seed), layers, count, experts, 4)
+    return np.where((tokens == 0).any(-1, keepdims=True) | (np.arange(4) > 0), tokens, 0).astype(np.int16)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("rule", ["cover", "static", "dynamic"])
+def test_every_redundancy_is_searched_and_costs_no_more_than_fewer(nodes, rule):  # type: ignore[no-untyped-def]
+    window, topology = window_of(hot_tokens(1), 16), Topology(4, nodes)
+    costs = []
+    for slots in range(16, 65, 8):
+        result = plan(window, topology, slots, PlannerConfig(dispatch=rule))
+        for gpu in result.expert_map.physical_to_logical.reshape(4, -1):
+            assert len(set(gpu.tolist())) == len(gpu)
+        if rule == "cover":
+            assert result.report.fallback == ("",) or slots == 64
+        costs.append(float(result.report.planned.cost[0]))
+    if rule == "cover":
+        assert (np.diff(costs) <= 0.02).all(), costs
+        assert costs[-1] == pytest.approx(1.0 + (2.0 if nodes > 1 else 0.0))
+
+
+def test_every_expert_on_every_gpu():
+    window = window_of(skewed_tokens(np.random.default_rng(2), 2, 1600, 8, 3), 8)
+    planned = plan(window, Topology(8), 64).report.planned
+    assert planned.gpu_fanout == pytest.approx(1.0) and planned.load_max_over_mean == pytest.approx(1.0, abs=1e-9)
+
+
+def test_duplicates_give_way_to_experts_that_the_gpu_lacks():
+    counts = np.array([1000, 1, 2, 3], np.int64)
+    row = eplb_placement(counts[None], Topology(2), 6).physical_to_logical[0]
+    assert any(len(set(gpu)) < 3 for gpu in row.reshape(2, 3).tolist())
+    parted = without_duplicates(row, counts, Topology(2))
+    assert all(len(set(gpu)) == 3 for gpu in parted.reshape(2, 3).tolist())
+    assert set(parted.tolist()) == {0, 1, 2, 3} and (parted == 0).sum() == 2
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(4, 1), (8, 2), (6, 3)])
+def test_served_tokens_agree_with_the_rule(gpus, nodes):  # type: ignore[no-untyped-def]
+    """Fan-outs and loads of the search's own service against the rule; ties go by order instead of the hash."""
+    topology, experts, slots = Topology(gpus, nodes), 24, 24 + 3 * gpus + (-24) % gpus
+    tokens = skewed_tokens(np.random.default_rng(3), 1, 4800, experts, 4)[0]
+    tokens[::7, 3] = -1
+    counts = np.bincount(tokens[tokens >= 0], minlength=experts).astype(np.int64)
+    row = without_duplicates(eplb_placement(counts[None], topology, slots).physical_to_logical[0], counts, topology)
+    holds = np.zeros((experts, gpus), np.int64)
+    holds[row, np.arange(slots) // (slots // gpus)] = 1
+    names = numbering(gpus, nodes)
+    served = serve_all(sample_of(tokens, counts, len(names.bit)), holds, names, 1, 1000)
+    source = (np.arange(len(tokens)) % gpus).astype(np.int32)
+    traffic = measure(tokens[None], ExpertMap(row[None], experts), topology, "cover", source)
+    assert (served.cost % 1000).mean() == pytest.approx(traffic.gpu_fanout[0], rel=0.01)
+    if nodes > 1:
+        assert (served.cost // 1000).mean() == pytest.approx(traffic.node_fanout[0], rel=0.01)
+    assert (served.load >> LOAD_UNIT) == pytest.approx(traffic.gpu_load[0], rel=0.06)
+
+
+def test_a_plan_is_not_worse_than_the_map_in_force_on_both_traffic_and_load():
+    window, topology = window_of(hot_tokens(5, 3), 16), Topology(4)
+    best = plan(window, topology, 32, PlannerConfig(effort="thorough", seed=7)).expert_map
+    report = plan(window, topology, 32, PlannerConfig(), best).report
+    assert report.current is not None
+    worse = report.planned.cost > report.current.cost + 1e-9
+    heavier = report.planned.load_max_over_mean > report.current.load_max_over_mean + 1e-9
+    assert not (worse & heavier).any()
