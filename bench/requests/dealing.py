@@ -130,9 +130,9 @@ def deal(dealer: Dealer, lengths: np.ndarray, ranks: int, running_per_rank: int,
     for now in range((WARM_UP_TURNS + 1) * turn + 1):
         ended = np.flatnonzero(age >= lengths[request])
         np.subtract.at(running, rank[ended], 1)
-        for place in ended:
-            arrive(int(place))
-            age[place] = 0
+        for ending in ended:
+            arrive(int(ending))
+            age[ending] = 0
         if now >= WARM_UP_TURNS * turn:
             queue.append(running.max() / running.mean())
             if len(taken) < steps and (now - WARM_UP_TURNS * turn) % every == 0:
