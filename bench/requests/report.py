@@ -62,14 +62,12 @@ def _cells(found: Verdict, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def fill_page(page: Path, folder: Path) -> None:
-    """Put the table of each trace between its markers."""
+    """Put the tables between the page's markers; traces without a marker have no table there."""
     text = page.read_text()
     for name, (rows, _) in load_results(folder).items():
         head, found, tail = text.partition(BEGIN.format(name) + "\n")
-        if not found:
-            raise InputError(f"{page}: has no {BEGIN.format(name)}")
-        rest = tail.partition(END)
-        text = f"{head}{found}{table(rows)}\n{END}{rest[2]}"
+        if found:
+            text = f"{head}{found}{table(rows)}\n{END}{tail.partition(END)[2]}"
     write_atomically(page, text.encode())
 
 
