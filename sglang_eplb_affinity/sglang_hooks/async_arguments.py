@@ -54,7 +54,7 @@ def check(args: ServerArguments) -> None:
         "--ep-dispatch-algorithm": (
             args.ep_dispatch_algorithm in ("lp", "fake"),
             args.ep_dispatch_algorithm,
-            "use dynamic, static or cover",
+            "use dynamic, static, cover or cover_balanced",
         ),
         "--eplb-rebalance-layers-per-chunk": (
             args.eplb_rebalance_layers_per_chunk is not None,

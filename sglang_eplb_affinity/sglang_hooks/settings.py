@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import Objective, PlannerConfig
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
 from sglang_eplb_affinity.sglang_hooks import async_arguments, topk_flags
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
-
-_RULE_OF_SGLANG: dict[str | None, DispatchRule] = {"static": "static", "dynamic": "dynamic", "cover": "cover"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,8 @@ class Settings:
     def of(args: ServerArguments) -> Settings:
         """``args`` must be resolved. Raises InputError for a flag that is out of range."""
         model = args.get_model_config()
-        rule = _RULE_OF_SGLANG.get(args.ep_dispatch_algorithm, "dynamic")
+        rules: dict[str | None, DispatchRule] = {rule: rule for rule in DISPATCH_RULES}
+        rule = rules.get(args.ep_dispatch_algorithm, "dynamic")
         return Settings(
             algorithm=args.eplb_algorithm,
             rule=rule,

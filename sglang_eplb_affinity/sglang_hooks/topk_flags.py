@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
 
@@ -26,8 +27,8 @@ def uses_package(args: ServerArguments) -> bool:
 
 
 def chooses_replicas(args: ServerArguments) -> bool:
-    """Whether logical ids become physical by our rules: always with `cover`, else where our algorithm plans."""
-    if args.ep_dispatch_algorithm == "cover":
+    """Whether ids become physical by our rules: always with those of `cover`, else where our algorithm plans."""
+    if args.ep_dispatch_algorithm in COVER_RULES:
         return True
     return is_ours(args) and _our_rules_run(args)
 
@@ -105,12 +106,13 @@ def check_top_k(flag: str, args: ServerArguments) -> None:
 
 
 def check_cover(args: ServerArguments) -> None:
-    """--ep-dispatch-algorithm cover, with whatever else is asked for."""
-    if args.ep_dispatch_algorithm != "cover":
+    """--ep-dispatch-algorithm cover or cover_balanced, with whatever else is asked for."""
+    if args.ep_dispatch_algorithm not in COVER_RULES:
         return
-    check_top_k("--ep-dispatch-algorithm cover", args)
+    flag = f"--ep-dispatch-algorithm {args.ep_dispatch_algorithm}"
+    check_top_k(flag, args)
     if args.device not in ("cuda", "cpu") or args.elastic_ep_backend is not None:
         raise InputError(
-            "--ep-dispatch-algorithm cover: works on cuda and cpu without --elastic-ep-backend, but the device is "
+            f"{flag}: works on cuda and cpu without --elastic-ep-backend, but the device is "
             f"{args.device} and the backend {args.elastic_ep_backend}; use dynamic"
         )
