@@ -109,7 +109,7 @@ def rows_of(split: Split, case: Case, pass_tokens: int, layer_step: int, passes:
         ids = ids[np.random.default_rng(0).permutation(len(ids))]
         source = dealt_sources(len(ids), topology)
     tokens = np.ascontiguousarray(ids.transpose(1, 0, 2)[layers], np.int16)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm, of, rule in ARMS:
         traffic = measure(tokens, maps[of], topology, rule, source, pass_tokens=pass_tokens)
         means = (traffic.gpu_fanout, traffic.node_fanout, traffic.pass_load_max_over_mean)
