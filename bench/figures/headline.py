@@ -101,10 +101,10 @@ def _placement(frame: pd.DataFrame, plan: RunPlan) -> list[_Row]:
             values = next((found for found in columns if len(found)), None)
             if values is None:
                 continue
-            emulated = "node" in name and plan.profile.server.nodes > 1
-            rows.append(
-                (f"{arm}.{name}", _values(values, _PLACEMENT_UNITS[name], "emulated" if emulated else "measured"))
-            )
+            kind = "emulated" if "node" in name and plan.profile.server.nodes > 1 else "measured"
+            if plan.profile.server.plan_trace:  # computed on the replayed trace
+                kind = "simulated"
+            rows.append((f"{arm}.{name}", _values(values, _PLACEMENT_UNITS[name], kind)))
     return rows
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
 from sglang_eplb_affinity.dispatch.evaluate import DEFINITIONS, METRICS, SOURCE_MODEL, measure_trace, moved_experts
+from sglang_eplb_affinity.dispatch.losses import Loss, without_gpus
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -23,6 +24,8 @@ from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import read_dumps
 from sglang_eplb_affinity.formats.maps import load_map
+
+LOSS_METRICS = tuple(Loss.__dataclass_fields__)
 
 
 @click.command("evaluate")
@@ -36,12 +39,22 @@ from sglang_eplb_affinity.formats.maps import load_map
     "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True, default=("cover",), show_default=True,
     help="Replica choice; may repeat. dynamic spreads evenly over replicas, as EPLB assumes.",
 )  # fmt: skip
+@click.option(
+    "--pass-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Tokens of one GPU in one pass: what pass_load_max_over_mean is of, and what cover_balanced sees.",
+)
+@click.option("--without-rank", "ranks", type=int, multiple=True, help="As if this GPU were lost; may repeat.")
+@click.option("--without-node", "lost_nodes", type=int, multiple=True, help="As if this node were lost; may repeat.")
 @click.option("--current-map", type=FILE, help="Count the experts that each map moves from this one.")
 @click.option("--format", "style", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.option("--out", type=FILE, help="Write to a file instead of standard output.")
 def evaluate_command(
     traces: tuple[Path, ...], dumps: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int,
-    rules: tuple[DispatchRule, ...], current_map: Path | None, style: str, out: Path | None,
+    rules: tuple[DispatchRule, ...], pass_tokens: int, ranks: tuple[int, ...], lost_nodes: tuple[int, ...],
+    current_map: Path | None, style: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Fan-outs, remote copies and GPU load of maps on recorded tokens.
 
@@ -55,6 +68,7 @@ def evaluate_command(
         raise InputError("give --trace or --dump, once or several times")
     if out is not None:
         check_output(out)
+    gone = _lost_gpus(ranks, lost_nodes, topology)
     results: list[dict[str, Any]] = []
     total = (len(traces) + len(dumps)) * len(maps) * len(rules)
     with tqdm(total=total, desc="evaluating", unit="map", leave=False, disable=True if total < 2 else None) as bar:
@@ -64,7 +78,7 @@ def evaluate_command(
             for map_path in maps:
                 expert_map = recorded.restrict(load_map(map_path, num_experts=experts), str(map_path))
                 for rule in rules:
-                    results.append(_result(recorded, map_path, expert_map, topology, rule, current))
+                    results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens))
                     bar.update()
     text = {"json": _json, "csv": _csv, "table": _table}[style](results, topology)
     if out is None:
@@ -106,11 +120,12 @@ def _of_dump(path: Path) -> _Recorded:
 
 def _result(
     recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
-    current: ExpertMap | None,
+    current: ExpertMap | None, gone: list[int], pass_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     trace, trace_path = recorded.trace, recorded.path
-    traffic = measure_trace(trace, expert_map, topology, rule, map_source=str(map_path))
+    traffic = measure_trace(trace, expert_map, topology, rule, str(map_path), pass_tokens)
     moved = None if current is None else moved_experts(current, expert_map, topology)
+    loss = without_gpus(trace, expert_map, topology, rule, gone, str(map_path)) if gone else None
     return {
         "trace": str(trace_path),
         "map": str(map_path),
@@ -118,16 +133,32 @@ def _result(
         "gpus": topology.num_gpus,
         "nodes": topology.num_nodes,
         "tokens": trace.num_tokens,
+        "pass_tokens": pass_tokens,
         "layers": trace.num_layers,
         "slots": expert_map.num_slots,
         **{name: float(getattr(traffic, name).mean()) for name in METRICS},
         "moved_experts": None if moved is None else int(moved.sum()),
+        **({} if loss is None else {name: float(getattr(loss, name).mean()) for name in LOSS_METRICS}),
         "per_layer": {
             **{name: getattr(traffic, name).tolist() for name in METRICS},
             "gpu_load": traffic.gpu_load.tolist(),
             "moved_experts": None if moved is None else moved.tolist(),
+            **({} if loss is None else {name: getattr(loss, name).tolist() for name in LOSS_METRICS}),
         },
     }
+
+
+def _lost_gpus(ranks: tuple[int, ...], nodes: tuple[int, ...], topology: Topology) -> list[int]:
+    for flag, values, count in (
+        ("--without-rank", ranks, topology.num_gpus), ("--without-node", nodes, topology.num_nodes)
+    ):  # fmt: skip
+        for value in values:
+            if not 0 <= value < count:
+                raise InputError(f"{flag} {value}: must be 0 to {count - 1}")
+    gone = {*ranks, *(g for g in range(topology.num_gpus) if g // topology.gpus_per_node in nodes)}
+    if len(gone) == topology.num_gpus:
+        raise InputError("--without-rank, --without-node: no GPU would be left")
+    return sorted(gone)
 
 
 def _json(results: list[dict[str, Any]], topology: Topology) -> str:
@@ -151,7 +182,8 @@ def _csv(results: list[dict[str, Any]], topology: Topology) -> str:
 
 
 def _table(results: list[dict[str, Any]], topology: Topology) -> str:
-    names = [*METRICS, *(["moved_experts"] if results[0]["moved_experts"] is not None else [])]
+    lost = [name for name in LOSS_METRICS if name in results[0]]
+    names = [*METRICS, *lost, *(["moved_experts"] if results[0]["moved_experts"] is not None else [])]
     header = ["trace", "map", "dispatch", *names]
     lines = [header]
     for result in results:

@@ -8,11 +8,12 @@ import click
 import numpy as np
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of
+from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.formats.maps import parse_map, read_data
+from sglang_eplb_affinity.formats.maps import parse_map
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, origin_of
 
 
@@ -43,7 +44,7 @@ def inspect_command(
         _inspect_trace(RoutingTrace.load(trace_path), layer, plot)
     else:
         assert map_path is not None
-        data = read_data(map_path)
+        data = read_content(map_path)
         expert_map = parse_map(data, str(map_path))
         origin = origin_of(data, expert_map, str(map_path))
         if origin is not None:

@@ -54,7 +54,7 @@ def check(server_args: Any, view: Any) -> None:
         "--ep-dispatch-algorithm": (
             server_args.ep_dispatch_algorithm in ("lp", "fake"),
             server_args.ep_dispatch_algorithm,
-            "use dynamic, static or cover",
+            "use dynamic, static, cover or cover_balanced",
         ),
         "--eplb-rebalance-layers-per-chunk": (
             server_args.eplb_rebalance_layers_per_chunk is not None,

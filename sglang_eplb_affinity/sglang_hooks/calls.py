@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_eplb_affinity import sglang_hooks as hooks
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
 
 
@@ -73,7 +74,7 @@ def weights_change(model_runner: Any) -> None:
 
 def keeps_all_replicas() -> bool:
     """Whether a rank's table must list every replica, not the nearest only, with an all-to-all too."""
-    return bool(adapter().arguments().ep_dispatch_algorithm == "cover")
+    return bool(adapter().arguments().ep_dispatch_algorithm in COVER_RULES)
 
 
 def known_dispatch_info(metadata: Any, layer: int) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sglang_eplb_affinity import __version__
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance import verify
 from sglang_eplb_affinity.sglang_hooks.arguments import ADDED
@@ -61,7 +62,7 @@ def uses_eplb(server_args: Any) -> bool:
         or records_affinity(server_args)
         or server_args.ep_forced_routing is not None
         or server_args.init_expert_location != "trivial"
-        or server_args.ep_dispatch_algorithm == "cover"
+        or server_args.ep_dispatch_algorithm in COVER_RULES
     )
 
 

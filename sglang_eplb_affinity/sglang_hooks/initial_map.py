@@ -7,13 +7,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.formats.maps import num_devices, parse_map, read_data
+from sglang_eplb_affinity.formats.dumps import is_dump, window_of
+from sglang_eplb_affinity.formats.maps import num_devices, parse_map
 from sglang_eplb_affinity.formats.recorded_map import KEY, MapOrigin, ServedModel, origin_of
 from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
@@ -64,7 +64,7 @@ def read_initial_map(value: str, server: Placement) -> InitialMap:
     """
     flag = f"{INITIAL_MAP} {_short(value)}"
     data = _read(value, flag)
-    if isinstance(data, dict) and "logical_count" in data and "physical_to_logical_map" not in data:
+    if is_dump(data):
         return InitialMap(_short(value), window=_window(data, server, flag))
     origin = _check_origin(data, server, flag)
     devices = num_devices(data)
@@ -125,36 +125,19 @@ def _with_dense_layers(moe: ExpertMap, shape: MoeShape) -> ExpertMap:
 
 def _window(data: dict[str, Any], server: Placement, flag: str) -> RoutingWindow:
     shape = server.shape
-    try:
-        count = np.asarray(data["logical_count"])
-    except ValueError:
-        raise InputError(f"{flag}: logical_count has rows of different length") from None
-    if count.ndim not in (2, 3) or count.shape[-2:] != (shape.num_layers, shape.num_experts):
+    window = window_of(data, flag)
+    if window.counts.shape != (shape.num_layers, shape.num_experts):
         raise InputError(
-            f"{flag}: logical_count has shape {tuple(count.shape)}, but the model needs "
-            f"[..., {shape.num_layers} layers, {shape.num_experts} experts]; is it another model's dump?"
+            f"{flag}: has {window.num_layers} layers of {window.num_experts} experts, but the model needs "
+            f"{shape.num_layers} layers of {shape.num_experts} experts; is it another model's dump?"
         )
-    if "affinity" not in data:
-        return RoutingWindow(count.reshape(-1, *count.shape[-2:]).sum(0).astype(np.int64))
-    from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
-
-    try:
-        return window_of_dump(data["affinity"])
-    except InputError as error:
-        raise InputError(f"{flag}: {error}") from None
+    return window
 
 
 def _read(value: str, flag: str) -> Any:
-    if value.endswith((".json", ".yaml", ".yml")):
-        return read_data(value, flag)
+    if value.removesuffix(".gz").endswith((".json", ".yaml", ".yml", ".pt")):
+        return read_content(value, flag)
     try:
-        if value.endswith(".pt"):
-            import torch
-
-            return torch.load(value, weights_only=True, map_location="cpu")
         return json.loads(value)
-    except OSError as error:
-        raise InputError(f"{flag}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # torch.load and json raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{flag}: not a readable .json, .pt or .yaml file, nor inline JSON ({reason})") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{flag}: not a .json, .pt or .yaml file, nor inline JSON") from None

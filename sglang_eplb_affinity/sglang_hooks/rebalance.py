@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from sglang_eplb_affinity.dispatch.evaluate import moved_experts
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
-from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
@@ -35,15 +35,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RULE_OF_SGLANG: dict[str | None, DispatchRule] = {"static": "static", "dynamic": "dynamic", "cover": "cover"}
-
 observers: list[RoundObserver] = []
 """Told on rank 0 after every round."""
 
 
 def dispatch_rule(server_args: Any) -> DispatchRule:
     """The rule that the server picks replicas by, as the planner knows it."""
-    return _RULE_OF_SGLANG.get(server_args.ep_dispatch_algorithm, "dynamic")
+    given = server_args.ep_dispatch_algorithm
+    return next((rule for rule in DISPATCH_RULES if rule == given), "dynamic")
 
 
 def num_groups_of(model_config: Any) -> int | None:

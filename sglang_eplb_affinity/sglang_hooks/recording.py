@@ -10,7 +10,8 @@ import torch
 
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RecordSchedule, RowLayout, one_group
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.domain.routing import RoutingWindow, estimated_coactivation
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.formats.affinity_entry import window_to_dump
 from sglang_eplb_affinity.rebalance.window_reduce import Reduction, reduce_window
 from sglang_eplb_affinity.sglang_hooks import observing
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
@@ -19,8 +20,6 @@ from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
 
 logger = logging.getLogger(__name__)
-
-DUMP_VERSION = 1
 
 
 def make(server_args: Any, expert_location_metadata: Any, owner: Any) -> ServerRecorder | None:
@@ -168,29 +167,3 @@ class RecordedWindow:
     def for_output(self, mode: str) -> RoutingWindow | dict[str, Any]:
         """For SGLang's output mode: plain tensors for a ``file``, the window itself for an ``object``."""
         return window_to_dump(self.window) if mode == "file" else self.window
-
-
-def window_to_dump(window: RoutingWindow) -> dict[str, Any]:
-    """The ``affinity`` entry of a recorder dump: plain tensors, readable with ``torch.load(weights_only=True)``."""
-    assert window.tokens is not None
-    entry: dict[str, Any] = {
-        "version": DUMP_VERSION,
-        "counts": torch.from_numpy(window.counts),
-        "coactivation": torch.from_numpy(estimated_coactivation(window.counts, window.tokens)),
-        "tokens": torch.from_numpy(window.tokens),
-    }
-    if window.phase_counts is not None and window.token_phase is not None:
-        entry["phase_counts"] = torch.from_numpy(window.phase_counts)
-        entry["token_phase"] = torch.from_numpy(window.token_phase)
-    return entry
-
-
-def window_of_dump(data: dict[str, Any]) -> RoutingWindow:
-    """The window that :func:`window_to_dump` wrote; raises InputError if the entry is of another version."""
-    if data.get("version") != DUMP_VERSION:
-        raise InputError(
-            f"dump: affinity entry of version {data.get('version')}, but this package reads {DUMP_VERSION}"
-        )
-    names = ("coactivation", "tokens", "phase_counts", "token_phase")
-    rest = (None if data.get(name) is None else data[name].cpu().numpy() for name in names)
-    return RoutingWindow(data["counts"].cpu().numpy(), *rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import ALGORITHM
 
@@ -22,8 +23,8 @@ def records_affinity(server_args: Any) -> bool:
 
 
 def chooses_replicas(server_args: Any) -> bool:
-    """Whether logical ids become physical by our rules: always with `cover`, else where our algorithm plans."""
-    if server_args.ep_dispatch_algorithm == "cover":
+    """Whether ids become physical by our rules: always with those of `cover`, else where our algorithm plans."""
+    if server_args.ep_dispatch_algorithm in COVER_RULES:
         return True
     return is_ours(server_args) and _our_rules_run(server_args)
 
@@ -99,12 +100,13 @@ def check_top_k(flag: str, server_args: Any) -> None:
 
 
 def check_cover(server_args: Any) -> None:
-    """--ep-dispatch-algorithm cover, with whatever else is asked for."""
-    if server_args.ep_dispatch_algorithm != "cover":
+    """--ep-dispatch-algorithm cover or cover_balanced, with whatever else is asked for."""
+    if server_args.ep_dispatch_algorithm not in COVER_RULES:
         return
-    check_top_k("--ep-dispatch-algorithm cover", server_args)
+    flag = f"--ep-dispatch-algorithm {server_args.ep_dispatch_algorithm}"
+    check_top_k(flag, server_args)
     if server_args.device not in ("cuda", "cpu") or server_args.elastic_ep_backend is not None:
         raise InputError(
-            "--ep-dispatch-algorithm cover: works on cuda and cpu without --elastic-ep-backend, but the device is "
+            f"{flag}: works on cuda and cpu without --elastic-ep-backend, but the device is "
             f"{server_args.device} and the backend {server_args.elastic_ep_backend}; use dynamic"
         )

@@ -107,11 +107,11 @@ def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
 
 def evaluate_candidates(
     system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None, redundancies: Sequence[int] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Every candidate of one phase."""
+    """Every candidate of one phase, with each of ``redundancies`` (:func:`redundancy_choices` without)."""
     out = []
-    for redundant in redundancy_choices(system):
+    for redundant in redundancies or redundancy_choices(system):
         for mode in modes_of(system, phase):
             field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
             serving = dataclasses.replace(system.serving, redundant_experts=redundant, **{field: mode})  # type: ignore[arg-type]
@@ -123,9 +123,14 @@ def evaluate_candidates(
     return out
 
 
-def candidate_runs(system: System, phase: Phase, resamples: int) -> int:
+def candidate_runs(system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None) -> int:
     """How often ``evaluate_candidates`` reports progress."""
-    return len(redundancy_choices(system)) * len(modes_of(system, phase)) * len(ALGORITHMS) * (resamples + 1)
+    return (
+        len(redundancies or redundancy_choices(system))
+        * len(modes_of(system, phase))
+        * len(ALGORITHMS)
+        * (resamples + 1)
+    )
 
 
 def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:

@@ -16,7 +16,7 @@ say() { echo "== $(($(date +%s) - START)) s: $*"; }
 bounded() { local end=$1; shift; timeout -k 15 "$(left "$end")" "$@"; } # none of it goes on after END
 options=(--no-report --results-dir "$results" ${BENCH_OPTIONS:-})
 
-# Which arms: a list in $CARRY/arms instead of the profile's.
+# Which arms: lists in $CARRY/arms and $CARRY/arms-emulated instead of the profile's.
 [ ! -e "$CARRY/arms" ] || arms=(--arms "$(cat "$CARRY/arms")")
 say "unpacking"
 if [ -z "${REHEARSE:-}" ]; then
@@ -117,8 +117,7 @@ touch "$go"
 wait $measuring
 counted=$(grep '^b[0-9]' "$results/$profile-nvlink.log" | grep -vc VOID)
 [ "$counted" -ge 6 ] || give_up "only $counted rows count"
-# Two servers of one arm were compared over NVLink.
-emulated=$(sed 's/,vanilla-again//' "$CARRY/arms" 2>/dev/null)
+emulated=$(cat "$CARRY/arms-emulated" "$CARRY/arms" 2>/dev/null | head -n 1)
 measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${emulated:+--arms "$emulated"} ${EMULATED_OPTIONS:-}
 go=$WORK/go-idle; rm -f "$go"
 measure "$idle" nvlink "$idle_end" "$idle" --loads decode --hold "$go" &
