@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.harness.environment import now, provenance, versions
 from bench.planner.quality import Case, Split
-from sglang_eplb_affinity.dispatch.evaluate import dealt_sources, measure, passes_of, source_gpus
+from sglang_eplb_affinity.dispatch.evaluate import dealt_sources, measure, passes_of
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -104,7 +106,10 @@ def rows_of(split: Split, case: Case, pass_tokens: int, layer_step: int, passes:
     planned = plan(window, topology, slots, PlannerConfig(dispatch="cover")).expert_map
     maps = {"eplb": eplb_placement(window.counts, topology, slots), "affinity": planned}
     maps = {name: ExpertMap(m.physical_to_logical[layers], m.num_experts) for name, m in maps.items()}
-    ids, source = split.test.topk_ids, source_gpus(split.test, topology)
+    ids, sequence = split.test.topk_ids, split.test.sequence
+    source = dealt_sources(len(ids), topology)
+    if sequence is not None:  # those of the held-out half, dealt out to the GPUs
+        source = (np.unique(sequence, return_inverse=True)[1] % topology.num_gpus).astype(np.int32)
     if passes == "mixed":
         ids = ids[np.random.default_rng(0).permutation(len(ids))]
         source = dealt_sources(len(ids), topology)
@@ -120,17 +125,44 @@ def rows_of(split: Split, case: Case, pass_tokens: int, layer_step: int, passes:
     return [{**head, **row, "fanout_ratio_to_cover": row["gpu_fanout"] / cover["gpu_fanout"]} for row in rows]
 
 
+def entries(rows: list[dict[str, Any]], command: str) -> list[dict[str, Any]]:
+    """Entries for results/summary.json: `cover_balanced` on each trace and case; intervals over kinds of passes."""
+    source = provenance()
+    fixed = {
+        "kind": "simulated", "hardware": source["hardware"], "versions": versions(), "commit": source["commit"],
+        "date": now(), "command": command,
+    }  # fmt: skip
+    of_case: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["arm"] == "affinity, cover_balanced":
+            of_case.setdefault(f"{row['trace']}{row['case'].rpartition('cover')[2]}", []).append(row)
+    found = []
+    for case, measured in of_case.items():
+        for name, key, unit in (
+            ("pass_load", "pass_load_max_over_mean", "max/mean of a pass"),
+            ("gpu_fanout_ratio_to_cover", "fanout_ratio_to_cover", "ratio to cover"),
+        ):
+            values = [float(row[key]) for row in measured]
+            interval = {"value": float(np.median(values)), "lower": min(values), "upper": max(values)}
+            found.append({"name": f"dispatch.balanced.{case}.{name}", **interval, "unit": unit, **fixed})
+    return found
+
+
 @click.command()
 @click.option("--trace", "traces", multiple=True, required=True, help="FILE, or PLAN,TEST; may repeat.")
 @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nodes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--redundant", type=click.IntRange(1), multiple=True, default=(8, 16), show_default=True)
 @click.option("--pass-tokens", type=click.IntRange(1), multiple=True, default=(50, 400), show_default=True)
+@click.option("--passes", "kinds", type=click.Choice(["mixed", "own"]), multiple=True, default=("mixed", "own"))
 @click.option("--layer-step", type=click.IntRange(1), default=1, show_default=True, help="Measure each n-th layer.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file, not standard output.")
+@click.option(
+    "--entries", "entries_out", type=click.Path(dir_okay=False, path_type=Path), help="Summary entries, JSON."
+)
 def main(
     traces: tuple[str, ...], gpus: int, nodes: int, redundant: tuple[int, ...], pass_tokens: tuple[int, ...],
-    layer_step: int, out: Path | None,
+    kinds: tuple[str, ...], layer_step: int, out: Path | None, entries_out: Path | None,
 ) -> None:  # fmt: skip
     """Load of single passes and fan-out under every replica choice, as CSV."""
     rows: list[dict[str, Any]] = []
@@ -139,12 +171,17 @@ def main(
             if not case.fits(split.plan.num_experts):
                 raise InputError(f"--redundant {case.redundant}: does not fit {split.plan.num_experts} experts")
             for number in pass_tokens:
-                for passes in ("mixed", "own"):
+                for passes in kinds:
                     rows += rows_of(split, case, number, layer_step, passes)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    if entries_out is not None:
+        command = " ".join(
+            ["python -m bench.planner.pass_balance", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
+        )
+        write_atomically(entries_out, (json.dumps(entries(rows, command), indent=1) + "\n").encode())
     if out is None:
         click.echo(buffer.getvalue().rstrip())
     else:
