@@ -12,9 +12,9 @@ from tests.server.harness import ServerCase, Traffic, rounds, serve
 
 @pytest.mark.parametrize("extra", [(), ("--eplb-async",)], ids=["synchronous", "asynchronous"])
 def test_outputs_stay_over_two_rebalances(extra: tuple[str, ...], models: Path, tmp_path: Path, port: int) -> None:
-    # The first outputs come from the server before its first rebalance: 3 requests of 20 passes.
+    # The first outputs come before the first rebalance: 3 requests of 20 passes, and those of the start.
     flags = (*extra, "--eplb-min-gain", "0")
-    case = ServerCase("qwen3moe", redundant=4, algorithm="affinity", iterations=70, extra=flags)
+    case = ServerCase("qwen3moe", redundant=4, algorithm="affinity", iterations=100, extra=flags)
     with serve(models / case.model, case.flags, tmp_path / "log", port=port, ranks=case.ep) as server:
         traffic = Traffic(server)
         assert not rounds(server)
