@@ -39,6 +39,13 @@ LOSS_METRICS = tuple(Loss.__dataclass_fields__)
     "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True, default=("cover",), show_default=True,
     help="Replica choice; may repeat. dynamic spreads evenly over replicas, as EPLB assumes.",
 )  # fmt: skip
+@click.option(
+    "--pass-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Tokens of one GPU in one pass: what pass_load_max_over_mean is of, and what cover_balanced sees.",
+)
 @click.option("--without-rank", "ranks", type=int, multiple=True, help="As if this GPU were lost; may repeat.")
 @click.option("--without-node", "lost_nodes", type=int, multiple=True, help="As if this node were lost; may repeat.")
 @click.option("--current-map", type=FILE, help="Count the experts that each map moves from this one.")
@@ -46,8 +53,8 @@ LOSS_METRICS = tuple(Loss.__dataclass_fields__)
 @click.option("--out", type=FILE, help="Write to a file instead of standard output.")
 def evaluate_command(
     traces: tuple[Path, ...], dumps: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int,
-    rules: tuple[DispatchRule, ...], ranks: tuple[int, ...], lost_nodes: tuple[int, ...], current_map: Path | None,
-    style: str, out: Path | None,
+    rules: tuple[DispatchRule, ...], pass_tokens: int, ranks: tuple[int, ...], lost_nodes: tuple[int, ...],
+    current_map: Path | None, style: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Fan-outs, remote copies and GPU load of maps on recorded tokens.
 
@@ -71,7 +78,7 @@ def evaluate_command(
             for map_path in maps:
                 expert_map = recorded.restrict(load_map(map_path, num_experts=experts), str(map_path))
                 for rule in rules:
-                    results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone))
+                    results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens))
                     bar.update()
     text = {"json": _json, "csv": _csv, "table": _table}[style](results, topology)
     if out is None:
@@ -113,10 +120,10 @@ def _of_dump(path: Path) -> _Recorded:
 
 def _result(
     recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
-    current: ExpertMap | None, gone: list[int],
+    current: ExpertMap | None, gone: list[int], pass_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     trace, trace_path = recorded.trace, recorded.path
-    traffic = measure_trace(trace, expert_map, topology, rule, map_source=str(map_path))
+    traffic = measure_trace(trace, expert_map, topology, rule, str(map_path), pass_tokens)
     moved = None if current is None else moved_experts(current, expert_map, topology)
     loss = without_gpus(trace, expert_map, topology, rule, gone, str(map_path)) if gone else None
     return {
@@ -126,6 +133,7 @@ def _result(
         "gpus": topology.num_gpus,
         "nodes": topology.num_nodes,
         "tokens": trace.num_tokens,
+        "pass_tokens": pass_tokens,
         "layers": trace.num_layers,
         "slots": expert_map.num_slots,
         **{name: float(getattr(traffic, name).mean()) for name in METRICS},

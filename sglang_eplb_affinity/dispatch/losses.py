@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.evaluate import NOT_KEPT, check_fits, measure_layer, source_gpus
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.evaluate import (
+    NO_PASS_LOAD,
+    NOT_KEPT,
+    ONE_PASS,
+    check_fits,
+    measure_layer,
+    source_gpus,
+)
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace
@@ -60,7 +67,7 @@ def without_gpus(
         sums, load = np.zeros(5, np.int64), np.zeros(expert_map.num_slots, np.int64)
         measure_layer(
             np.ascontiguousarray(masked), source, table, replicas, slots_per_gpu, topology.gpus_per_node,
-            topology.num_nodes, DISPATCH_RULES.index(rule), sums, load, NOT_KEPT,
+            topology.num_nodes, int(RuleNumber.of(rule)), sums, load, NOT_KEPT, ONE_PASS, NO_PASS_LOAD,
         )  # fmt: skip
         by_gpu = load.reshape(topology.num_gpus, -1).sum(1)[living]
         lost.append(int(is_lost.sum()))

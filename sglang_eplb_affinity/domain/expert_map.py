@@ -89,6 +89,10 @@ class ExpertMap:
         row = np.arange(num_slots, dtype=np.int32) % num_experts
         return ExpertMap(np.tile(row, (num_layers, 1)), num_experts)
 
+    def contiguous_like(self) -> ExpertMap:
+        """SGLang's start of as many layers, experts and slots."""
+        return ExpertMap.contiguous(self.num_layers, self.num_experts, self.num_slots)
+
     # ---- SGLang's file format: {"physical_to_logical_map": [[...]]} ----
 
     def to_json(self) -> dict[str, Any]:
