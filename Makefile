@@ -5,7 +5,7 @@
 # PROFILE  benchmark profile, one of bench/profiles (default: cpu)
 # ARGS     further options for the command behind a target, such as ARGS="--concurrency 1,4"
 
-DEFAULT_SGLANG := 0.5.17
+DEFAULT_SGLANG := 0.5.23
 SGLANG ?= $(DEFAULT_SGLANG)
 OTHER_SGLANG := $(filter-out $(SGLANG),$(notdir $(wildcard patches/*)))
 venv_of = .venv$(if $(filter-out $(DEFAULT_SGLANG),$(1)),-$(1))
@@ -21,6 +21,7 @@ REQUIREMENTS := requirements/cpu.txt requirements/cpu-nodeps.txt requirements/de
 BASE := $(filter-out $(VENV),.venv)
 # An editable install only in this checkout's own environment; elsewhere the package must outlive the checkout.
 OWN := $(filter $(VENV)/bin/python $(CURDIR)/$(VENV)/bin/python,$(PYTHON))
+EVERY_SGLANG := tests/patching/test_series.py tests/server/test_smoke.py
 PATCHING := $(PYTHON) -m sglang_eplb_affinity.patching
 
 .PHONY: help setup apply unapply verify refresh status trial bench bench-planner report test test-every test-matrix lint clean
@@ -65,13 +66,13 @@ bench-planner: setup  ## placement quality and planning speed beside SGLang's ow
 report: setup  ## build table, notebook and page of a run again
 	@$(PYTHON) -m bench report $(ARGS)
 
-test: apply lint  ## all tests that need no GPU, and on the other SGLang those marked every_sglang
+test: apply lint  ## all tests that need no GPU, and what EVERY_SGLANG names on the other SGLang
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	@$(if $(OWN),$(foreach other,$(OTHER_SGLANG),\
 	  $(MAKE) --no-print-directory test-every SGLANG=$(other) PYTHON=$(call venv_of,$(other))/bin/python))
 
-test-every: apply  ## the tests marked every_sglang: the series, and servers with two rounds each way
-	@$(PYTHON) -m pytest -n 2 --dist load -m every_sglang tests/patching tests/server
+test-every: apply  ## tests of the series, and a server with two rebalances each way
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(EVERY_SGLANG)
 
 test-matrix: apply  ## the server tests in every combination (about an hour on 2 cores)
 	@EPLB_AFFINITY_FULL_MATRIX=1 $(PYTHON) -m pytest tests/server/test_outputs.py $(ARGS)

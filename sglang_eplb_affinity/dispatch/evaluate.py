@@ -36,7 +36,7 @@ DEFINITIONS = {
     "remote_node_copies": "destination nodes other than the source node (source_model), per token and layer",
     "expert_node_copies": "experts on nodes other than the source node: what low-latency dispatch sends, per token",
     "load_max_over_mean": "token-expert assignments of the most loaded GPU over the mean GPU, averaged over layers",
-    "pass_load_max_over_mean": "the same in each pass; mean of the passes in which every GPU has all its tokens",
+    "pass_load_max_over_mean": "the same in each pass; mean of the passes in which every source has all its tokens",
 }
 METRICS = tuple(DEFINITIONS)
 _STATIC, _BALANCED = int(RuleNumber.STATIC), int(RuleNumber.COVER_BALANCED)
@@ -141,9 +141,9 @@ def passes_of(
 ) -> tuple[np.ndarray, int]:
     """(int32 [num_tokens]: the pass of each token, or empty where they are one; how many are complete, at least 1).
 
-    Pass p has the p-th ``pass_tokens`` tokens of every source GPU, and is complete if they all have so many; without
-    sources it has the p-th ``pass_tokens * num_gpus`` tokens. Complete passes come first. Where there is none, all
-    tokens are one pass.
+    Pass p has the p-th ``pass_tokens`` tokens of every source GPU that has any, and is complete if they all have so
+    many; without sources it has the p-th ``pass_tokens * num_gpus`` tokens. Complete passes come first. Where there is
+    none, all tokens are one pass.
     """
     if pass_tokens is None:
         return ONE_PASS, 1
@@ -156,7 +156,7 @@ def passes_of(
         counts = np.bincount(source, minlength=topology.num_gpus)
         for gpu in range(topology.num_gpus):
             of[source == gpu] = np.arange(counts[gpu]) // pass_tokens
-        complete = int(counts.min()) // pass_tokens
+        complete = int(counts[counts > 0].min(initial=num_tokens)) // pass_tokens
     return (of, complete) if complete else (ONE_PASS, 1)
 
 

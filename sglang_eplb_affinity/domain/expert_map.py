@@ -108,6 +108,10 @@ class ExpertMap:
             f"layers, give their number (--dense-layers {abs(own - num_layers)})"
         )
 
+    def contiguous_like(self) -> ExpertMap:
+        """SGLang's start of as many layers, experts and slots."""
+        return ExpertMap.contiguous(self.num_layers, self.num_experts, self.num_slots)
+
     # ---- SGLang's file format: {"physical_to_logical_map": [[...]]} ----
 
     def to_json(self) -> dict[str, Any]:

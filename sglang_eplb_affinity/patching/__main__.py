@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has read enough
+        sys.stderr.close()
     except OSError as error:  # a full disk, or one that may not be written
         print(f"error: {error.filename}: {error.strerror}; `status` says what is in force", file=sys.stderr)
         return 2

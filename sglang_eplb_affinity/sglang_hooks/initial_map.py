@@ -15,9 +15,9 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import is_dump, window_of
 from sglang_eplb_affinity.formats.maps import num_devices, parse_map
 from sglang_eplb_affinity.formats.recorded_map import KEY, MapOrigin, ServedModel, origin_of
-from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
-from sglang_eplb_affinity.sglang_hooks.rebalance import dispatch_rule
+from sglang_eplb_affinity.sglang_hooks.server_arguments import INITIAL_MAP
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,13 @@ class Placement:
     num_slots: int
 
 
-def placement_of(server_args: Any, shape: MoeShape, ep_size: int) -> Placement:
-    """What a map must fit on this server."""
-    return Placement(
-        served_model(server_args, shape),
-        shape,
-        Topology(ep_size, server_args.eplb_affinity_nodes or server_args.nnodes),
-        shape.num_experts + server_args.ep_num_redundant_experts,
-    )
-
-
-def served_model(server_args: Any, shape: MoeShape) -> ServedModel:
-    architectures = getattr(server_args.get_model_config().hf_config, "architectures", None) or ["unknown"]
-    return ServedModel(server_args.model_path, architectures[0], shape.num_layers, shape.num_experts, shape.top_k)
+def placement_of(settings: Settings) -> Placement:
+    """What a map must fit on this server; raises InputError for a model without routed experts."""
+    shape = settings.shape
+    if shape is None:
+        raise InputError(f"{INITIAL_MAP}: {settings.model_path} has no routed experts; leave the flag out")
+    model = ServedModel(settings.model_path, settings.architecture, shape.num_layers, shape.num_experts, shape.top_k)
+    return Placement(model, shape, settings.topology, shape.num_experts + settings.redundant)
 
 
 @dataclass(frozen=True)
@@ -88,15 +82,14 @@ def read_initial_map(value: str, server: Placement) -> InitialMap:
     return InitialMap(_short(value), expert_map, origin=origin)
 
 
-def warn_of_rule(loaded: InitialMap, server_args: Any) -> None:
+def warn_of_rule(loaded: InitialMap, settings: Settings) -> None:
     """A map is worth what was recorded only under the replica choice that it was planned for."""
-    rule = dispatch_rule(server_args)
-    if loaded.origin is None or loaded.origin.dispatch == rule or not server_args.ep_num_redundant_experts:
+    if loaded.origin is None or loaded.origin.dispatch == settings.rule or not settings.redundant:
         return
     logger.warning(
         "[eplb-affinity] %s %s: was planned for --ep-dispatch-algorithm %s, but this server chooses replicas by %s; "
         "give --ep-dispatch-algorithm %s",
-        INITIAL_MAP, loaded.source, loaded.origin.dispatch, server_args.ep_dispatch_algorithm, loaded.origin.dispatch,
+        INITIAL_MAP, loaded.source, loaded.origin.dispatch, settings.served_rule, loaded.origin.dispatch,
     )  # fmt: skip
 
 

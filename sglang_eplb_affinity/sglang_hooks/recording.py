@@ -12,23 +12,14 @@ from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfi
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.formats.affinity_entry import window_to_dump
+from sglang_eplb_affinity.rebalance.first_rank import this_rank
 from sglang_eplb_affinity.rebalance.window_reduce import Reduction, reduce_window
 from sglang_eplb_affinity.sglang_hooks import observing
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
 from sglang_eplb_affinity.sglang_hooks.load_log import LoadLog
-from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
-from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-def make(server_args: Any, expert_location_metadata: Any, owner: Any) -> ServerRecorder | None:
-    if not records_affinity(server_args):
-        return None
-    shape = MoeShape.of(server_args.get_model_config().hf_text_config)
-    if shape is None:
-        raise InputError(f"--eplb-algorithm affinity: {server_args.model_path} has no routed experts")
-    return ServerRecorder(server_args, expert_location_metadata, shape.top_k, owner)
 
 
 class ServerRecorder:
@@ -39,46 +30,41 @@ class ServerRecorder:
     ``owner`` is SGLang's recorder, which knows whether recording is on.
     """
 
-    def __init__(self, server_args: Any, expert_location_metadata: Any, top_k: int, owner: Any) -> None:
+    def __init__(self, settings: Settings, expert_location_metadata: Any, owner: Any) -> None:
         from sglang.srt.runtime_context import get_parallel
 
-        parallel = get_parallel()
-        self._world_rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        self.top_k = top_k
-        self._all_to_all = server_args.moe_a2a_backend != "none"
-        self._num_groups = 1 if self._all_to_all else max(parallel.attn_dp_size, 1)
+        if settings.shape is None:
+            raise InputError(f"--enable-expert-affinity-recorder: {settings.model_path} has no routed experts")
+        parallel, recording = get_parallel(), settings.recording
+        self.top_k = settings.shape.top_k
+        self._num_groups = 1 if settings.own_tokens else max(parallel.attn_dp_size, 1)
         self._reduction = Reduction(
-            contributes=self._all_to_all or (parallel.moe_ep_rank == 0 and parallel.moe_tp_rank == 0)
+            contributes=settings.own_tokens or (parallel.moe_ep_rank == 0 and parallel.moe_tp_rank == 0)
         )
         # EPLB plans on the same window: the HTTP endpoints must neither stop nor empty it.
-        self.serves_eplb = bool(server_args.enable_eplb)
-        self.records_from_start = bool(server_args.expert_load_log_passes)
-        chunk = server_args.chunked_prefill_size or 0
+        self.serves_eplb = settings.eplb
+        self.records_from_start = bool(recording.log_passes)
         self._owner = owner
-        self._schedule = RecordSchedule(
-            server_args.expert_affinity_record_every,
-            server_args.expert_affinity_record_last_passes,
-            server_args.eplb_rebalance_num_iterations,
-        )
+        self._schedule = RecordSchedule(recording.every, recording.last_passes, recording.interval)
         self._passes = 0
         self._records_pass = True
-        self._on_cuda = str(server_args.device).startswith("cuda")
+        self._on_cuda = settings.device.startswith("cuda")
         self.recorder = AffinityRecorder(
             num_layers=expert_location_metadata.num_layers,
             num_experts=expert_location_metadata.num_logical_experts,
-            top_k=top_k,
+            top_k=self.top_k,
             num_groups=self._num_groups,
-            device=server_args.device,
+            device=settings.device,
             config=RecorderConfig(
-                sample_tokens=server_args.expert_affinity_sample_tokens,
-                max_pass_tokens=max(chunk, 8192) * self._num_groups,
+                sample_tokens=recording.sample_tokens,
+                max_pass_tokens=recording.max_pass_tokens * self._num_groups,
                 # Ranks run in lockstep: with one seed all would keep the tokens of the same positions.
-                seed=(server_args.random_seed or 0) + self._world_rank,
+                seed=recording.seed + this_rank(),
                 # With EPLB on recording never stops, and all layers of the target model run inside a pass.
-                quiet_between_passes=not self.serves_eplb or server_args.speculative_algorithm is not None,
+                quiet_between_passes=not self.serves_eplb or recording.speculative,
             ),
         )
-        self._load_log = LoadLog(server_args.expert_load_log_passes, self.recorder, self._reduction)
+        self._load_log = LoadLog(recording.log_passes, self.recorder, self._reduction)
         self._warned: set[str] = set()
 
     @property

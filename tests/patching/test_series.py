@@ -14,7 +14,7 @@ from sglang_eplb_affinity.patching.refresh import refresh
 from sglang_eplb_affinity.patching.series import files_of, read_series
 from sglang_eplb_affinity.patching.state import State
 from sglang_eplb_affinity.patching.upstream import Installation, Upstream, series_folder, series_versions
-from sglang_eplb_affinity.sglang_hooks import arguments
+from sglang_eplb_affinity.sglang_hooks import arguments, server_arguments
 
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 VERSIONS = series_versions(PATCHES)
@@ -75,7 +75,7 @@ def test_a_server_on_an_older_series_says_so(version: str) -> None:
     added = {
         name for patch in patches for name in re.findall(r"^\+    ([a-z_]+): A\[", patch.read_text(), re.MULTILINE)
     }
-    assert added == set(arguments.ADDED)
+    assert added == set(server_arguments.ADDED)
     older = SimpleNamespace(**dict.fromkeys(added - {"eplb_record_map"}))
     with pytest.raises(InputError, match="without --eplb-record-map; run `make apply`"):
         arguments.resolve(older)
