@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pandas as pd
 
 from bench.capacity.docs import fill
+from bench.capacity.replicas import replica_gains
 from bench.harness.engine import ROOT
-from bench.harness.environment import now, provenance
+from bench.harness.environment import now, provenance, versions
 from bench.harness.output_paths import ResultFolder
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -88,6 +90,28 @@ def everything(out: Path, keep: bool) -> None:
     fill(ROOT / PAGE, folder)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     click.echo(f"{time.monotonic() - began:.0f} s in all; peak memory of a run {peak:.2f} GiB; EP320 {ep320:.0f} s")
+
+
+@main.command("replicas")
+@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+def replicas_command(out: Path) -> None:
+    """Gains of many replicas over EPLB at its best redundancy, served with the rule that affinity takes."""
+    folder = ROOT / out
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = replica_gains(*(RoutingTrace.load(ROOT / path) for path in (PLAN, TEST)))
+    write_atomically(folder / "replicas.csv", pd.DataFrame(figures).to_csv(index=False, float_format="%.3f").encode())
+    source = provenance()
+    entries = [
+        {
+            "name": figure["name"], "value": figure["gain %"], "lower": figure["lower"], "upper": figure["upper"],
+            "unit": "% shorter step than EPLB's best", "kind": "simulated", "hardware": source["hardware"],
+            "versions": versions(), "commit": source["commit"], "date": now(),
+            "command": "python -m bench.capacity replicas",
+        }
+        for figure in figures
+    ]  # fmt: skip
+    text = json.dumps({"entries": entries}, indent=2) + "\n"
+    write_atomically(folder / "replicas_summary_entries.json", text.encode())
 
 
 @main.command("calibration")

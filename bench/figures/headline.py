@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 
 from bench.figures.compare import block_ratios, compare
+from bench.figures.load_headlines import figures_of_loads
 from bench.figures.metrics import PLACEMENT
 from bench.figures.stats import noise_floor_pct
 from bench.harness.links import Link
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.publish.sections import HEADLINE
 from bench.publish.summary import Figure, of_ranks
-from bench.publish.table import tidy
+from bench.publish.table import main_load, tidy
 from sglang_eplb_affinity.domain.errors import InputError
 
 _RATIOS = {
@@ -24,7 +25,14 @@ _RATIOS = {
     "qps": "qps_ratio_to_vanilla",
     "full_prefill_ms": "full_prefill_ratio_to_vanilla",
 }
-_NAMED = {"affinity": "", "cover": "cover."}  # arms whose ratios are headline figures, and what their names begin with
+# Arms whose ratios are headline figures, and what their names begin with.
+_NAMED = {
+    "affinity": "",
+    "cover": "cover.",
+    "cover-balanced": "cover-balanced.",
+    "cover-32": "cover-32.",
+    "cover-balanced-32": "cover-balanced-32.",
+}
 _PLACEMENT_UNITS = {
     "balancedness": "mean/max load",
     "gpu_fanout": "GPUs per token",
@@ -52,16 +60,20 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
     named = [(f"{prefix}.{name}", values) for name, values in _placement(frame, plan)]
     if plan.profile.server.engine != "cpu":
         kind = Link.of(plan.profile).kind
-        named += [(f"{prefix}.{name}", values) for name, values in _speeds(frame, kind)]
+        named += [(f"{prefix}.{name}", values) for name, values in _speeds(main_load(frame), kind)]
         noise = f"{of_ranks(plan.profile.server.ranks)}bench"
-        named += [(f"{noise}.{name}", values) for name, values in _noise(frame, kind)]
+        named += [(f"{noise}.{name}", values) for name, values in _noise(main_load(frame), kind)]
+        named += figures_of_loads(frame, plan, prefix)
     return [Figure(name=name, **values, **common) for name, values in named]
 
 
 def default_prefix(plan: RunPlan) -> str:
-    """`bench.LINK`: `bench.nvlink`, `bench.emulated50`, `bench.cpu`; on more than 2 GPUs `ep4.bench.nvlink`."""
+    """`bench.LINK`: `bench.nvlink`, `bench.emulated50`, `bench.cpu`; on more than 2 GPUs `ep4.bench.nvlink`. Where arms
+    serve one map each, `bench.auto.LINK`; of a profile that only asks what EPLB costs, `bench.idle`."""
     server = plan.profile.server
-    return f"{'' if server.engine == 'cpu' else of_ranks(server.ranks)}bench.{Link.of(plan.profile).name}"
+    of = "auto." if server.plan_trace else ""
+    link = "idle" if "plain" in plan.profile.arms else Link.of(plan.profile).name
+    return f"{'' if server.engine == 'cpu' else of_ranks(server.ranks)}bench.{of}{link}"
 
 
 _Row = tuple[str, dict[str, Any]]
@@ -89,10 +101,10 @@ def _placement(frame: pd.DataFrame, plan: RunPlan) -> list[_Row]:
             values = next((found for found in columns if len(found)), None)
             if values is None:
                 continue
-            emulated = "node" in name and plan.profile.server.nodes > 1
-            rows.append(
-                (f"{arm}.{name}", _values(values, _PLACEMENT_UNITS[name], "emulated" if emulated else "measured"))
-            )
+            kind = "emulated" if "node" in name and plan.profile.server.nodes > 1 else "measured"
+            if plan.profile.server.plan_trace:  # computed on the replayed trace
+                kind = "simulated"
+            rows.append((f"{arm}.{name}", _values(values, _PLACEMENT_UNITS[name], kind)))
     return rows
 
 
@@ -102,6 +114,8 @@ def _values(values: pd.Series, unit: str, kind: str) -> dict[str, Any]:
 
 
 def _speeds(frame: pd.DataFrame, kind: str) -> list[_Row]:
+    if frame.empty:
+        return []
     largest = frame[frame["concurrency"] == frame["concurrency"].max()]
     found = compare(largest, "vanilla", list(_RATIOS))
     rows: list[_Row] = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.harness.profile import ServerConfig
-from sglang_eplb_affinity.dispatch.evaluate import dealt_sources, measure_layer
+from sglang_eplb_affinity.dispatch.evaluate import NO_PASS_LOAD, ONE_PASS, dealt_sources, measure_layer
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow, coactivation_of
@@ -78,7 +78,7 @@ def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology
         measure_layer(
             np.ascontiguousarray(tokens[layer], np.int16), sources, table[layer], replicas[layer],
             slots_per_gpu, topology.gpus_per_node, topology.num_nodes, int(RuleNumber.of(rule)),
-            np.zeros(5, np.int64), load[layer], chosen,
+            np.zeros(5, np.int64), load[layer], chosen, ONE_PASS, NO_PASS_LOAD,
         )  # fmt: skip
         visited = np.zeros((count, topology.num_gpus), bool)
         np.put_along_axis(visited, chosen.astype(np.int64) // slots_per_gpu, True, axis=1)

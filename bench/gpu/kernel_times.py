@@ -202,10 +202,15 @@ def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ("ours_dynamic", "upstream_dynamic"),
         ("ours_static", "upstream_static"),
         ("ours_cover", "upstream_dynamic"),
+        ("ours_cover_balanced", "upstream_dynamic"),
     )
     modes = ("graph", "eager")
     return {
         "to_upstream": {f"{a} / {b}": {mode: largest(a, b, mode, 1 << 30) for mode in modes} for a, b in pairs},
+        "balanced_to_cover": {
+            str(most): {mode: largest("ours_cover_balanced", "ours_cover", mode, most) for mode in modes}
+            for most in (128, 1 << 30)
+        },
         "to_empty_up_to_128_tokens": {a: {mode: largest(a, "empty", mode, 128) for mode in modes} for a, _ in pairs},
     }
 
@@ -233,6 +238,12 @@ def entries(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for mode, name in (("graph", "time"), ("eager", "eager_time")):
         ratio = to_upstream["ours_static / upstream_static"][mode]
         add(f"kernel.static.{name}_ratio_to_upstream.max", ratio, "ratio to SGLang's path (static), largest over sizes")
+    ratio = to_upstream["ours_cover_balanced / upstream_dynamic"]["graph"]
+    add(
+        "kernel.cover_balanced.time_ratio_to_upstream.max",
+        ratio,
+        "largest ratio to SGLang's path (dynamic), in a graph",
+    )
     for rule in DISPATCH_RULES:
         ratio = to_empty[f"ours_{rule}"]["graph"]
         add(f"kernel.{rule}.time_ratio_to_empty.max", ratio, "ratio to an empty kernel in a graph, up to 128 tokens")

@@ -19,7 +19,7 @@ from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_file, write_result
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.device.recorder import RowLayout
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES, DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 
 _ITEM_SHAPES = (
@@ -36,7 +36,7 @@ NOISE = 0.02
 
 
 def shapes_to_try(rule: DispatchRule) -> tuple[LaunchShape, ...]:
-    return _ROW_SHAPES if rule == "cover" else _ITEM_SHAPES
+    return _ROW_SHAPES if rule in COVER_RULES else _ITEM_SHAPES
 
 
 def label(shape: LaunchShape) -> str:
@@ -75,7 +75,7 @@ def tune(cell: Cell, rule: DispatchRule) -> dict[str, object]:
         if wrong is not None:
             raise InputError(f"{rule}, {cell.tokens} tokens, shape {label(shape)}: {wrong} unlike the reference's")
         times[shape] = measure_graph(cell.ours(rule, cell.step(shapes)), cell.restore)["median"]
-    default = default_shapes(rule).of(cell.tokens * cell.top_k, cell.top_k)
+    default = default_shapes(rule).of(cell.tokens, cell.top_k)
     unrecorded = cell.ours(rule, cell.step(recorded=False))
     return {
         "rule": rule,

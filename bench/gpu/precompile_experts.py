@@ -49,7 +49,7 @@ def compile_product(wanted: Product) -> str:
     """Run it once on random values; returns its line."""
     import torch
 
-    _environment()
+    set_environment()
     import deep_gemm
 
     began = time.monotonic()
@@ -76,7 +76,7 @@ def compile_product(wanted: Product) -> str:
     return f"{wanted}: {result}, {time.monotonic() - began:.1f} s"
 
 
-def _environment() -> None:
+def set_environment() -> None:
     """As SGLang's sglang/srt/layers/deep_gemm_wrapper/compile_utils.py sets it: the cache's names depend on it."""
     folder = os.getenv("SGLANG_DG_CACHE_DIR", str(Path.home() / ".cache" / "deep_gemm"))
     os.environ["DG_JIT_CACHE_DIR"] = folder

@@ -23,7 +23,7 @@ for item in .carry/*; do
     [ -e "$item" ] && [ ! -e "$CARRY/$name" ] && cp -r "$item" "$CARRY/.$name.part" && mv "$CARRY/.$name.part" "$CARRY/$name"
 done
 if [ ! -e "$WORK/pid" ]; then
-    mkdir -p "$WORK/checkout" && tar -cf - --exclude=./.carry --exclude=./.git --exclude=./.venv --exclude=./out . |
+    mkdir -p "$WORK/checkout" && tar -cf - --exclude=./.carry --exclude=./.git --exclude="./.venv*" --exclude=./out . |
         tar -C "$WORK/checkout" -xf -
     START=$(date +%s); export START; echo "$START" >"$WORK/start"
     [ -e "$CARRY/commit" ] && { SOURCE_COMMIT=$(cat "$CARRY/commit"); export SOURCE_COMMIT; }

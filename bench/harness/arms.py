@@ -99,6 +99,8 @@ _ARMS = (
     ),
     # Replicas chosen for few GPUs a token and for even loads within the pass.
     Arm("cover-balanced", "affinity EPLB, balanced cover", "affinity", dispatch="cover_balanced"),
+    # One slot an expert: what decode would take if no replica were read.
+    Arm("affinity-0", "affinity EPLB, none redundant", "affinity", redundant=0),
     # Half of the experts of the small models twice, against traffic.
     Arm("cover-32", "affinity EPLB, cover, 32 redundant", "affinity", dispatch="cover", redundant=32),
     Arm(

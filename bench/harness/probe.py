@@ -13,11 +13,13 @@ from bench.harness.profile import ServerConfig
 from bench.harness.server import Server
 from bench.harness.workload import Workload
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
+from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.formats.affinity_entry import window_of_dump
 
 # SGLang writes its recorder's dumps here; rank 0 alone writes, so one file a dump.
 DUMP_FOLDER_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
@@ -62,14 +64,10 @@ def probe_placement(server: Server, work: Workload, config: ServerConfig, dumps:
 
 def read_dump(path: Path) -> RoutingWindow:
     """The affinity window of a recorder dump; raises InputError when it has none."""
-    import torch
-
-    from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
-
-    data = torch.load(path, weights_only=True, map_location="cpu")
-    if "affinity" not in data:
+    data = read_content(path)
+    if not isinstance(data, dict) or "affinity" not in data:
         raise InputError("the dump has no `affinity` entry (is SGLang patched?)")
-    return window_of_dump(data["affinity"])
+    return window_of_dump(data["affinity"], str(path))
 
 
 def placement_of(window: RoutingWindow, topology: Topology) -> Placement:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bench.harness.environment import describe_environment, now, provenance, versions
 from bench.harness.output_paths import ResultFolder
 from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
+from bench.planner.replicas import REPLICA_CASES, plot_replicas, replica_speed_rows
 from bench.planner.report import report_text
 from bench.planner.rounds import ROUND_CASES, round_rows
 from bench.planner.speed import speed_rows, start_up_and_memory
@@ -26,7 +27,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
 
-PARTS = ("quality", "curves", "floor", "drift", "rounds", "tried", "torch", "speed")
+PARTS = ("quality", "replicas", "curves", "floor", "drift", "rounds", "tried", "torch", "speed")
 OWN_TRACE = "bench/data/tiny_moe_plan.npz,bench/data/tiny_moe_test.npz"
 Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ def main(
     warm_up()
     tables: dict[str, list[Row]] = {}
     cases = [(split, case) for split in splits for case in _chosen(CASES, labels) if case.fits(split.plan.num_experts)]
-    every = dict.fromkeys((*CASES, *CURVE_CASES, *ROUND_CASES))
+    every = dict.fromkeys((*CASES, *REPLICA_CASES, *CURVE_CASES, *ROUND_CASES))
     if not any(case.fits(split.plan.num_experts) for split in splits for case in _chosen(tuple(every), labels)):
         raise InputError(f"--case {', '.join(labels)}: no such case, or it does not fit the trace; omit it to see all")
     if "speed" in chosen:  # first, before anything else has heated up the machine
@@ -70,6 +71,12 @@ def main(
         tables["quality"] = _each(
             "quality", cases, lambda s, c: quality_rows(s, c, rebalance, seeds, ("fast", "thorough"))
         )
+    if "replicas" in chosen:
+        fitting = [(s, c) for s in splits for c in _chosen(REPLICA_CASES, labels) if c.fits(s.plan.num_experts)]
+        tables["replicas"] = _each(
+            "replicas", fitting, lambda s, c: quality_rows(s, c, rebalance, min(seeds, 2), ("fast", "thorough"))
+        )
+        tables["replicas_speed"] = replica_speed_rows(repeats)
     if "curves" in chosen:
         tables["curves"] = _each(
             "curves", _curves(splits, labels), lambda s, c: quality_rows(s, c, rebalance, 1, ("fast",))
@@ -90,6 +97,8 @@ def main(
     for name, rows in tables.items():
         if rows:
             write_atomically(out / f"{name}.csv", _csv(rows).encode())
+    if tables.get("replicas"):
+        plot_replicas(tables["replicas"], out / "replicas.png")
     text = report_text(tables, environment)
     write_atomically(out / "report.md", text.encode())
     write_atomically(out / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
@@ -135,6 +144,16 @@ def _entries(tables: dict[str, list[Row]], command: str) -> list[Row]:
         interval = {"value": statistics.median(values), "lower": min(values), "upper": max(values)}
         entries.append({"name": name, **interval, "unit": unit, **fixed})
 
+    replicas: dict[str, list[float]] = {}
+    for row in tables.get("replicas", []):
+        if row["arm"] == "affinity thorough":
+            replicas.setdefault(f"planner.replicas.{row['trace']}.{row['case']}", []).append(row["gpu_fanout"])
+    for name, values in replicas.items():
+        add(f"{name}.gpu_fanout", values, "GPUs per token")
+    for row in tables.get("replicas_speed", []):
+        if row["arm"].endswith("512 slots"):
+            values = [row["ratio_to_288_min"], row["ratio_to_288"], row["ratio_to_288_max"]]
+            add("planner.replicas.dsv3_512.time_ratio_to_288", values, "ratio to 288 slots")
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in tables.get("quality", []):
         if row["arm"] == "affinity thorough":

@@ -23,6 +23,14 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
             "planner seeds in brackets.",
             _quality(tables["quality"]),
         ]
+    if tables.get("replicas"):
+        parts += [
+            "## Many replicas",
+            "As above, on tokens that were not planned on; `replicas.png` shows the curves.",
+            _quality(tables["replicas"]),
+            "Planning time, 58 layers on 32 GPUs of 4 nodes, synthetic routing, interleaved:",
+            _plain(tables["replicas_speed"]),
+        ]
     if tables.get("curves"):
         parts += ["## Other sizes and redundancy (fast effort, one seed)", _quality(tables["curves"])]
     if tables.get("floor"):

@@ -50,6 +50,17 @@ def from_run(folder: str, prefix: str | None, output: str) -> None:
     click.echo(f"{output}: {len(figures)} entries")
 
 
+@summary.command("from-series")
+@click.option("--output", required=True, help="File to write the entries to, for `summary add`.")
+def from_series(output: str) -> None:
+    """Write the size of each patch series as summary entries."""
+    from bench.publish.series_size import figures_of_series
+
+    figures = figures_of_series(ROOT / "patches")
+    dump_figures(figures, Path(output))
+    click.echo(f"{output}: {len(figures)} entries")
+
+
 @summary.command()
 @_summary_option
 def check(summary_file: str) -> None:

@@ -132,7 +132,10 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
             lines += ["", f"## Full prefill passes{emulated}", "", _PASSES_TEXT, "", *passes, "", *ratios]
         if tails := metric_table(rows, TAILS):
             lines += ["", f"## Tails, stalls and goodput{emulated}", "", _targets_text(plan), "", *tails]
-        lines += ["", f"## Placement, as the server saw it{emulated}", "", _PLACEMENT_TEXT, ""]
+        if profile.server.plan_trace:
+            lines += ["", f"## Placement{emulated}", "", _ONE_MAP_TEXT, ""]
+        else:
+            lines += ["", f"## Placement, as the server saw it{emulated}", "", _PLACEMENT_TEXT, ""]
         lines += placement_table(frame, summary, plan)
         if conditions := metric_table(rows, CONDITIONS):
             lines += ["", f"## Conditions of the rows{emulated}", "", _CONDITIONS_TEXT, "", *conditions]
@@ -204,6 +207,11 @@ def _targets_text(plan: RunPlan) -> str:
     )
 
 
+_ONE_MAP_TEXT = (
+    "Computed on the replayed trace, not measured: each server kept the one map that it was given, planned on another "
+    "trace. Balancedness is mean load over largest load of a GPU (1 is even); fan-out is the mean number of distinct "
+    "GPUs or nodes that a token's experts are on."
+)
 _PLACEMENT_TEXT = (
     "`before -> after`: the placement that the server started with, on its first window, and the placement in use "
     "during the row, on the row's own traffic (not the traffic it was planned on). Balancedness is mean load over "

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import read_dumps
 from sglang_eplb_affinity.formats.maps import load_map
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.config import Effort, Objective
+from sglang_eplb_affinity.planner.redundancy import redundancies_within, slots_within, try_redundancies
+from sglang_eplb_affinity.planner.survival import SURVIVE, Survive
 
 SAMPLE_TOKENS = 16384
 
@@ -24,11 +29,20 @@ SAMPLE_TOKENS = 16384
 @click.command("plan")
 @click.option("--trace", type=FILE, help="Routing trace (.npz) to plan for.")
 @click.option(
-    "--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump (.pt: stat, per_token, affinity)."
+    "--dump",
+    "dumps",
+    type=FILE,
+    multiple=True,
+    help="SGLang recorder dump of any mode (.pt, .json); may repeat: weighed by tokens.",
 )
 @topology_options
 @click.option(
-    "--redundant", type=int, default=0, show_default=True, help="Redundant experts (slots beyond the experts)."
+    "--redundant", default="0", show_default=True,
+    help="Redundant experts (slots beyond the experts); `auto`: the knee of what they save, within --memory-gb.",
+)  # fmt: skip
+@click.option("--memory-gb", type=float, help="Memory free for experts on each GPU, for --redundant auto.")
+@click.option(
+    "--expert-mb", type=float, help="MB of one expert of one layer, for --redundant auto (DeepSeek-V3 in FP8: 44)."
 )
 @click.option(
     "--algorithm",
@@ -61,18 +75,25 @@ SAMPLE_TOKENS = 16384
     "--node-weight", type=int, default=2, show_default=True,
     help="Cost of a copy to another node, in copies to another GPU.",
 )  # fmt: skip
+@click.option(
+    "--survive", type=click.Choice(SURVIVE), default="none", show_default=True,
+    help="Every expert on two ranks or nodes where the slots allow, so that none is lost with one.",
+)  # fmt: skip
 @click.option("--current-map", type=FILE, help="Map in use: the plan then moves few experts.")
 @click.option("--max-moves", type=int, help="At most so many new experts per GPU and layer; needs --current-map.")
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="thorough", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=int, help="Worker threads.  [default: from the cores]")
+@dense_layers_option
 @click.option("--out", type=FILE, required=True, help="Map file to write (SGLang's JSON).")
 @click.option("--report", type=FILE, help="Also write the per-layer report (JSON).")
 def plan_command(
-    trace: Path | None, dumps: tuple[Path, ...], gpus: int, nodes: int, redundant: int, algorithm: str,
+    trace: Path | None, dumps: tuple[Path, ...], gpus: int, nodes: int, redundant: str,
+    memory_gb: float | None, expert_mb: float | None, algorithm: str,
     groups: int | None, objective: Objective, prefill_share: float | None, dispatch: DispatchRule,
-    max_load_increase: float, load_noise_allowance: float, node_weight: int, current_map: Path | None,
-    max_moves: int | None, effort: Effort, seed: int, threads: int | None, out: Path, report: Path | None,
+    max_load_increase: float, load_noise_allowance: float, node_weight: int, survive: Survive, current_map: Path | None,
+    max_moves: int | None, effort: Effort, seed: int, threads: int | None, dense_layers: int,
+    out: Path, report: Path | None,
 ) -> None:  # fmt: skip
     """Plan an expert map for one trace, or for one or several recorder dumps of one model.
 
@@ -84,37 +105,86 @@ def plan_command(
     topology = topology_of(gpus, nodes)
     if (trace is None) == (not dumps):
         raise InputError("give either --trace or --dump (once or several times)")
-    if redundant < 0:
-        raise InputError(f"--redundant {redundant}: must be 0 or more")
+    if max_moves is not None and current_map is None:
+        raise InputError(
+            f"--max-moves {max_moves}: makes the plan incremental, as the server's flag does; give the current map too "
+            "(--current-map)"
+        )
+    if redundant != "auto" and not redundant.isdecimal():
+        raise InputError(f"--redundant {redundant}: must be a whole number, 0 or more, or auto")
+    if redundant == "auto" and not ((memory_gb or 0) > 0 and (expert_mb or 0) > 0):
+        raise InputError("--redundant auto: needs --memory-gb and --expert-mb, both above 0")
     config = PlannerConfig(
         objective=objective, prefill_share=prefill_share, max_load_increase=max_load_increase,
         load_noise_allowance=load_noise_allowance, node_weight=node_weight, num_groups=groups, effort=effort,
-        dispatch=dispatch, seed=seed, max_moves=max_moves, threads=threads,
+        dispatch=dispatch, seed=seed, max_moves=max_moves, survive=survive, threads=threads,
     )  # fmt: skip
     for path in (out, report):
         if path is not None:
             check_output(path)
-    window = _window(trace, dumps, seed)
-    slots = window.num_experts + redundant
-    current = None if current_map is None else load_map(current_map, num_experts=window.num_experts)
+    window = _window(trace, dumps, seed, dense_layers)
+    if redundant == "auto":
+        assert memory_gb is not None and expert_mb is not None
+        slots = window.num_experts + _auto_redundant(window, topology, config, memory_gb, expert_mb)
+    else:
+        slots = window.num_experts + int(redundant)
+    current = None
+    if current_map is not None:
+        read = load_map(current_map, dense_layers, window.num_experts, gpus)
+        current = read.aligned(window.num_layers, dense_layers, str(current_map), "the routing")
+    added = 0 if trace is None else dense_layers  # a dump has rows for dense layers already
     if algorithm != "affinity":
         if report is not None or max_moves is not None:
             raise InputError(f"--report and --max-moves need --algorithm affinity, not {algorithm}")
         if not window.counts.any():
             raise InputError("routing window: empty, no tokens were recorded")
         hierarchical = algorithm == "deepseek_hierarchical"
-        eplb_placement(window.counts, topology, slots, hierarchical=hierarchical, num_groups=groups).save(out)
+        placed = eplb_placement(window.counts, topology, slots, hierarchical=hierarchical, num_groups=groups)
+        placed.aligned(placed.num_layers + added, dense_layers, str(out), "the model").save(out)
         click.echo(f"{out}: {window.num_layers} layers, {slots} slots by {algorithm}", err=True)
         return
     with tqdm(total=window.num_layers, desc="planning", unit="layer", leave=False, disable=None) as bar:
         planned = plan(window, topology, slots, config, current, progress=bar.update)
-    planned.expert_map.save(out)
+    planned.expert_map.aligned(window.num_layers + added, dense_layers, str(out), "the model").save(out)
     if report is not None:
         write_atomically(report, json.dumps(planned.report.to_json()).encode())
     click.echo(f"{out}: {planned.report.summary()}", err=True)
 
 
-def _window(trace: Path | None, dumps: tuple[Path, ...], seed: int) -> RoutingWindow:
+def _auto_redundant(
+    window: RoutingWindow, topology: Topology, config: PlannerConfig, memory_gb: float, expert_mb: float
+) -> int:
+    """Try redundancies up to the budget at fast effort, print what each saves, and return the knee."""
+    if not window.counts.any():
+        raise InputError("routing window: empty, no tokens were recorded")
+    layers = int(window.counts.any(1).sum())
+    per_gpu = slots_within(memory_gb * 1e9, expert_mb * 1e6, layers)
+    try:
+        numbers = redundancies_within(window.num_experts, topology.num_gpus, per_gpu)
+    except InputError as error:
+        raise InputError(f"--memory-gb {memory_gb:g} --expert-mb {expert_mb:g}: {error}") from None
+    quick = replace(config, effort="fast", max_moves=None, minimum_gain=None)
+    with tqdm(total=len(numbers) * window.num_layers, desc="trying", unit="layer", leave=False, disable=None) as bar:
+        rows, at = try_redundancies(window, topology, quick, numbers, bar.update)
+    best = min(row.eplb_cost for row in rows)
+    for i, row in enumerate(rows):
+        gigabytes = (window.num_experts + row.redundant) // topology.num_gpus * layers * expert_mb / 1e3
+        saved = 100 * (1 - row.cost / best)
+        click.echo(
+            f"{row.redundant:5d} redundant, {gigabytes:6.1f} GB a GPU: dispatch cost {-saved:+6.1f} % to EPLB's best, "
+            f"GPU fan-out {row.gpu_fanout:.3f}, load {row.load:.3f}{'  <- knee, taken' if i == at else ''}",
+            err=True,
+        )
+    return rows[at].redundant
+
+
+def _window(trace: Path | None, dumps: tuple[Path, ...], seed: int, dense_layers: int) -> RoutingWindow:
     if trace is not None:
         return RoutingWindow.from_trace(RoutingTrace.load(trace), SAMPLE_TOKENS, seed)
-    return read_dumps(dumps, SAMPLE_TOKENS, seed)
+    window = read_dumps(dumps, SAMPLE_TOKENS, seed, note=say)
+    busy = np.flatnonzero(window.counts[:dense_layers].any(1))
+    if len(busy):
+        raise InputError(f"--dense-layers {dense_layers}: but layer {busy[0]} of {dumps[0]} has traffic")
+    if window.tokens is None:
+        say(f"{dumps[0]}: holds counts only: planned for load; fan-out is unknown")
+    return window

@@ -10,12 +10,12 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
 from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingTrace
-from sglang_eplb_affinity.simulate import report
+from sglang_eplb_affinity.simulate import memory, report
 from sglang_eplb_affinity.simulate.day_report import interval_text
 from sglang_eplb_affinity.simulate.recommend import (
     DAY_WINDOWS,
@@ -36,17 +36,24 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 @click.option("--trace", type=FILE, help="Recorded routing (.npz).")
 @click.option("--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump with token sets (.pt).")
 @click.option("--test-trace", type=FILE, help="Routing to judge on.  [default: held-out sequences of --trace]")
+@dense_layers_option
 @click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
 @click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
 @click.option("--min-gain", default=1.0, show_default=True, help="Least sure gain in % that is worth a switch.")
 @click.option("--layers", default=4, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")
 @click.option("--resamples", default=5, show_default=True, help="Batches drawn anew for the intervals.")
+@click.option(
+    "--memory-gb", help="Memory free for experts on each GPU, or `auto` from the topology: tries redundancies up to it."
+)
+@click.option("--plot", type=FILE, help="Gain against memory as PNG; needs --memory-gb.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=FILE, help="Write the recommendation as JSON.")
 def recommend_command(
-    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, topology: str, gpus: int | None,
-    phases: tuple[Phase, ...], min_gain: float, layers: int, resamples: int, seed: int, out: Path | None,
+    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
+    topology: str, gpus: int | None,
+    phases: tuple[Phase, ...], min_gain: float, layers: int, resamples: int, memory_gb: str | None, plot: Path | None,
+    seed: int, out: Path | None,
 ) -> None:  # fmt: skip
     """Algorithm, redundant experts, DeepEP mode and interval for your traffic, with the predicted gain; or "leave it".
 
@@ -59,19 +66,31 @@ def recommend_command(
     system = configured(topology, None, None, None)
     if gpus is not None:
         system = system.resized(gpus)
-    if out is not None:
-        check_output(out)
+    for path in (out, plot):
+        if path is not None:
+            check_output(path)
+    if plot is not None and memory_gb is None:
+        raise InputError(f"--plot {plot}: needs --memory-gb")
+    tried = None if memory_gb is None else memory.redundancies(system, _gigabytes(memory_gb, system))
     test = None if test_trace is None else RoutingTrace.load(test_trace)
-    source = RoutingSource(load_recording(trace, dumps), test, system.model, sampled_layers(system, layers), seed=seed)
+    source = RoutingSource(
+        load_recording(trace, dumps, dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
+    )
     domains = source.trace.domain
     drifts = domains is not None and len(np.unique(domains)) > 1
-    total = sum(candidate_runs(system, phase, resamples) + (DAY_WINDOWS if drifts else 0) for phase in phases)
+    total = sum(candidate_runs(system, phase, resamples, tried) + (DAY_WINDOWS if drifts else 0) for phase in phases)
     answers: list[tuple[Recommendation, DayResult | None]] = []
+    rows: dict[str, list[memory.MemoryRow]] = {}
     with tqdm(total=total, desc="comparing", unit="run", leave=False, disable=None) as bar:
         for phase in phases:
             serving = system.serving
             tokens = serving.prefill_tokens_per_gpu if phase == "prefill" else serving.decode_batch_per_gpu
-            answer = decide(phase, evaluate_candidates(system, source, phase, tokens, resamples, bar.update), min_gain)
+            candidates = evaluate_candidates(system, source, phase, tokens, resamples, bar.update, tried)
+            if tried is not None:
+                rows[phase] = memory.memory_rows(system, candidates)
+                within = next(row.redundant for row in rows[phase] if row.knee)
+                candidates = [c for c in candidates if c.result.redundant <= within or c.result.algorithm != "affinity"]
+            answer = decide(phase, candidates, min_gain)
             day = None
             if drifts and answer.enable:
                 day = recommend_interval(system, source, answer, tokens, bar.update)
@@ -79,10 +98,30 @@ def recommend_command(
     head = report.header(system, source.label, command_line())
     if out is not None:
         entries = [_entry(answer, day) for answer, day in answers]
-        write_atomically(out, (json.dumps({**head, "recommendations": entries}, indent=1) + "\n").encode())
+        table = {phase: [row.to_json() for row in found] for phase, found in rows.items()}
+        full = {**head, "recommendations": entries, **({"memory": table} if rows else {})}
+        write_atomically(out, (json.dumps(full, indent=1) + "\n").encode())
+    if plot is not None:
+        memory.plot_memory(rows, f"{system.name}, {system.cluster.gpus} GPUs", plot)
     click.echo(f"SIMULATED. {system.name}, {system.cluster.gpus} GPUs. Routing: {source.label}.")
     for answer, day in answers:
         click.echo(_text(system, answer, day, drifts))
+        if answer.phase in rows:
+            click.echo(
+                "  affinity by memory for experts; the knee is taken:\n" + memory.memory_table(rows[answer.phase])
+            )
+
+
+def _gigabytes(text: str, system: System) -> float:
+    if text == "auto":
+        return memory.free_for_experts_gb(system)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise InputError(f"--memory-gb {text}: must be GB above 0, or auto")
+    return value
 
 
 def _entry(answer: Recommendation, day: DayResult | None) -> dict[str, Any]:
@@ -95,9 +134,9 @@ def _text(system: System, answer: Recommendation, day: DayResult | None, drifts:
     chosen = answer.chosen.result
     lines = [f"\n{answer.phase}:"]
     if answer.enable:
-        memory = chosen.redundant / system.cluster.gpus * system.model.expert_bytes * system.model.moe_layers / 1e9
+        gigabytes = memory.expert_gb(system, chosen.redundant) - memory.expert_gb(system, 0)
         lines.append(
-            f"  use {chosen.algorithm} with {chosen.redundant} redundant experts ({memory:.1f} GB on each GPU), "
+            f"  use {chosen.algorithm} with {chosen.redundant} redundant experts ({gigabytes:.1f} GB on each GPU), "
             f"dispatch rule {chosen.dispatch_rule}, DeepEP {chosen.mode}"
         )
         lines.append(f"  predicted gain over no EPLB: {_gain(answer.over_none)}")

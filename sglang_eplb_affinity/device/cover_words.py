@@ -45,3 +45,8 @@ def choice_word(size: int, number: int) -> int:
         if len(bits) == size:
             word |= bits[number] << 2 * mask
     return word
+
+
+def source_term(source_gpu: int) -> int:
+    """What a source adds to the sum that rules.replica_hash begins with."""
+    return (source_gpu + 1) * 0xC2B2AE3D & 0xFFFFFFFF

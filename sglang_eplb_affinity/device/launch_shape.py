@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 
 THREADS_OF_WARP = 32
@@ -35,13 +35,13 @@ class LaunchShape:
                 raise InputError(f"launch shape: {name} {number} is not a power of 2")
         threads = self.num_warps * THREADS_OF_WARP
         if self.lanes:
-            if rule != "cover" or self.block != threads or self.num_warps != 1:
+            if rule not in COVER_RULES or self.block != threads or self.num_warps != 1:
                 raise InputError(
                     f"launch shape: lanes are for `cover`, in one warp of {THREADS_OF_WARP} items, not for "
                     f"{rule or 'recording alone'} in {self.num_warps} of {self.block}"
                 )
             return
-        if rule == "cover" and self.block < threads:
+        if rule in COVER_RULES and self.block < threads:
             raise InputError(
                 f"launch shape: `cover` needs a row for each thread, but {self.block} are fewer than {threads}"
             )
@@ -49,14 +49,22 @@ class LaunchShape:
 
 @dataclass(frozen=True)
 class LaunchShapes:
-    """Shapes by the size of a pass: ``many`` from ``many_items`` (rows times top-k) on, else ``few``."""
+    """Shapes by the size of a pass: ``many`` from ``many_items`` (rows times top-k) on, else ``few``.
+
+    ``one_program_rows``, for `cover_balanced`: so many rows are one program, a thread for each, and one launch.
+    """
 
     few: LaunchShape
     many: LaunchShape
     many_items: int = 16384
+    one_program_rows: int = 0
 
-    def of(self, items: int, top_k: int) -> LaunchShape:
+    def of(self, num_rows: int, top_k: int) -> LaunchShape:
         """``few`` with lanes only where a token's columns fit a warp."""
+        if num_rows <= self.one_program_rows:
+            block = max(THREADS_OF_WARP, 1 << (num_rows - 1).bit_length())
+            return LaunchShape(block, block // THREADS_OF_WARP)
+        items = num_rows * top_k
         fits = not self.few.lanes or top_k <= self.few.block
         return self.few if items < self.many_items and fits else self.many
 
@@ -64,8 +72,11 @@ class LaunchShapes:
 # The fastest of bench.gpu.kernel_tuning on an H100 at 256 experts and top-8, or within its noise of it.
 _ITEMS = LaunchShapes(LaunchShape(32, 1), LaunchShape(512, 4, count_in_program=True))
 _COVER = LaunchShapes(LaunchShape(32, 1, lanes=True), LaunchShape(64, 2, count_in_program=True))
+_BALANCED = LaunchShapes(_COVER.few, _COVER.many, one_program_rows=128)
 
 
 def default_shapes(rule: DispatchRule | None) -> LaunchShapes:
     """Large passes of `cover` are launched by rows, all others by (row, column) items."""
+    if rule == "cover_balanced":
+        return _BALANCED
     return _COVER if rule == "cover" else _ITEMS

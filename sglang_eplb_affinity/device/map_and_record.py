@@ -14,15 +14,16 @@ import torch
 from sglang_eplb_affinity.device.cover_words import GpuCodes
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RowLayout
-from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber, choose_replicas
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES, DispatchRule, RuleNumber, choose_replicas
 from sglang_eplb_affinity.domain.topology import Topology
 
 try:
     import triton
 
+    from sglang_eplb_affinity.device.triton import balance_kernel as balance
     from sglang_eplb_affinity.device.triton import map_and_record_kernel as kernel
 except ImportError:  # CPU environments have no Triton
-    triton = kernel = None  # type: ignore[assignment]
+    triton = kernel = balance = None  # type: ignore[assignment]
 
 # Triton whose compiled kernels are launched directly; others go through its slower general launcher.
 _DIRECT_LAUNCH = ("3.6.",)
@@ -66,6 +67,7 @@ class MapAndRecord:
     ) -> None:
         self.top_k, self.recorder, self.placement, self.shapes = top_k, recorder, placement, shapes
         self._kernels: dict[Any, Any] = {}
+        self._balance: torch.Tensor | None = None
         self._pointers: dict[int, tuple[LayerTables | None, tuple[Any, ...], tuple[Any, ...]]] = {}
 
     def __call__(
@@ -102,10 +104,11 @@ class MapAndRecord:
         if tables is None:
             return
         ids = topk_ids[:, : self.top_k]
-        physical = map_ids(ids, tables, self.placement)
+        logical = ids
         if num_valid_rows is not None:
             valid = torch.arange(len(ids), device=ids.device) < num_valid_rows
-            physical = torch.where(valid[:, None], physical, -1)
+            logical = torch.where(valid[:, None], ids, -1)
+        physical = map_ids(logical, tables, self.placement)
         ids.copy_(physical)
 
     @staticmethod
@@ -131,9 +134,28 @@ class MapAndRecord:
             self.recorder.say_uneven_rows(rows)
         rule = None if tables is None else tables.rule
         shapes = self.shapes or default_shapes(rule)
-        items = num_rows * self.top_k
-        many = items >= shapes.many_items
-        key = topk_ids.dtype, None if num_valid_rows is None else num_valid_rows.dtype, rule, even, many
+        if rule != "cover_balanced":
+            self._launch_stage(0, shapes.of(num_rows, self.top_k), known, topk_ids, rows, tables, num_valid_rows)
+            return
+        for stage in (balance.BOTH,) if num_rows <= shapes.one_program_rows else (balance.COUNT, balance.CHOOSE):
+            shape = shapes.of(num_rows, self.top_k)
+            self._launch_stage(stage, shape, known, topk_ids, rows, tables, num_valid_rows)
+
+    def _launch_stage(
+        self,
+        stage: int,
+        shape: LaunchShape,
+        known: tuple[LayerTables | None, tuple[Any, ...], tuple[Any, ...]],
+        topk_ids: torch.Tensor,
+        rows: RowLayout,
+        tables: LayerTables | None,
+        num_valid_rows: torch.Tensor | None,
+    ) -> None:
+        """``stage``: of balance_kernel.py, 0 for every other rule."""
+        num_rows = topk_ids.shape[0]
+        rule = None if tables is None else tables.rule
+        even = rows.is_even
+        key = topk_ids.dtype, None if num_valid_rows is None else num_valid_rows.dtype, rule, even, shape.block, stage
         numbers = (num_rows, topk_ids.stride(0), rows.rows_of_group[0])
         cached = self._kernels.get(key)
         if cached is not None:
@@ -145,22 +167,22 @@ class MapAndRecord:
                 *known[2], *numbers, *constants,
             )  # fmt: skip
             return
-        shape = shapes.of(items, self.top_k)
         shape.check(rule)
-        constants = self._constants(tables, num_valid_rows is not None, even, shape)
+        constants = self._constants(tables, num_valid_rows is not None, even, shape, stage)
         # Rows are cut into programs, or their items.
-        width = self.top_k if rule != "cover" else triton.next_power_of_2(self.top_k) if shape.lanes else 1
+        covers = rule in COVER_RULES
+        width = self.top_k if not covers else triton.next_power_of_2(self.top_k) if shape.lanes else 1
         grid = (triton.cdiv(num_rows * width, shape.block),)
         tensors = (topk_ids, topk_ids if num_valid_rows is None else num_valid_rows, *known[1])
         options = {"num_warps": shape.num_warps}
-        if rule == "cover":  # without being told that there are enough, the compiler spills a few registers
+        if covers:  # without being told that there are enough, the compiler spills a few registers
             options["maxnreg"] = shape.max_registers
         compiled = kernel.map_and_record[grid](*tensors, *numbers, *constants, **options)
         if compiled is not None and triton.__version__.startswith(_DIRECT_LAUNCH):
             self._kernels[key] = (compiled, constants, width, shape.block, topk_ids.device.index)
 
     def _fixed(self, layer: int, tables: LayerTables | None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-        """(state, counts, sample, table, table counts) of a layer, as tensors and as addresses."""
+        """(state, counts, sample, table, table counts, workspace) of a layer, as tensors and as addresses."""
         recorder = self.recorder
         table = tables.slots if tables is not None else None
         counts = tables.counts if tables is not None else None
@@ -173,16 +195,28 @@ class MapAndRecord:
                 state, recorder.counts[0, layer], recorder.sample_rows[layer], state if table is None else table,
                 state if counts is None else counts,
             )  # fmt: skip
-        return tensors, tuple(tensor.data_ptr() for tensor in tensors)
+        balanced = tables is not None and tables.rule == "cover_balanced"
+        with_workspace = (*tensors, self._workspace(tensors[3]) if balanced else tensors[3])
+        return with_workspace, tuple(tensor.data_ptr() for tensor in with_workspace)
+
+    def _workspace(self, table: torch.Tensor) -> torch.Tensor:
+        """All layers share it, one after the other; empty between them."""
+        if self._balance is None:
+            assert self.placement is not None
+            bins = triton.next_power_of_2(self.placement.topology.num_gpus)
+            size = balance.TICKET_INTS + 2 * bins
+            self._balance = torch.zeros(size, dtype=torch.int32, device=table.device)
+        return self._balance
 
     def _constants(
-        self, tables: LayerTables | None, has_valid: bool, even: bool, shape: LaunchShape
+        self, tables: LayerTables | None, has_valid: bool, even: bool, shape: LaunchShape, stage: int
     ) -> tuple[Any, ...]:
         """The kernel's constexpr arguments in order."""
         recorder, placement = self.recorder, self.placement
         rule = kernel.NO_RULE if tables is None else int(RuleNumber.of(tables.rule))
+        gpu_bins = 1
         record = (False, has_valid, 1, even, 0, 0, 0, 0)
-        if recorder is not None:
+        if recorder is not None and stage != balance.CHOOSE:
             config = recorder.config
             record = (
                 True, has_valid, recorder.num_groups, even, recorder.slot_offset, config.max_pass_tokens,
@@ -192,6 +226,7 @@ class MapAndRecord:
         if tables is not None and placement is not None:
             topology = placement.topology
             codes = GpuCodes.of(topology)
+            gpu_bins = triton.next_power_of_2(topology.num_gpus)
             place = (
                 tables.slots.stride(0), topology.slots_per_gpu(placement.num_slots), topology.gpus_per_node,
                 topology.num_nodes, -1 if placement.source_gpu is None else placement.source_gpu,
@@ -199,7 +234,7 @@ class MapAndRecord:
             )  # fmt: skip
         bins = triton.next_power_of_2(recorder.num_experts) if shape.count_in_program and recorder is not None else 0
         padded = triton.next_power_of_2(self.top_k)
-        return (self.top_k, padded, shape.block, rule, *record, *place, bins, shape.lanes)
+        return (self.top_k, padded, shape.block, rule, *record, *place, bins, shape.lanes, stage, gpu_bins)
 
 
 def map_ids(topk_ids: torch.Tensor, tables: LayerTables, placement: Placement | None) -> torch.Tensor:

@@ -39,9 +39,8 @@ class MapFigures:
             return None
         sub_map = ExpertMap(expert_map.physical_to_logical[recorded], expert_map.num_experts)
         tokens = window.tokens[recorded]
-        anywhere = rule == "dynamic"  # no need to deal: the choice does not depend on where a token is
-        source = None if anywhere else dealt_sources(tokens.shape[1], topology)
-        traffic = measure(tokens, sub_map, topology, rule, source, threads)
+        anywhere = rule == "dynamic"  # which prefers no replica, so copies are exact without dealing
+        traffic = measure(tokens, sub_map, topology, rule, dealt_sources(tokens.shape[1], topology), threads)
         gpu_fanout, node_fanout = float(traffic.gpu_fanout.mean()), float(traffic.node_fanout.mean())
         gpu_copies, node_copies = float(traffic.remote_gpu_copies.mean()), float(traffic.remote_node_copies.mean())
         return MapFigures(

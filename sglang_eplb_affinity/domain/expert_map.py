@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_eplb_affinity.domain.content import array_of, read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 
@@ -32,13 +33,20 @@ class ExpertMap:
                 f"expert map: physical_to_logical_map is {ids.dtype} of shape {ids.shape}, "
                 "but must be integers of shape [layers, slots]"
             )
-        ids = np.ascontiguousarray(ids, dtype=np.int32)
-        object.__setattr__(self, "physical_to_logical", ids)
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_experts):
             layer, slot = np.argwhere((ids < 0) | (ids >= self.num_experts))[0]
             raise InputError(
                 f"expert map: layer {layer} slot {slot} holds expert {ids[layer, slot]}, "
                 f"but ids must be 0 to {self.num_experts - 1}"
+            )
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        object.__setattr__(self, "physical_to_logical", ids)
+        if ids.size and self.num_experts > ids.shape[1]:  # before tables are made for a number that one id may claim
+            held = set(ids[0].tolist())
+            absent = next(expert for expert in range(ids.shape[1] + 1) if expert not in held)
+            raise InputError(
+                f"expert map: layer 0 has no replica of logical expert {absent}, since {ids.shape[1]} slots cannot "
+                f"hold {self.num_experts} experts; every logical expert needs at least one slot"
             )
         missing = np.argwhere(self.replica_counts() == 0)
         if len(missing):
@@ -81,6 +89,29 @@ class ExpertMap:
         row = np.arange(num_slots, dtype=np.int32) % num_experts
         return ExpertMap(np.tile(row, (num_layers, 1)), num_experts)
 
+    def aligned(self, num_layers: int, dense_layers: int, source: str, of: str) -> ExpertMap:
+        """With ``num_layers`` rows, as routing ``of`` has: leading dense layers dropped or added where they differ.
+
+        Added rows hold SGLang's start placement. Raises InputError, beginning with ``source``, if they do not fit.
+        """
+        own = self.num_layers
+        if own == num_layers:
+            return self
+        if own == num_layers + dense_layers:
+            return ExpertMap(self.physical_to_logical[dense_layers:], self.num_experts)
+        if own + dense_layers == num_layers:
+            dense = ExpertMap.contiguous(dense_layers, self.num_experts, self.num_slots).physical_to_logical
+            return ExpertMap(np.concatenate([dense, self.physical_to_logical]), self.num_experts)
+        given = f" with {dense_layers} dense" if dense_layers else ""
+        raise InputError(
+            f"{source}: has {own} layers, but {of} has {num_layers}{given}; if one of them leaves out leading dense "
+            f"layers, give their number (--dense-layers {abs(own - num_layers)})"
+        )
+
+    def contiguous_like(self) -> ExpertMap:
+        """SGLang's start of as many layers, experts and slots."""
+        return ExpertMap.contiguous(self.num_layers, self.num_experts, self.num_slots)
+
     # ---- SGLang's file format: {"physical_to_logical_map": [[...]]} ----
 
     def to_json(self) -> dict[str, Any]:
@@ -91,12 +122,7 @@ class ExpertMap:
         """From SGLang's format. Without ``num_experts`` it is the largest id + 1."""
         if not isinstance(data, dict) or "physical_to_logical_map" not in data:
             raise InputError(f'{source}: not an expert map; expected {{"physical_to_logical_map": [layers][slots]}}')
-        try:
-            ids = np.asarray(data["physical_to_logical_map"])
-        except ValueError:
-            raise InputError(f"{source}: physical_to_logical_map has layers of different length") from None
-        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"{source}: physical_to_logical_map must be integers of shape [layers, slots]")
+        ids = map_rows(data["physical_to_logical_map"], source, "physical_to_logical_map")
         try:
             return ExpertMap(ids, int(ids.max()) + 1 if num_experts is None else num_experts)
         except InputError as error:
@@ -108,10 +134,23 @@ class ExpertMap:
 
     @staticmethod
     def load(path: str | os.PathLike[str], num_experts: int | None = None) -> ExpertMap:
-        try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError:
-            raise InputError(f"{path}: not JSON") from None
-        return ExpertMap.from_json(data, num_experts, source=str(path))
+        return ExpertMap.from_json(read_content(path), num_experts, source=str(path))
+
+
+def map_rows(rows: Any, source: str, name: str) -> np.ndarray:
+    """Integers [layers, slots] of a tensor or of lists; InputError names the first layer of another length."""
+    if isinstance(rows, list):
+        for layer, row in enumerate(rows):
+            if not isinstance(row, list):
+                raise InputError(f"{source}: {name} layer {layer} is {type(row).__name__}, but must list expert ids")
+            if len(row) != len(rows[0]):
+                raise InputError(
+                    f"{source}: {name} layer {layer} has {len(row)} slots, but layer 0 has {len(rows[0])}; "
+                    "every layer must have the same number"
+                )
+    ids = array_of(rows, source, name)
+    if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"{source}: {name} is {ids.dtype} of shape {ids.shape}, but must be integers of shape [layers, slots]"
+        )
+    return ids

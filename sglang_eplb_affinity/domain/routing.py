@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sglang_eplb_affinity.domain.content import array_of, read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
+
+MAX_EXPERTS = 4096
+"""Most logical experts in a layer that files may name; co-activation takes their square."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +79,33 @@ class RoutingTrace:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> RoutingTrace:
-        """Read a .npz trace file; raises InputError that names the file and what is wrong."""
+        """Read a .npz trace file (or its .gz); raises InputError that names the file and what is wrong."""
         source = str(path)
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                arrays = {name: data[name] for name in data.files}
-        except OSError as error:
-            raise InputError(f"{source}: cannot be read ({error.strerror or 'not an .npz file'})") from None
-        except (ValueError, zipfile.BadZipFile, EOFError, AttributeError):
-            raise InputError(f"{source}: not a readable .npz file") from None
+        arrays = read_content(path, source)
+        if not isinstance(arrays, dict):
+            raise InputError(f"{source}: holds a {type(arrays).__name__}, but a trace is an .npz file")
         for name in ("topk_ids", "num_experts"):
             if name not in arrays:
-                raise InputError(f"{source}: has no array {name!r} (found: {', '.join(sorted(arrays)) or 'none'})")
-        if arrays["num_experts"].size != 1 or not np.issubdtype(arrays["num_experts"].dtype, np.integer):
-            raise InputError(f"{source}: num_experts must be one integer")
-        return RoutingTrace(
-            arrays["topk_ids"],
-            int(arrays["num_experts"].reshape(())),
-            arrays.get("sequence"),
-            arrays.get("domain"),
-            tuple(str(name) for name in arrays.get("domain_names", ())),
+                found = ", ".join(sorted(map(str, arrays))[:8]) or "none"
+                raise InputError(f"{source}: has no array {name!r} (found: {found})")
+        experts = array_of(arrays["num_experts"], source, "num_experts")
+        if experts.size != 1 or experts.dtype.kind not in "iu" or not 0 < int(experts.reshape(())) <= MAX_EXPERTS:
+            raise InputError(f"{source}: num_experts must be one integer, 1 to {MAX_EXPERTS}")
+        trace = RoutingTrace(
+            array_of(arrays["topk_ids"], source, "topk_ids"),
+            int(experts.reshape(())),
+            _of_tokens(arrays.get("sequence"), source, "sequence"),
+            _of_tokens(arrays.get("domain"), source, "domain"),
+            _names(arrays.get("domain_names"), source),
             source,
         )
+        check_distinct(trace.topk_ids, f"{source}: topk_ids", ("token", "layer"))
+        if trace.domain is not None and trace.domain_names and trace.domain.max() >= len(trace.domain_names):
+            raise InputError(
+                f"{source}: domain holds {trace.domain.max()}, but domain_names has {len(trace.domain_names)} names; "
+                f"domains must be 0 to {len(trace.domain_names) - 1}"
+            )
+        return trace
 
     def save(self, path: str | os.PathLike[str]) -> None:
         arrays: dict[str, np.ndarray] = {
@@ -111,6 +120,39 @@ class RoutingTrace:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_atomically(Path(path), buffer.getvalue())
+
+
+def _of_tokens(value: Any, source: str, name: str) -> np.ndarray | None:
+    """``sequence`` or ``domain`` of a trace: whole numbers from 0, one for each token."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" or (array.size and array.min() < 0):
+        held = array.dtype if array.dtype.kind not in "iu" else array.min()
+        raise InputError(f"{source}: {name} holds {held}, but must be numbers from 0, one for each token")
+    return array
+
+
+def _names(value: Any, source: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    array = np.asarray(value)
+    if array.dtype.kind != "U" or array.ndim != 1:
+        raise InputError(f"{source}: domain_names is {array.dtype} of shape {array.shape}, but must be a list of texts")
+    return tuple(array.tolist())
+
+
+def check_distinct(ids: np.ndarray, name: str, axes: tuple[str, str]) -> None:
+    """Raise InputError where an expert is twice in a token: ``ids`` int [.., .., k], -1 where unused."""
+    for start in range(0, len(ids), 4096):
+        ordered = np.sort(ids[start : start + 4096], axis=2)
+        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+        if twice.any():
+            row, column, k = np.argwhere(twice)[0]
+            raise InputError(
+                f"{name}[{start + row}, {column}] has expert {ordered[row, column, k]} twice; "
+                f"the experts of a token in a layer must differ ([{axes[0]}, {axes[1]}])"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.expert_map import ExpertMap, map_rows
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.topology import Topology
 
@@ -25,12 +26,21 @@ MapFormat = Literal["sglang", "vllm-ascend", "tensorrt-llm"]
 MAP_FORMATS: tuple[MapFormat, ...] = ("sglang", "vllm-ascend", "tensorrt-llm")
 
 
-def load_map(path: str | os.PathLike[str], dense_layers: int = 0, num_experts: int | None = None) -> ExpertMap:
+def load_map(
+    path: str | os.PathLike[str],
+    dense_layers: int = 0,
+    num_experts: int | None = None,
+    num_gpus: int | None = None,
+) -> ExpertMap:
     """A map in any of the formats (told by suffix and keys), with rows for the dense layers as SGLang wants them.
 
-    ``dense_layers`` rows are added only to formats that leave them out. Raises InputError that names the file.
+    ``dense_layers`` rows are added only to formats that leave them out. ``num_gpus``: refuse a map that says that it
+    is for another number. Raises InputError that names the file.
     """
-    return parse_map(read_data(path), str(path), dense_layers, num_experts)
+    data = read_content(path)
+    if num_gpus is not None:
+        check_devices(data, num_gpus, str(path))
+    return parse_map(data, str(path), dense_layers, num_experts)
 
 
 def parse_map(data: Any, source: str, dense_layers: int = 0, num_experts: int | None = None) -> ExpertMap:
@@ -89,47 +99,11 @@ def num_devices(data: Any) -> int | None:
         return None
 
 
-def read_data(path: str | os.PathLike[str], source: str | None = None) -> Any:
-    """The content of a .json, .yaml or .pt file, tensors as lists; ``source`` begins error messages."""
-    source = source or str(path)
-    suffix = Path(path).suffix
-    if suffix == ".pt":
-        return _read_pt(path, source)
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{source}: not a text file; expected .json, .yaml or .pt") from None
-    if suffix in (".yaml", ".yml"):
-        try:
-            import yaml
-        except ImportError:
-            raise InputError(f"{source}: reading YAML needs the package pyyaml, which is not installed") from None
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"{source}: not YAML") from None
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise InputError(f"{source}: not JSON") from None
-
-
-def _read_pt(path: str | os.PathLike[str], source: str) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise InputError(f"{source}: reading .pt needs torch, which is not installed") from None
-    try:
-        data = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error})") from None
-    except Exception:  # torch raises many types on foreign files
-        raise InputError(f"{source}: not a file that torch.load(weights_only=True) can read") from None
-    if isinstance(data, dict):
-        return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in data.items()}
-    return data
+def check_devices(data: Any, num_gpus: int, source: str) -> None:
+    """Raise InputError if the map says for how many GPUs it is, and these are not ``num_gpus``."""
+    devices = num_devices(data)
+    if devices is not None and devices != num_gpus:
+        raise InputError(f"{source}: is a map for {devices} GPUs (devices), not for {num_gpus}")
 
 
 def _save_pt(expert_map: ExpertMap, path: Path) -> None:
@@ -143,32 +117,49 @@ def _save_pt(expert_map: ExpertMap, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _rows(source: str, rows: list[Any]) -> np.ndarray:
-    try:
-        ids = np.asarray(rows)
-    except ValueError:
-        raise InputError(f"{source}: layers or devices have different numbers of slots") from None
-    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(f"{source}: expected integer expert ids, the same number of slots in every layer")
-    return ids
-
-
 def _vllm_ascend_rows(source: str, data: dict[str, Any]) -> np.ndarray:
-    try:
-        layers = sorted(data["layer_list"], key=lambda layer: layer["layer_id"])
-        rows = [
-            [
-                e
-                for device in sorted(layer["device_list"], key=lambda d: d["device_id"])
-                for e in device["device_expert"]
-            ]
-            for layer in layers
-        ]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{source}: layer_list is incomplete ({error})") from None
-    if len(rows) != data.get("moe_layer_count", len(rows)):
-        raise InputError(f"{source}: moe_layer_count is {data['moe_layer_count']}, but layer_list has {len(rows)}")
-    return _rows(source, rows)
+    layers = _by_number(data["layer_list"], "layer_id", f"{source}: layer_list")
+    if "moe_layer_count" in data and data["moe_layer_count"] != len(layers):
+        raise InputError(f"{source}: moe_layer_count is {data['moe_layer_count']}, but layer_list has {len(layers)}")
+    rows: list[list[Any]] = []
+    first: tuple[int, int, int, int] | None = None  # layer, its devices, its first device and the slots of that
+    for layer, entry in layers:
+        devices = _by_number(entry.get("device_list"), "device_id", f"{source}: layer {layer} device_list")
+        if entry.get("device_count", len(devices)) != len(devices):
+            raise InputError(
+                f"{source}: layer {layer} has device_count {entry['device_count']}, but lists {len(devices)} devices"
+            )
+        row: list[Any] = []
+        for device, held in devices:
+            experts = held.get("device_expert")
+            if not isinstance(experts, list):
+                raise InputError(f"{source}: layer {layer} device {device} has no list device_expert")
+            first = first or (layer, len(devices), device, len(experts))
+            if len(experts) != first[3]:
+                raise InputError(
+                    f"{source}: layer {layer} device {device} holds {len(experts)} experts, but layer {first[0]} "
+                    f"device {first[2]} holds {first[3]}; every device must hold the same number"
+                )
+            row += experts
+        if first is not None and len(devices) != first[1]:
+            raise InputError(f"{source}: layer {layer} has {len(devices)} devices, but layer {first[0]} has {first[1]}")
+        rows.append(row)
+    return map_rows(rows, source, "layer_list")
+
+
+def _by_number(entries: Any, key: str, where: str) -> list[tuple[int, dict[str, Any]]]:
+    """Entries in the order of their number ``key``, which no two share."""
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{where} is not a list of entries with {key}")
+    found: dict[int, dict[str, Any]] = {}
+    for entry in entries:
+        number = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise InputError(f"{where} has an entry whose {key} is {str(number)[:40]}, but must be a number")
+        if number in found:
+            raise InputError(f"{where} has {key} {number} twice")
+        found[number] = entry
+    return sorted(found.items())
 
 
 def _to_vllm_ascend(moe: np.ndarray, topology: Topology) -> dict[str, Any]:
@@ -191,16 +182,21 @@ def _to_vllm_ascend(moe: np.ndarray, topology: Topology) -> dict[str, Any]:
 
 def _tensorrt_rows(source: str, data: dict[str, Any], dense_layers: int) -> np.ndarray:
     assignments = data["initial_global_assignments"]
-    if not isinstance(assignments, dict) or not all(isinstance(key, int) for key in assignments):
+    if not isinstance(assignments, dict) or not all(type(key) is int for key in assignments):
         raise InputError(f"{source}: initial_global_assignments must map layer numbers to lists of expert ids")
     layers = sorted(assignments)
     expected = list(range(layers[0], layers[0] + len(layers))) if layers else []
     if layers != expected or (layers and layers[0] not in (0, dense_layers)):
         raise InputError(
-            f"{source}: layers are numbered {layers[:3]}..., but must follow each other from {dense_layers}; "
-            "give the number of leading dense layers"
+            f"{source}: layers are numbered {', '.join(map(str, layers[:3]))}..., but must follow each other from "
+            f"{dense_layers}; give the number of leading dense layers (--dense-layers)"
         )
-    rows = _rows(source, [assignments[layer] for layer in layers])
+    for layer in layers:
+        row, first = assignments[layer], assignments[layers[0]]
+        if not isinstance(row, list) or not isinstance(first, list) or len(row) != len(first):
+            held = [len(r) if isinstance(r, list) else "no list of" for r in (row, first)]
+            raise InputError(f"{source}: layer {layer} has {held[0]} slots, but layer {layers[0]} has {held[1]}")
+    rows = map_rows([assignments[layer] for layer in layers], source, "initial_global_assignments")
     if rows.shape[1] != data.get("num_slots", rows.shape[1]):
         raise InputError(f"{source}: num_slots is {data['num_slots']}, but layers list {rows.shape[1]} ids")
     return rows

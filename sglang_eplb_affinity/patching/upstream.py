@@ -77,20 +77,20 @@ class Installation:
     @staticmethod
     def find() -> Installation:
         """The SGLang that this Python would import; raises InputError if there is none."""
-        try:
-            distribution = importlib.metadata.distribution("sglang")
-        except importlib.metadata.PackageNotFoundError:
+        found = [Path(str(getattr(each, "_path", ""))) for each in importlib.metadata.distributions(name="sglang")]
+        if not found:
             raise InputError(
                 "PYTHON: has no SGLang installed; run `make setup`, or name the Python that has it: "
                 "`make apply PYTHON=/path/to/python`"
-            ) from None
-        dist_info = Path(str(getattr(distribution, "_path", "")))
+            )
+        # A folder without RECORD may be what pip left of an earlier version: the first with one is what is imported.
+        dist_info = next((path for path in found if (path / "RECORD").is_file()), found[0])
         if not (dist_info / "RECORD").is_file():
             raise InputError(
                 f"{dist_info}: has no RECORD, so SGLang was not installed from a wheel; "
                 "install a wheel that patches/*/UPSTREAM names"
             )
-        return Installation(dist_info.parent, dist_info, distribution.version)
+        return Installation(dist_info.parent, dist_info, dist_info.name.removesuffix(".dist-info").split("-", 1)[1])
 
     def require(self, upstream: Upstream) -> None:
         if self.version != upstream.version:
@@ -109,8 +109,3 @@ class Installation:
         """Checksum of a file as it is now, None if it is not there."""
         path = self.site / name
         return checksum(path.read_bytes()) if path.is_file() else None
-
-    @property
-    def state_dir(self) -> Path:
-        """Copies of the patches that are applied, so that they can be undone after the checkout moved on."""
-        return self.dist_info / "eplb_affinity_patches"

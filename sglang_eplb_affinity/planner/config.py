@@ -9,6 +9,7 @@ from typing import Literal
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.planner.survival import SURVIVE, Survive
 
 Objective = Literal["normal", "low_latency", "mixed"]
 Effort = Literal["fast", "thorough"]
@@ -44,6 +45,8 @@ class PlannerConfig:
     token picks from 4 of them). Where EPLB's hierarchical placement by groups dispatches for 2 % less than its global
     one, it is what a plan is measured against, load included, and the search starts from both.
     ``search_scale``: multiplies the number of proposals of the effort (a longer search for the same problem).
+    ``survive``: every expert on two ranks or nodes, so that none is lost with one of them; where the slots are too few,
+    as much traffic as they allow.
     ``threads``: worker threads over layers; None takes 1/16 of the cores, at least 2, at most 8.
     """
 
@@ -62,6 +65,7 @@ class PlannerConfig:
     node_weight: int = 2
     num_groups: int | None = None
     search_scale: int = 1
+    survive: Survive = "none"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class PlannerConfig:
             ("objective", ("normal", "low_latency", "mixed")),
             ("effort", ("fast", "thorough")),
             ("dispatch", DISPATCH_RULES),
+            ("survive", SURVIVE),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"planner: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")

@@ -18,6 +18,7 @@ from sglang_eplb_affinity.planner.eplb import eplb_placement
 from sglang_eplb_affinity.planner.judge import Judgement
 from sglang_eplb_affinity.planner.plan_layer import LayerPlan, plan_layer, unless_little_gain
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
+from sglang_eplb_affinity.planner.survival import Survive, uncovered
 
 
 def plan(
@@ -61,6 +62,7 @@ def plan(
         fallback=tuple(result.fallback for result in results),
         moved_experts=None if current is None else moved_experts(current, expert_map, topology),
         seconds=time.perf_counter() - began,
+        uncovered=None if config.survive == "none" else _uncovered(window.counts, expert_map, topology, config.survive),
     )
     return Plan(expert_map, report)
 
@@ -105,6 +107,15 @@ def _check(
         raise InputError(
             f"current map: holds {current.num_experts} experts, but the routing window has {window.num_experts}"
         )
+
+
+def _uncovered(counts: np.ndarray, expert_map: ExpertMap, topology: Topology, survive: Survive) -> np.ndarray:
+    """float64 [layers, 2]: experts that are lost with one rank (node), and their share of the traffic."""
+    out = np.zeros((len(counts), 2))
+    for layer in np.flatnonzero(counts.any(1)):
+        lost = uncovered(expert_map.physical_to_logical[layer], counts[layer], topology, survive)
+        out[layer] = lost.sum(), counts[layer, lost].sum() / counts[layer].sum()
+    return out
 
 
 def _quality(judgements: list[Judgement | None]) -> MapQuality:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.evaluate import NOT_KEPT, dealt_sources, measure_layer
+from sglang_eplb_affinity.dispatch.evaluate import NO_PASS_LOAD, NOT_KEPT, ONE_PASS, dealt_sources, measure_layer
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
@@ -89,6 +89,7 @@ def dispatch_sample(
     measure_layer(
         tokens, source, table, replicas, len(row) // topology.num_gpus,
         topology.gpus_per_node, topology.num_nodes, int(RuleNumber.of(rule)), sums, slot_load, chosen,
+        ONE_PASS, NO_PASS_LOAD,
     )  # fmt: skip
     sampled = np.bincount(row, weights=slot_load, minlength=num_experts)[row]
     return sums, np.where(sampled > 0, slot_load / np.maximum(sampled, 1), 1 / replicas[row])

@@ -19,6 +19,7 @@ from sglang_eplb_affinity.planner.numbering import MOST_GPUS, numbering
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG
 from sglang_eplb_affinity.planner.replica_search import Balance, Costs, Moves, Steps, search_replicas
 from sglang_eplb_affinity.planner.replica_steps import adapt_replicas
+from sglang_eplb_affinity.planner.survival import Survive, unit_gpus, with_survivors
 from sglang_eplb_affinity.planner.swap_search import search_swaps
 from sglang_eplb_affinity.planner.token_service import sample_of
 
@@ -43,6 +44,8 @@ class _Weights:
 def search_layer(problem: LayerProblem, topology: Topology, config: PlannerConfig, budget: SearchBudget) -> np.ndarray:
     """int32 [slots]: what the search makes of the start; no GPU holds an expert twice."""
     out = without_duplicates(problem.start, problem.counts, topology)
+    if not config.keeps_current:
+        out = with_survivors(out, problem.counts, topology, config.survive)
     replicas = np.bincount(out, minlength=len(problem.counts))
     if problem.adapts_replicas and len(out) > len(replicas):
         adapt_replicas(
@@ -55,7 +58,7 @@ def search_layer(problem: LayerProblem, topology: Topology, config: PlannerConfi
     tokens = thin(problem.tokens, annealing.tokens)
     temperatures = annealing.temperatures(tokens.size / len(problem.counts))
     if budget.replicas:
-        _choose_replicas(problem, out, tokens, topology, weights, annealing, temperatures)
+        _choose_replicas(problem, out, tokens, topology, config.survive, weights, annealing, temperatures)
         return out
     last = temperatures[-round(REDEAL_SHARE * len(temperatures)) :]
     for number in range(1 + budget.redeals):
@@ -86,8 +89,8 @@ def _move_slots(
 
 
 def _choose_replicas(
-    problem: LayerProblem, slot_expert: np.ndarray, tokens: np.ndarray, topology: Topology, weights: _Weights,
-    annealing: Annealing, temperatures: np.ndarray,
+    problem: LayerProblem, slot_expert: np.ndarray, tokens: np.ndarray, topology: Topology, survive: Survive,
+    weights: _Weights, annealing: Annealing, temperatures: np.ndarray,
 ) -> None:  # fmt: skip
     """Improve ``slot_expert`` in place: places, and which experts have replicas."""
     balance = problem.imbalance
@@ -108,7 +111,7 @@ def _choose_replicas(
         topology.gpus_per_node, topology.num_nodes,
         Costs(weights.gpu, weights.node, weights.spread, _move_cost(problem, tokens)),
         Balance(problem.load_cap, balance.load_free, balance.load_scale, balance.block_profile, len(tokens)),
-        Moves(problem.home, problem.max_moves),
+        Moves(problem.home, problem.max_moves, unit_gpus(survive, topology)),
         Steps(temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed),
     )  # fmt: skip
 

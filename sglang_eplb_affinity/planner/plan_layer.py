@@ -16,6 +16,7 @@ from sglang_eplb_affinity.planner.layer_search import search_layer, thin
 from sglang_eplb_affinity.planner.layout import align, keep_slots, without_duplicates
 from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
 from sglang_eplb_affinity.planner.starts import copied_start
+from sglang_eplb_affinity.planner.survival import with_survivors
 
 NO_TRAFFIC = "no traffic"
 NO_AFFINITY = "no token sample or co-activation"
@@ -85,9 +86,9 @@ def plan_layer(
         return LayerPlan(slots, fallback, by_eplb, judged, in_use, limit)
 
     if kept is eplb:
-        parted = without_duplicates(eplb, counts, topology)
+        parted = with_survivors(without_duplicates(eplb, counts, topology), counts, topology, config.survive)
         by_parted = judge(parted, counts, tokens, topology, config)
-        if by_parted.cost <= by_eplb.cost and by_parted.load <= limit:
+        if config.survive != "none" or (by_parted.cost <= by_eplb.cost and by_parted.load <= limit):
             kept, by_kept = parted, by_parted
     if not len(tokens):
         return result(kept, NO_AFFINITY, by_kept)
@@ -103,6 +104,8 @@ def plan_layer(
         """What the search found and its judgement, or why that is not to be used."""
         for attempt in range(attempts):
             found = search_layer(problem, topology, config, budget)
+            if not config.keeps_current:  # what only moves slots may have put both replicas on one node
+                found = with_survivors(found, counts, topology, config.survive)
             if current is not None:
                 settled = _settle(found, current, problem, topology, config)
                 if settled is None:
@@ -140,7 +143,9 @@ def plan_layer(
     if usable:
         slots, judged = min(usable, key=lambda outcome: outcome[1].cost)
         reason = ""
-    if current is not None and in_use is not None and in_use.cost <= judged.cost and in_use.load <= judged.load:
+    survives = config.survive == "none"  # what is in force may not
+    if survives and in_use is not None and in_use.cost <= judged.cost and in_use.load <= judged.load:
+        assert current is not None
         return result(current, IN_USE_BETTER, in_use)
     return result(slots, reason, judged)
 

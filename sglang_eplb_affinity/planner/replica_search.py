@@ -44,10 +44,14 @@ class Balance(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """home uint8 [experts, gpus]: 1 where an expert costs no move; at most ``most`` experts new to each GPU."""
+    """home uint8 [experts, gpus]: 1 where an expert costs no move; at most ``most`` experts new to each GPU.
+
+    ``unit``: GPUs of what may be lost (0: nothing); an expert on two such units at the start stays on two.
+    """
 
     home: np.ndarray
     most: int
+    unit: int
 
 
 class Steps(NamedTuple):
@@ -118,6 +122,18 @@ def _spread(sample, places, costs, e):  # type: ignore[no-untyped-def]
             here |= places.holds[e, g]
         covered += here
     return costs.spread * (sample.start[e + 1] - sample.start[e]) * (covered - 1) // places.num_nodes
+
+
+@kernel
+def _survives(places, unit, e):  # type: ignore[no-untyped-def]
+    """Whether e is on two units of GPUs."""
+    found = -1
+    for g in range(places.holds.shape[1]):
+        if places.holds[e, g] > 0:
+            if found >= 0 and found != g // unit:
+                return True
+            found = g // unit
+    return False
 
 
 @kernel
@@ -211,6 +227,16 @@ def search_replicas(  # type: ignore[no-untyped-def]
                     continue
             if new_g > moves.most and new_g > new_here[g]:
                 continue
+            if moves.unit > 0:
+                safe_a = _survives(places, moves.unit, a)
+                safe_b = _survives(places, moves.unit, b)
+                _exchange(places, s, r, a, b)
+                lost = (safe_a and not _survives(places, moves.unit, a)) or (
+                    safe_b and not _survives(places, moves.unit, b)
+                )
+                _exchange(places, s, r, b, a)
+                if lost:
+                    continue
             for c in range(flips.shape[0]):
                 flips[c] = numbering.bit[c, g]
                 if h >= 0:

@@ -120,13 +120,12 @@ def figures_of_round(
     window: RoutingWindow, before: ExpertMap, after: ExpertMap, settings: PlanSettings
 ) -> dict[str, Any]:
     """Fields of PlanReply and RoundRecord: what was recorded, and the maps measured on it."""
-    home = ExpertMap.contiguous(after.num_layers, after.num_experts, after.num_slots)
     topology, rule, threads = settings.topology, settings.planner.dispatch, settings.planner.threads or 1
     of_before = MapFigures.of(window, before, topology, rule, threads)
     return {
         "tokens": int(window.counts.sum(1).max(initial=0)),
         "routing_checksum": routing_checksum(window),
-        "contiguous": MapFigures.of(window, home, topology, rule, threads),
+        "contiguous": MapFigures.of(window, after.contiguous_like(), topology, rule, threads),
         "before": of_before,
         "after": of_before if after is before else MapFigures.of(window, after, topology, rule, threads),
     }

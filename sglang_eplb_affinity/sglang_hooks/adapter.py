@@ -12,21 +12,22 @@ from functools import cache
 from typing import Any, Protocol, cast
 
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ServerArguments
 
 MODULES = {"0.5.17": "v0_5_17", "0.5.23": "v0_5_23"}
 
 
 class Adapter(Protocol):
-    def arguments_of(self, record: Any) -> Any:
+    def arguments_of(self, record: Any) -> ServerArguments:
         """SGLang's ServerArgs as the hooks know them: values read are resolved ones, assignments take effect."""
 
-    def arguments(self) -> Any:
+    def arguments(self) -> ServerArguments:
         """Those of this process, once SGLang has published them."""
 
     def dp_rank(self, model_runner: Any) -> int | None:
         """Of a data-parallel replica (not of data-parallel attention)."""
 
-    def init_common(self, arguments: Any, model_config: Any) -> dict[str, Any] | None:
+    def init_common(self, model_config: Any) -> dict[str, Any] | None:
         """``ExpertLocationMetadata._init_common``."""
 
     def tokens_of_pass(self, forward_batch: Any) -> int:

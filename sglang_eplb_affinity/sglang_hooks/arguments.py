@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.sglang_hooks import ALGORITHM, async_arguments
+from sglang_eplb_affinity.sglang_hooks import async_arguments
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.refusals import check_moving, check_placed
+from sglang_eplb_affinity.sglang_hooks.server_arguments import (
+    ADDED,
+    ALGORITHM,
+    DEFAULT_MIN_GAIN,
+    INITIAL_MAP,
+    ServerArguments,
+)
 from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_cover,
     check_schedule,
@@ -22,29 +28,6 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
 
 logger = logging.getLogger(__name__)
 
-INITIAL_MAP = "--init-expert-location"
-DEFAULT_MIN_GAIN = 0.02  # of --eplb-min-gain, as the series has it
-# What the patch series adds to SGLang's ServerArgs.
-ADDED = (
-    "enable_expert_affinity_recorder",
-    "ep_forced_routing",
-    "eplb_affinity_incremental",
-    "eplb_affinity_max_load_increase",
-    "eplb_affinity_max_moves",
-    "eplb_affinity_nodes",
-    "eplb_async",
-    "eplb_async_layers_in_flight",
-    "eplb_min_gain",
-    "eplb_async_phase_limit",
-    "eplb_async_run_once",
-    "eplb_async_warm_up_passes",
-    "eplb_record_map",
-    "expert_affinity_record_every",
-    "expert_affinity_record_last_passes",
-    "expert_affinity_sample_tokens",
-    "expert_load_log_passes",
-)
-
 
 def known_algorithms() -> list[str]:
     from sglang.srt.eplb.eplb_algorithms import EplbAlgorithm
@@ -52,133 +35,140 @@ def known_algorithms() -> list[str]:
     return ["auto", *(member.name for member in EplbAlgorithm)]
 
 
-def resolve(server_args: Any) -> None:
-    missing = [name for name in ADDED if not hasattr(server_args, name)]
+def resolve(args: ServerArguments) -> None:
+    missing = [name for name in ADDED if not hasattr(args, name)]
     if missing:
         raise InputError(
             f"SGLang has another version of the patch series than this sglang_eplb_affinity, without "
             f"--{missing[0].replace('_', '-')}; run `make apply` in its checkout"
         )
-    name = server_args.eplb_algorithm
+    name = args.eplb_algorithm
     if name not in known_algorithms():
         raise InputError(f"--eplb-algorithm {name}: unknown; known are {', '.join(known_algorithms())}")
-    if name == ALGORITHM and not server_args.enable_eplb:
-        server_args.enable_eplb = True
+    if name == ALGORITHM and not args.enable_eplb:
+        args.enable_eplb = True
         logger.info("--eplb-algorithm affinity turns on --enable-eplb")
-    if server_args.ep_dispatch_algorithm is None and gains_by_cover(server_args):
-        server_args.ep_dispatch_algorithm = "cover"
-    if server_args.expert_affinity_sample_tokens < 1:
-        raise InputError(
-            f"--expert-affinity-sample-tokens {server_args.expert_affinity_sample_tokens}: must be at least 1"
-        )
-    if not server_args.eplb_affinity_max_load_increase >= 0:
-        raise InputError(
-            f"--eplb-affinity-max-load-increase {server_args.eplb_affinity_max_load_increase}: must be 0 or more"
-        )
-    if server_args.eplb_affinity_max_moves is not None and server_args.eplb_affinity_max_moves < 1:
-        raise InputError(f"--eplb-affinity-max-moves {server_args.eplb_affinity_max_moves}: must be at least 1")
-    _check_min_gain(server_args)
-    check_schedule(server_args)
-    if server_args.expert_load_log_passes < 0:
-        raise InputError(f"--expert-load-log-passes {server_args.expert_load_log_passes}: must be 0 (off) or more")
-    if server_args.expert_load_log_passes or server_args.eplb_record_map is not None:
-        server_args.enable_expert_affinity_recorder = True
-    async_arguments.resolve(server_args)
-    if server_args.enable_expert_affinity_recorder and server_args.expert_distribution_recorder_mode is None:
-        server_args.expert_distribution_recorder_mode = "stat"
+    if args.ep_dispatch_algorithm is None and gains_by_cover(args):
+        args.ep_dispatch_algorithm = "cover"
+    if args.expert_affinity_sample_tokens < 1:
+        raise InputError(f"--expert-affinity-sample-tokens {args.expert_affinity_sample_tokens}: must be at least 1")
+    if not args.eplb_affinity_max_load_increase >= 0:
+        raise InputError(f"--eplb-affinity-max-load-increase {args.eplb_affinity_max_load_increase}: must be 0 or more")
+    if args.eplb_affinity_max_moves is not None and args.eplb_affinity_max_moves < 1:
+        raise InputError(f"--eplb-affinity-max-moves {args.eplb_affinity_max_moves}: must be at least 1")
+    _check_min_gain(args)
+    check_schedule(args)
+    if args.expert_load_log_passes < 0:
+        raise InputError(f"--expert-load-log-passes {args.expert_load_log_passes}: must be 0 (off) or more")
+    if args.expert_load_log_passes or args.eplb_record_map is not None:
+        args.enable_expert_affinity_recorder = True
+    async_arguments.resolve(args)
+    if args.enable_expert_affinity_recorder and args.expert_distribution_recorder_mode is None:
+        args.expert_distribution_recorder_mode = "stat"
 
 
-def check(server_args: Any) -> None:
-    view = server_args._resolved()
-    ours = is_ours(server_args)
-    forced = server_args.ep_forced_routing
-    loads = server_args.init_expert_location != "trivial"
-    check_cover(server_args)
-    if replaces_counts(server_args):  # nothing is put into SGLang's buffer of counts
-        server_args.expert_distribution_recorder_buffer_size = 1
-    if not ours and not records_affinity(server_args) and not forced and not loads:
+def check(args: ServerArguments) -> None:
+    """Once parallel sizes are resolved."""
+    ours, forced, loads = is_ours(args), args.ep_forced_routing, args.init_expert_location != "trivial"
+    check_cover(args)
+    if replaces_counts(args):  # nothing is put into SGLang's buffer of counts
+        args.expert_distribution_recorder_buffer_size = 1
+    if not ours and not records_affinity(args) and not forced and not loads:
         return
-    if server_args.eplb_record_map is not None:
-        _check_record_map(server_args)
-    shape = MoeShape.of(server_args.get_model_config().hf_text_config)
-    flag = (
-        "--eplb-algorithm affinity"
-        if ours
-        else f"--ep-forced-routing {forced}"
-        if forced
-        else "--enable-expert-affinity-recorder"
-        if records_affinity(server_args)
-        else INITIAL_MAP
-    )
+    if args.eplb_record_map is not None:
+        _check_record_map(args)
+    flag = _flag_in_use(args)
+    shape = MoeShape.of(args.get_model_config().hf_text_config)
     if shape is None:
-        raise InputError(f"{flag}: {server_args.model_path} has no routed experts; leave the flag out")
-    check_top_k(flag, server_args)
-    mode = server_args.expert_distribution_recorder_mode
-    if (ours or records_affinity(server_args) or forced) and mode not in (None, "stat"):
+        raise InputError(f"{flag}: {args.model_path} has no routed experts; leave the flag out")
+    check_top_k(flag, args)
+    mode = args.expert_distribution_recorder_mode
+    if (ours or records_affinity(args) or forced) and mode not in (None, "stat"):
         raise InputError(f"--expert-distribution-recorder-mode {mode}: {flag} needs mode stat; leave the flag out")
-    if (ours or loads) and view.ep_size < 2:
+    if (ours or loads) and args.ep_size < 2:
         raise InputError(
             f"{'--eplb-algorithm affinity' if ours else INITIAL_MAP}: needs expert parallelism, but the EP size is "
-            f"{view.ep_size}; give --ep-size of 2 or more (with --tp-size at least as large)"
+            f"{args.ep_size}; give --ep-size of 2 or more (with --tp-size at least as large)"
         )
-    async_arguments.check(server_args, view)
-    if server_args.enable_eplb or loads:
-        check_placed(server_args, "EPLB" if server_args.enable_eplb else INITIAL_MAP)
-    if ours or server_args.eplb_async:
-        check_moving(server_args, view, "--eplb-async" if server_args.eplb_async else flag)
-    if forced:
-        from sglang_eplb_affinity.sglang_hooks.forcing import make
-
-        make(server_args, view.ep_size, view.moe_a2a_backend, "cpu", 0)
-    slots = shape.num_experts + server_args.ep_num_redundant_experts
-    if (loads or server_args.enable_eplb) and slots % view.ep_size:
-        low = max(slots // view.ep_size * view.ep_size - shape.num_experts, -shape.num_experts % view.ep_size)
-        raise InputError(
-            f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts}: with the model's {shape.num_experts} "
-            f"experts this makes {slots} slots, which do not divide over EP size {view.ep_size}; "
-            f"use {low} or {low + view.ep_size}"
-        )
-    nodes = server_args.eplb_affinity_nodes
-    if (ours or loads) and nodes is not None and (nodes < 1 or view.ep_size % nodes):
-        raise InputError(f"--eplb-affinity-nodes {nodes}: must divide the EP size {view.ep_size}")
-    if loads and server_args.node_rank == 0:  # the host of rank 0, which reads it for all
-        # Not at the top: it needs numba, which servers that do not use this package's flags need not load.
-        from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of, read_initial_map, warn_of_rule
-
-        loaded = read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, view.ep_size))
-        warn_of_rule(loaded, server_args)
+    async_arguments.check(args)
+    if args.enable_eplb or loads:
+        check_placed(args, "EPLB" if args.enable_eplb else INITIAL_MAP)
+    if ours or args.eplb_async:
+        check_moving(args, "--eplb-async" if args.eplb_async else flag)
+    if loads or args.enable_eplb:
+        _check_slots(args, shape.num_experts)
+    nodes = args.eplb_affinity_nodes
+    if (ours or loads) and nodes is not None and (nodes < 1 or args.ep_size % nodes):
+        raise InputError(f"--eplb-affinity-nodes {nodes}: must divide the EP size {args.ep_size}")
+    _check_files(args)
     if ours:
         logger.info(
             "[eplb-affinity] EPLB on: rebalance every %d passes, dispatch %s, %d redundant experts, %d nodes, "
             "load at most %+.1f %% of EPLB's, %d tokens sampled per layer",
-            server_args.eplb_rebalance_num_iterations,
-            server_args.ep_dispatch_algorithm,
-            server_args.ep_num_redundant_experts,
-            nodes or server_args.nnodes,
-            100 * server_args.eplb_affinity_max_load_increase,
-            server_args.expert_affinity_sample_tokens,
+            args.eplb_rebalance_num_iterations,
+            args.ep_dispatch_algorithm,
+            args.ep_num_redundant_experts,
+            nodes or args.nnodes,
+            100 * args.eplb_affinity_max_load_increase,
+            args.expert_affinity_sample_tokens,
         )
 
 
-def _check_min_gain(server_args: Any) -> None:
-    gain = server_args.eplb_min_gain
+def _flag_in_use(args: ServerArguments) -> str:
+    if is_ours(args):
+        return "--eplb-algorithm affinity"
+    if args.ep_forced_routing:
+        return f"--ep-forced-routing {args.ep_forced_routing}"
+    return "--enable-expert-affinity-recorder" if records_affinity(args) else INITIAL_MAP
+
+
+def _check_slots(args: ServerArguments, num_experts: int) -> None:
+    slots, ranks = num_experts + args.ep_num_redundant_experts, args.ep_size
+    if slots % ranks:
+        low = max(slots // ranks * ranks - num_experts, -num_experts % ranks)
+        raise InputError(
+            f"--ep-num-redundant-experts {args.ep_num_redundant_experts}: with the model's {num_experts} "
+            f"experts this makes {slots} slots, which do not divide over EP size {ranks}; "
+            f"use {low} or {low + ranks}"
+        )
+
+
+def _check_files(args: ServerArguments) -> None:
+    """A trace to force, and a map to load, of which the host of rank 0 reads the latter for all."""
+    loads = args.init_expert_location != "trivial" and args.node_rank == 0
+    if not loads and not args.ep_forced_routing:
+        return
+    # Not at the top: they need numba, which servers that do not use this package's flags need not load.
+    from sglang_eplb_affinity.sglang_hooks import forcing
+    from sglang_eplb_affinity.sglang_hooks.initial_map import placement_of, read_initial_map, warn_of_rule
+    from sglang_eplb_affinity.sglang_hooks.settings import Settings
+
+    settings = Settings.of(args)
+    if args.ep_forced_routing:
+        forcing.make(settings, "cpu", 0)
+    if loads:
+        warn_of_rule(read_initial_map(settings.initial_map, placement_of(settings)), settings)
+
+
+def _check_min_gain(args: ServerArguments) -> None:
+    gain = args.eplb_min_gain
     if not 0 <= gain < 1:
         raise InputError(f"--eplb-min-gain {gain}: must be a fraction, 0 to below 1")
-    if gain != DEFAULT_MIN_GAIN and not server_args.eplb_async and server_args.eplb_algorithm != ALGORITHM:
+    if gain != DEFAULT_MIN_GAIN and not args.eplb_async and args.eplb_algorithm != ALGORITHM:
         raise InputError(f"--eplb-min-gain {gain}: needs --eplb-async or --eplb-algorithm affinity")
 
 
-def _check_record_map(server_args: Any) -> None:
-    flag = f"--eplb-record-map {server_args.eplb_record_map}"
-    path = Path(server_args.eplb_record_map)
+def _check_record_map(args: ServerArguments) -> None:
+    flag = f"--eplb-record-map {args.eplb_record_map}"
+    path = Path(args.eplb_record_map or "")
     if path.suffix != ".json":
         raise InputError(f"{flag}: must end in .json, as --init-expert-location wants it")
-    if not server_args.enable_eplb:
+    if not args.enable_eplb:
         raise InputError(f"{flag}: there are no rebalances to record without --enable-eplb")
-    if server_args.node_rank == 0 and not path.parent.is_dir():
+    if args.node_rank == 0 and not path.parent.is_dir():
         raise InputError(f"{flag}: the folder {path.parent} does not exist")
-    if server_args.dp_size > 1 and not server_args.enable_dp_attention:
+    if args.dp_size > 1 and not args.enable_dp_attention:
         raise InputError(
-            f"{flag}: with --dp-size {server_args.dp_size} each replica has a map of its own; "
+            f"{flag}: with --dp-size {args.dp_size} each replica has a map of its own; "
             "record with one replica, or use --enable-dp-attention"
         )

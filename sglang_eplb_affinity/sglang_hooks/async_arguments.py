@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ServerArguments
 
 _FLAGS = {
     "eplb_async_layers_in_flight": "layers_in_flight",
@@ -17,58 +17,58 @@ _FLAGS = {
 ALGORITHMS = ("affinity", "auto", "deepseek", "deepseek_hierarchical")
 
 
-def config_of(server_args: Any) -> AsyncConfig:
+def config_of(args: ServerArguments) -> AsyncConfig:
     """Raises InputError naming the flag that is out of range."""
-    values = {field: getattr(server_args, flag) for flag, field in _FLAGS.items()}
-    return AsyncConfig(interval=server_args.eplb_rebalance_num_iterations, **values)
+    values = {field: getattr(args, flag) for flag, field in _FLAGS.items()}
+    return AsyncConfig(interval=args.eplb_rebalance_num_iterations, **values)
 
 
-def resolve(server_args: Any) -> None:
+def resolve(args: ServerArguments) -> None:
     """Early: ranges, and the recorder that planning needs."""
-    if not server_args.eplb_async:
+    if not args.eplb_async:
         defaults = {field.name: field.default for field in dataclasses.fields(AsyncConfig)}
         for flag, field in _FLAGS.items():
-            if getattr(server_args, flag) != defaults[field]:
-                raise InputError(f"--{flag.replace('_', '-')} {getattr(server_args, flag)}: needs --eplb-async")
+            if getattr(args, flag) != defaults[field]:
+                raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: needs --eplb-async")
         return
-    if not server_args.enable_eplb:
+    if not args.enable_eplb:
         raise InputError("--eplb-async: needs --enable-eplb (which --eplb-algorithm affinity turns on)")
-    if server_args.eplb_algorithm not in ALGORITHMS:
+    if args.eplb_algorithm not in ALGORITHMS:
         raise InputError(
-            f"--eplb-async: plans with {', '.join(ALGORITHMS)}, not with --eplb-algorithm {server_args.eplb_algorithm}"
+            f"--eplb-async: plans with {', '.join(ALGORITHMS)}, not with --eplb-algorithm {args.eplb_algorithm}"
         )
-    config_of(server_args)
-    server_args.enable_expert_affinity_recorder = True
+    config_of(args)
+    args.enable_expert_affinity_recorder = True
 
 
-def check(server_args: Any, view: Any) -> None:
-    """Once parallel sizes are resolved. ``view``: the resolved arguments."""
-    if not server_args.eplb_async:
+def check(args: ServerArguments) -> None:
+    """Once parallel sizes are resolved."""
+    if not args.eplb_async:
         return
     refused = {
         "--elastic-ep-backend": (
-            server_args.elastic_ep_backend is not None,
-            server_args.elastic_ep_backend,
+            args.elastic_ep_backend is not None,
+            args.elastic_ep_backend,
             "leave the flag out",
         ),
         "--ep-dispatch-algorithm": (
-            server_args.ep_dispatch_algorithm in ("lp", "fake"),
-            server_args.ep_dispatch_algorithm,
-            "use dynamic, static or cover",
+            args.ep_dispatch_algorithm in ("lp", "fake"),
+            args.ep_dispatch_algorithm,
+            "use dynamic, static, cover or cover_balanced",
         ),
         "--eplb-rebalance-layers-per-chunk": (
-            server_args.eplb_rebalance_layers_per_chunk is not None,
-            server_args.eplb_rebalance_layers_per_chunk,
+            args.eplb_rebalance_layers_per_chunk is not None,
+            args.eplb_rebalance_layers_per_chunk,
             "use --eplb-async-layers-in-flight",
         ),
         "--eplb-min-rebalancing-utilization-threshold": (
-            server_args.eplb_min_rebalancing_utilization_threshold < 1,
-            server_args.eplb_min_rebalancing_utilization_threshold,
+            args.eplb_min_rebalancing_utilization_threshold < 1,
+            args.eplb_min_rebalancing_utilization_threshold,
             "use --eplb-min-gain",
         ),
     }
     for flag, (wrong, value, instead) in refused.items():
         if wrong:
             raise InputError(f"{flag} {value}: does not go with --eplb-async; {instead}")
-    if view.ep_size < 2:
-        raise InputError(f"--eplb-async: needs expert parallelism, but the EP size is {view.ep_size}; give --ep-size")
+    if args.ep_size < 2:
+        raise InputError(f"--eplb-async: needs expert parallelism, but the EP size is {args.ep_size}; give --ep-size")

@@ -21,15 +21,15 @@ from sglang_eplb_affinity.rebalance.commit import LayerCommitter
 from sglang_eplb_affinity.rebalance.expert_tensors import ExpertModule, expert_modules
 from sglang_eplb_affinity.rebalance.map_tables import MapTables
 from sglang_eplb_affinity.rebalance.paths import Members, make_transfer
-from sglang_eplb_affinity.rebalance.plan_round import Algorithm, PlanSettings
 from sglang_eplb_affinity.rebalance.planner_client import PlannerProcess
 from sglang_eplb_affinity.rebalance.rebalancer import AsyncRebalancer, Parts
 from sglang_eplb_affinity.rebalance.round_record import report
 from sglang_eplb_affinity.rebalance.watchdog import Watchdog
 from sglang_eplb_affinity.rebalance.weights import LayerWeights, StagingBuffer, staging_row_bytes
 from sglang_eplb_affinity.rebalance.window_exchange import WindowExchange, WindowShape
-from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
-from sglang_eplb_affinity.sglang_hooks.async_arguments import config_of
+from sglang_eplb_affinity.sglang_hooks import process
+from sglang_eplb_affinity.sglang_hooks.rounds import plan_settings, staging_rows
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
 from sglang_eplb_affinity.sglang_hooks.window_snapshot import RecorderWindow
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _GROUP_TIMEOUT = timedelta(hours=12)
 
 
-def start(model_runner: Any, args: Any) -> AsyncRebalancer:
+def start(model_runner: Any, settings: Settings) -> AsyncRebalancer:
     """A collective call of all ranks, with the weights loaded and the KV cache not yet sized."""
     from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
@@ -46,7 +46,8 @@ def start(model_runner: Any, args: Any) -> AsyncRebalancer:
 
     parallel = get_parallel()
     metadata = get_global_expert_location_metadata()
-    config, device = config_of(args), _device_of(args, model_runner)
+    config, device = settings.asynchronous, _device_of(settings, model_runner)
+    assert config is not None  # --eplb-async
     world, world_rank = dist.get_world_size(), dist.get_rank()
     rank, num_ranks = parallel.moe_ep_rank, parallel.moe_ep_size
     agree, plan, move = (dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT) for _ in range(3))
@@ -57,20 +58,20 @@ def start(model_runner: Any, args: Any) -> AsyncRebalancer:
         layer: LayerWeights.of(layer, partial(_tensors, found), local_slots)
         for layer, found in sorted(expert_modules(model_runner.model).items())
     }
-    rows, row_bytes = _staging_rows(args, local_slots), staging_row_bytes(weights)
+    rows, row_bytes = staging_rows(settings, local_slots), staging_row_bytes(weights)
     staging = tuple(StagingBuffer(rows, row_bytes, device) for _ in range(config.layers_in_flight))
     transfer = make_transfer(weights, members, move, device, rows, row_bytes, config.phase_limit_seconds)
 
     affinity = get_global_expert_distribution_recorder()._affinity
     shape = WindowShape(
-        metadata.num_layers, metadata.num_logical_experts, affinity.top_k, args.expert_affinity_sample_tokens
+        metadata.num_layers, metadata.num_logical_experts, affinity.top_k, settings.recording.sample_tokens
     )
     window = RecorderWindow(affinity.own_recorder, affinity.reset, shape, device, seed=world_rank)
-    settings = plan_settings(args, model_runner, num_ranks, rows)
-    planner = PlannerProcess(settings, config.phase_limit_seconds) if world_rank == 0 else None
+    plans = plan_settings(settings, rows, model_runner.model_config)
+    planner = PlannerProcess(plans, config.phase_limit_seconds) if world_rank == 0 else None
     if planner is not None:
         atexit.register(planner.close)
-    exchange = WindowExchange(shape, settings, planner, plan, world_rank, world)
+    exchange = WindowExchange(shape, plans, planner, plan, world_rank, world)
 
     current = ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts)
     verifier = None
@@ -86,14 +87,14 @@ def start(model_runner: Any, args: Any) -> AsyncRebalancer:
             staging=staging,
             agreement=GlooAgreement(agree),
             bytes_per_expert={layer: of_layer.bytes_per_expert for layer, of_layer in weights.items()},
-            report=partial(report, observers=rebalance.observers) if world_rank == 0 else None,
+            report=partial(report, observers=process.observers) if world_rank == 0 else None,
             verify=verifier.check if verifier is not None else None,
         ),
         current,
-        algorithm=args.eplb_algorithm,
+        algorithm=settings.algorithm,
         rank=rank,
         num_ranks=num_ranks,
-        planned=args.init_expert_location != "trivial",
+        planned=settings.loads_map,
         prepare=partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
     )
     Watchdog(rebalancer, min(1.0, config.phase_limit_seconds / 4))
@@ -111,34 +112,6 @@ def _tensors(found: ExpertModule) -> list[torch.Tensor]:
     return list(found.tensors().values())
 
 
-def plan_settings(args: Any, model_runner: Any, num_ranks: int, staging_rows: int) -> PlanSettings:
-    """How the planner process plans; ``auto`` is resolved as SGLang does."""
-    algorithm: Algorithm = ALGORITHM  # type: ignore[assignment]
-    groups = None
-    if args.eplb_algorithm != ALGORITHM:
-        from sglang.srt.eplb.eplb_algorithms import compute_algorithm
-        from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
-
-        groups = ModelConfigForExpertLocation.from_model_config(model_runner.model_config).num_groups
-        algorithm = compute_algorithm(args.eplb_algorithm, groups, args.nnodes).name
-    return PlanSettings(
-        algorithm=algorithm,
-        planner=rebalance.planner_config(
-            args, first=False, num_groups=rebalance.num_groups_of(getattr(model_runner, "model_config", None))
-        ),
-        topology=rebalance.topology_of(args, num_ranks),
-        staging_rows=staging_rows,
-        nodes_of_eplb=args.nnodes,
-        expert_groups=groups,
-    )
-
-
-def _staging_rows(args: Any, local_slots: int) -> int:
-    if args.eplb_algorithm == ALGORITHM and args.eplb_affinity_max_moves is not None:
-        return min(args.eplb_affinity_max_moves, local_slots)
-    return local_slots
-
-
 def _tables(metadata: Any, rank: int) -> MapTables:
     return MapTables(
         metadata.physical_to_logical_map,
@@ -151,9 +124,9 @@ def _tables(metadata: Any, rank: int) -> MapTables:
     )
 
 
-def _device_of(args: Any, model_runner: Any) -> torch.device:
-    if args.device == "cuda":
+def _device_of(settings: Settings, model_runner: Any) -> torch.device:
+    if settings.device == "cuda":
         return torch.device("cuda", model_runner.gpu_id)
-    if args.device == "cpu":
+    if settings.device == "cpu":
         return torch.device("cpu")
-    raise InputError(f"--device {args.device}: --eplb-async works on cuda and cpu")
+    raise InputError(f"--device {settings.device}: --eplb-async works on cuda and cpu")

@@ -5,28 +5,50 @@ The same for every version of SGLang: arguments come as SGLang's own record, or 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from sglang_eplb_affinity import sglang_hooks as hooks
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.sglang_hooks import process
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
+from sglang_eplb_affinity.sglang_hooks.topk_flags import uses_package
 
 
 def parsed(function: Callable[..., Any], *args: Any) -> Any:
-    """The command line's parsing: bad input ends in one line and exit code 2."""
-    return hooks.exit_on_input_error(function, *args)
+    """The command line's way to end on bad input: one line and exit code 2, no traceback."""
+    try:
+        return function(*args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def resolve_server_args(record: Any) -> None:
-    hooks.resolve_server_args(adapter().arguments_of(record))
+    """Early in SGLang's argument resolution: check the algorithm's name, turn EPLB on for ours."""
+    from sglang_eplb_affinity.sglang_hooks import arguments
+
+    arguments.resolve(adapter().arguments_of(record))
 
 
 def check_server_args(record: Any) -> None:
-    hooks.check_server_args(adapter().arguments_of(record))
+    """Once parallel sizes are resolved: refuse what cannot work, in one line."""
+    from sglang_eplb_affinity.sglang_hooks import arguments
+
+    arguments.check(adapter().arguments_of(record))
 
 
 def server_info(record: Any) -> dict[str, Any]:
-    return hooks.server_info(adapter().arguments_of(record))
+    """What /server_info says besides the flags."""
+    from sglang_eplb_affinity import __version__
+
+    info: dict[str, Any] = {"sglang_eplb_affinity": __version__}
+    if adapter().arguments_of(record).ep_forced_routing is not None:
+        from sglang_eplb_affinity.device.forced_routing import NOT_THE_MODELS
+
+        info["ep_forced_routing_note"] = NOT_THE_MODELS
+    return info
 
 
 def recorder_class(base: type) -> type:
@@ -42,60 +64,84 @@ def manager_class(base: type) -> type:
 
 
 def before_placement() -> None:
-    """In each rank of the target model, before EPLB's first collective call."""
-    hooks.check_hosts(adapter().arguments())
+    """In each rank of the target model, before EPLB's first collective call: hosts were given the same flags."""
+    arguments = adapter().arguments()
+    if arguments.nnodes > 1:
+        from sglang_eplb_affinity.sglang_hooks import host_agreement
+
+        host_agreement.check_hosts(arguments)
 
 
 def load_expert_location(model_config: Any, ep_rank: int) -> Any:
-    return hooks.load_expert_location(adapter().arguments(), model_config, ep_rank)
+    """The map given to --init-expert-location as SGLang's metadata; None where SGLang has to read it."""
+    from sglang_eplb_affinity.sglang_hooks import loaded_map
+
+    return loaded_map.load(process.settings(), model_config, ep_rank)
 
 
 def placement_in_force(model_runner: Any, rank: int) -> None:
     """In each rank of the target model, once the first map is in force and before the recorder is made."""
+    if not uses_package(adapter().arguments()):
+        return
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-    arguments = adapter().arguments()
-    hooks.start_observing(arguments, adapter().dp_rank(model_runner))
-    if arguments.ep_forced_routing is not None:
-        hooks.init_forced_routing(arguments, rank)
-    hooks.init_topk_step(arguments, get_global_expert_location_metadata())
+    from sglang_eplb_affinity.sglang_hooks import forcing, observing, topk_step
+
+    settings = process.settings()
+    observing.start(settings, adapter().dp_rank(model_runner))
+    if settings.forced_routing is not None:
+        process.forced_routing = forcing.init(settings, rank)
+    if settings.chooses_replicas:
+        process.topk_step = topk_step.TopkStep(settings, get_global_expert_location_metadata(), None)
 
 
 def weights_loaded(model_runner: Any) -> None:
-    """In each rank, once its weights are loaded and before its KV cache is sized."""
-    if not model_runner.is_draft_worker:
-        hooks.weights_loaded(model_runner, adapter().arguments())
+    """In each rank, once its weights are loaded and before its KV cache is sized: what experts are to move, or refuse
+    to; with --eplb-async the rebalancer."""
+    if model_runner.is_draft_worker:
+        return
+    from sglang_eplb_affinity.sglang_hooks import expert_weights
+
+    arguments = adapter().arguments()
+    expert_weights.check(model_runner, arguments)
+    if model_runner.eplb_manager is not None and arguments.eplb_async:
+        from sglang_eplb_affinity.sglang_hooks import async_rebalance
+
+        model_runner.eplb_manager.affinity_rebalancer = async_rebalance.start(model_runner, process.settings())
 
 
 def weights_change(model_runner: Any) -> None:
-    hooks.weights_change(model_runner)
+    """New weights are about to be loaded into a running model: nothing staged before may be committed after."""
+    rebalancer = getattr(getattr(model_runner, "eplb_manager", None), "affinity_rebalancer", None)
+    if rebalancer is not None:
+        rebalancer.weights_changed()
 
 
 def keeps_all_replicas() -> bool:
     """Whether a rank's table must list every replica, not the nearest only, with an all-to-all too."""
-    return bool(adapter().arguments().ep_dispatch_algorithm == "cover")
+    return bool(adapter().arguments().ep_dispatch_algorithm in COVER_RULES)
 
 
 def known_dispatch_info(metadata: Any, layer: int) -> Any:
-    return None if hooks.topk_step is None else hooks.topk_step.known_info(metadata, layer)
+    return None if process.topk_step is None else process.topk_step.known_info(metadata, layer)
 
 
 def remember_dispatch_info(metadata: Any, layer: int, info: Any) -> None:
-    if hooks.topk_step is not None:
-        hooks.topk_step.remember_info(metadata, layer, info)
+    if process.topk_step is not None:
+        process.topk_step.remember_info(metadata, layer, info)
 
 
 def forces_routing() -> bool:
-    return hooks.forced_routing is not None
+    return process.forced_routing is not None
 
 
 def force_routing(layer: int, topk_ids: Any, num_token_non_padded: Any) -> None:
-    if hooks.forced_routing is not None:
-        hooks.forced_routing.apply(layer, topk_ids, num_token_non_padded)
+    if process.forced_routing is not None:
+        process.forced_routing.apply(layer, topk_ids, num_token_non_padded)
 
 
 def on_topk(layer: int | None, topk_ids: Any, num_token_non_padded: Any, info: Any) -> bool:
     """Top-k ids of a layer while they are logical; True if they are physical now, in place, with padding masked."""
-    if hooks.topk_step is None:
+    if process.topk_step is None:
         return False
-    return hooks.topk_step(layer, topk_ids, num_token_non_padded, info)
+    return process.topk_step(layer, topk_ids, num_token_non_padded, info)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_eplb_affinity.rebalance.expert_tensors import check_slots, expert_modules, provide_weights
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ServerArguments
 
 
-def check(model_runner: Any, args: Any) -> None:
+def check(model_runner: Any, args: ServerArguments) -> None:
     """In every rank. Raises InputError where the map in force could not be served, or weights could not be moved."""
     if not (args.enable_eplb or args.init_expert_location != "trivial"):
         return
@@ -23,3 +24,11 @@ def check(model_runner: Any, args: Any) -> None:
     )
     if args.enable_eplb:
         provide_weights(model_runner.model, modules)
+
+
+def expert_bytes(weights_of_layer: Any) -> dict[int, int]:
+    """Bytes of one expert's weights by layer; ``weights_of_layer`` is SGLang's {layer: [tensor [local slots, ...]]}."""
+    return {
+        layer: sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+        for layer, tensors in weights_of_layer.items()
+    }

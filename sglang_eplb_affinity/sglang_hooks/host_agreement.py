@@ -16,9 +16,10 @@ from typing import Any
 import torch.distributed as dist
 
 from sglang_eplb_affinity import __version__
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance import verify
-from sglang_eplb_affinity.sglang_hooks.arguments import ADDED
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ADDED, ServerArguments
 from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
 
 _HOST, _READ = "sglang_eplb_affinity/host/", "sglang_eplb_affinity/read/"
@@ -43,35 +44,35 @@ UPSTREAM = (
 _OF_FIRST_HOST = ("eplb_record_map",)  # rank 0 writes the file
 
 
-def told_by(server_args: Any) -> dict[str, Any]:
+def told_by(args: ServerArguments) -> dict[str, Any]:
     """What this host tells: flag or other name, and its value."""
     names = [name for name in sorted({*ADDED, *UPSTREAM}) if name not in _OF_FIRST_HOST]
-    told = {"--" + name.replace("_", "-"): getattr(server_args, name) for name in names}
+    told = {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
     # Rank 0 reads the file; its name may differ, or the file be missing elsewhere.
-    told["--init-expert-location other than trivial"] = server_args.init_expert_location != "trivial"
+    told["--init-expert-location other than trivial"] = args.init_expert_location != "trivial"
     told["the version of sglang_eplb_affinity"] = __version__
     told[verify.ENVIRONMENT] = os.environ.get(verify.ENVIRONMENT)
     return {name: value if isinstance(value, str | int | float | None) else str(value) for name, value in told.items()}
 
 
-def uses_eplb(server_args: Any) -> bool:
+def uses_eplb(args: ServerArguments) -> bool:
     """Whether this host was told of EPLB, a map, recording or forced routing at all."""
     return bool(
-        server_args.enable_eplb
-        or records_affinity(server_args)
-        or server_args.ep_forced_routing is not None
-        or server_args.init_expert_location != "trivial"
-        or server_args.ep_dispatch_algorithm == "cover"
+        args.enable_eplb
+        or records_affinity(args)
+        or args.ep_forced_routing is not None
+        or args.init_expert_location != "trivial"
+        or args.ep_dispatch_algorithm in COVER_RULES
     )
 
 
-def check(server_args: Any, store: dist.Store, rank: int, num_ranks: int, wait: timedelta = _WAIT) -> None:
+def check(args: ServerArguments, store: dist.Store, rank: int, num_ranks: int, wait: timedelta = _WAIT) -> None:
     """On every rank: raise InputError, the same on all that use EPLB, unless all hosts were given the same."""
-    store.set(f"{_HOST}{server_args.node_rank}", json.dumps(told_by(server_args)))
-    if not uses_eplb(server_args):
+    store.set(f"{_HOST}{args.node_rank}", json.dumps(told_by(args)))
+    if not uses_eplb(args):
         return
     first: dict[str, Any] = {}
-    for node in range(server_args.nnodes):
+    for node in range(args.nnodes):
         theirs = _told(store, node, wait)
         first = first or theirs
         if text := _differences(first, theirs, node):
@@ -106,7 +107,7 @@ def _let_others_read(store: dist.Store, rank: int, num_ranks: int) -> None:
             store.wait([f"{_READ}{other}" for other in range(num_ranks)], _FAREWELL)
 
 
-def check_hosts(server_args: Any) -> None:
+def check_hosts(args: ServerArguments) -> None:
     """The hook, for servers of several hosts; nothing where hosts come and go (elastic EP).
 
     A host that uses neither EPLB nor anything of this package tells so and does not wait for the others.
@@ -115,4 +116,4 @@ def check_hosts(server_args: Any) -> None:
     from torch.distributed.distributed_c10d import _get_default_store
 
     if get_parallel().elastic_ep_initial_size is None:
-        check(server_args, _get_default_store(), dist.get_rank(), dist.get_world_size())
+        check(args, _get_default_store(), dist.get_rank(), dist.get_world_size())

@@ -7,17 +7,17 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.formats.maps import num_devices, parse_map, read_data
+from sglang_eplb_affinity.formats.dumps import is_dump, window_of
+from sglang_eplb_affinity.formats.maps import num_devices, parse_map
 from sglang_eplb_affinity.formats.recorded_map import KEY, MapOrigin, ServedModel, origin_of
-from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
-from sglang_eplb_affinity.sglang_hooks.rebalance import dispatch_rule
+from sglang_eplb_affinity.sglang_hooks.server_arguments import INITIAL_MAP
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,13 @@ class Placement:
     num_slots: int
 
 
-def placement_of(server_args: Any, shape: MoeShape, ep_size: int) -> Placement:
-    """What a map must fit on this server."""
-    return Placement(
-        served_model(server_args, shape),
-        shape,
-        Topology(ep_size, server_args.eplb_affinity_nodes or server_args.nnodes),
-        shape.num_experts + server_args.ep_num_redundant_experts,
-    )
-
-
-def served_model(server_args: Any, shape: MoeShape) -> ServedModel:
-    architectures = getattr(server_args.get_model_config().hf_config, "architectures", None) or ["unknown"]
-    return ServedModel(server_args.model_path, architectures[0], shape.num_layers, shape.num_experts, shape.top_k)
+def placement_of(settings: Settings) -> Placement:
+    """What a map must fit on this server; raises InputError for a model without routed experts."""
+    shape = settings.shape
+    if shape is None:
+        raise InputError(f"{INITIAL_MAP}: {settings.model_path} has no routed experts; leave the flag out")
+    model = ServedModel(settings.model_path, settings.architecture, shape.num_layers, shape.num_experts, shape.top_k)
+    return Placement(model, shape, settings.topology, shape.num_experts + settings.redundant)
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ def read_initial_map(value: str, server: Placement) -> InitialMap:
     """
     flag = f"{INITIAL_MAP} {_short(value)}"
     data = _read(value, flag)
-    if isinstance(data, dict) and "logical_count" in data and "physical_to_logical_map" not in data:
+    if is_dump(data):
         return InitialMap(_short(value), window=_window(data, server, flag))
     origin = _check_origin(data, server, flag)
     devices = num_devices(data)
@@ -88,15 +82,14 @@ def read_initial_map(value: str, server: Placement) -> InitialMap:
     return InitialMap(_short(value), expert_map, origin=origin)
 
 
-def warn_of_rule(loaded: InitialMap, server_args: Any) -> None:
+def warn_of_rule(loaded: InitialMap, settings: Settings) -> None:
     """A map is worth what was recorded only under the replica choice that it was planned for."""
-    rule = dispatch_rule(server_args)
-    if loaded.origin is None or loaded.origin.dispatch == rule or not server_args.ep_num_redundant_experts:
+    if loaded.origin is None or loaded.origin.dispatch == settings.rule or not settings.redundant:
         return
     logger.warning(
         "[eplb-affinity] %s %s: was planned for --ep-dispatch-algorithm %s, but this server chooses replicas by %s; "
         "give --ep-dispatch-algorithm %s",
-        INITIAL_MAP, loaded.source, loaded.origin.dispatch, server_args.ep_dispatch_algorithm, loaded.origin.dispatch,
+        INITIAL_MAP, loaded.source, loaded.origin.dispatch, settings.served_rule, loaded.origin.dispatch,
     )  # fmt: skip
 
 
@@ -125,36 +118,19 @@ def _with_dense_layers(moe: ExpertMap, shape: MoeShape) -> ExpertMap:
 
 def _window(data: dict[str, Any], server: Placement, flag: str) -> RoutingWindow:
     shape = server.shape
-    try:
-        count = np.asarray(data["logical_count"])
-    except ValueError:
-        raise InputError(f"{flag}: logical_count has rows of different length") from None
-    if count.ndim not in (2, 3) or count.shape[-2:] != (shape.num_layers, shape.num_experts):
+    window = window_of(data, flag)
+    if window.counts.shape != (shape.num_layers, shape.num_experts):
         raise InputError(
-            f"{flag}: logical_count has shape {tuple(count.shape)}, but the model needs "
-            f"[..., {shape.num_layers} layers, {shape.num_experts} experts]; is it another model's dump?"
+            f"{flag}: has {window.num_layers} layers of {window.num_experts} experts, but the model needs "
+            f"{shape.num_layers} layers of {shape.num_experts} experts; is it another model's dump?"
         )
-    if "affinity" not in data:
-        return RoutingWindow(count.reshape(-1, *count.shape[-2:]).sum(0).astype(np.int64))
-    from sglang_eplb_affinity.sglang_hooks.recording import window_of_dump
-
-    try:
-        return window_of_dump(data["affinity"])
-    except InputError as error:
-        raise InputError(f"{flag}: {error}") from None
+    return window
 
 
 def _read(value: str, flag: str) -> Any:
-    if value.endswith((".json", ".yaml", ".yml")):
-        return read_data(value, flag)
+    if value.removesuffix(".gz").endswith((".json", ".yaml", ".yml", ".pt")):
+        return read_content(value, flag)
     try:
-        if value.endswith(".pt"):
-            import torch
-
-            return torch.load(value, weights_only=True, map_location="cpu")
         return json.loads(value)
-    except OSError as error:
-        raise InputError(f"{flag}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # torch.load and json raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{flag}: not a readable .json, .pt or .yaml file, nor inline JSON ({reason})") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{flag}: not a .json, .pt or .yaml file, nor inline JSON") from None

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from sglang_eplb_affinity.dispatch.evaluate import moved_experts
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
@@ -23,85 +21,57 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import plan
+from sglang_eplb_affinity.rebalance.first_rank import from_rank_0
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
-from sglang_eplb_affinity.sglang_hooks import ALGORITHM, rebalance
+from sglang_eplb_affinity.sglang_hooks import process
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
-from sglang_eplb_affinity.sglang_hooks.arguments import INITIAL_MAP
 from sglang_eplb_affinity.sglang_hooks.initial_map import InitialMap, placement_of, read_initial_map
-from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.location import metadata_of
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, INITIAL_MAP
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_FAILED, _MAP, _LEFT_TO_SGLANG = 0, 1, 2
 
-in_force: LoadedMap | None = None
-"""Set on rank 0 once a map is loaded."""
-
-
-def load(server_args: Any, model_config: Any, ep_rank: int) -> Any | None:
+def load(settings: Settings, model_config: Any, ep_rank: int) -> Any | None:
     """SGLang's metadata of the map that the flag names; None where SGLang has to do it (elastic EP; a dump for another
     algorithm). A collective call: rank 0 reads, so that files that differ between hosts cannot split the ranks."""
-    global in_force
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().elastic_ep_initial_size is not None:
         return None
-    common = adapter().init_common(server_args, model_config)
+    common = adapter().init_common(model_config)
     if common is None:
         raise InputError(f"{INITIAL_MAP}: SGLang cannot place the experts of this model's class; leave the flag out")
-    experts, ep_size = common["model_config_for_expert_location"].num_logical_experts, common["ep_size"]
-    shape = (common["model_config_for_expert_location"].num_layers, common["num_physical_experts"])
-    message = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int64)
-    failure: Exception | None = None
-    initial: InitialMap | None = None
-    if _rank() == 0:
-        try:
-            initial = _read_on_rank_0(server_args, ep_size)
-            expert_map = _map_or_plan(initial, server_args, ep_size, rebalance.num_groups_of(model_config))
-            message[0] = _LEFT_TO_SGLANG if expert_map is None else _MAP
-            if expert_map is not None:
-                message[1:] = torch.from_numpy(expert_map.physical_to_logical.astype(np.int64).ravel())
-        except Exception as error:  # the other ranks wait for the broadcast
-            failure = error
-    if dist.is_initialized():
-        on_device = message.to(server_args.device)
-        dist.broadcast(on_device, src=0)
-        message = on_device.cpu()
-    if failure is not None:
-        raise failure
-    if message[0] == _FAILED:
-        raise InputError(
-            f"{INITIAL_MAP} {server_args.init_expert_location}: rank 0 could not load it; its log says why"
-        )
-    if message[0] == _LEFT_TO_SGLANG:
+    model = common["model_config_for_expert_location"]
+    initial: list[InitialMap] = []
+
+    def read_or_plan() -> np.ndarray | None:
+        initial.append(read_initial_map(settings.initial_map, placement_of(settings)))
+        expert_map = _map_or_plan(initial[0], settings)
+        return None if expert_map is None else expert_map.physical_to_logical
+
+    answer = from_rank_0(read_or_plan, (model.num_layers, common["num_physical_experts"]), settings.device)
+    if answer.error is not None:
+        raise answer.error
+    if answer.failed:
+        raise InputError(f"{INITIAL_MAP} {settings.initial_map}: rank 0 could not load it; its log says why")
+    if answer.rows is None:
         return None
-    loaded = ExpertMap(message[1:].numpy().reshape(shape), experts)
-    topology = rebalance.topology_of(server_args, ep_size)
-    if initial is not None:
-        in_force = LoadedMap(initial, loaded, topology, rebalance.dispatch_rule(server_args))
-        in_force.log_loaded()
-    return rebalance.metadata_of(loaded, topology, rebalance.dispatch_rule(server_args), server_args.device, ep_rank)
+    loaded = ExpertMap(answer.rows, model.num_logical_experts)
+    if initial:
+        process.loaded_map = LoadedMap(initial[0], loaded, settings.topology, settings.rule)
+        process.loaded_map.log_loaded()
+    return metadata_of(loaded, settings.topology, settings.rule, settings.device, ep_rank)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _read_on_rank_0(server_args: Any, ep_size: int) -> InitialMap:
-    shape = MoeShape.of(server_args.get_model_config().hf_text_config)
-    if shape is None:
-        raise InputError(f"{INITIAL_MAP}: {server_args.model_path} has no routed experts; leave the flag out")
-    return read_initial_map(server_args.init_expert_location, placement_of(server_args, shape, ep_size))
-
-
-def _map_or_plan(initial: InitialMap, server_args: Any, ep_size: int, num_groups: int | None) -> ExpertMap | None:
+def _map_or_plan(initial: InitialMap, settings: Settings) -> ExpertMap | None:
     if initial.expert_map is not None:
         return initial.expert_map
-    if server_args.eplb_algorithm != ALGORITHM or initial.window is None:
+    if settings.algorithm != ALGORITHM or initial.window is None:
         return None
-    topology = rebalance.topology_of(server_args, ep_size)
-    slots = initial.window.num_experts + server_args.ep_num_redundant_experts
-    planned = plan(initial.window, topology, slots, rebalance.planner_config(server_args, num_groups=num_groups))
+    slots = initial.window.num_experts + settings.redundant
+    planned = plan(initial.window, settings.topology, slots, settings.planner_from_scratch)
     logger.info("[eplb-affinity] initial map planned: %s", planned.report.summary())
     return planned.expert_map
 
@@ -177,7 +147,7 @@ class LoadedMap:
         self._log(record | {"figures_of": "this server's traffic"})
 
     def _placed(self) -> dict[str, Any]:
-        home = rebalance.contiguous_like(self._loaded)
+        home = self._loaded.contiguous_like()
         elsewhere = moved_experts(home, self._loaded, self._topology)
         return {
             "layers": self._loaded.num_layers,
@@ -192,7 +162,7 @@ class LoadedMap:
         }
 
     def _figures(self, window: RoutingWindow) -> Comparison | None:
-        contiguous = MapFigures.of(window, rebalance.contiguous_like(self._loaded), self._topology, self._rule)
+        contiguous = MapFigures.of(window, self._loaded.contiguous_like(), self._topology, self._rule)
         loaded = MapFigures.of(window, self._loaded, self._topology, self._rule)
         return None if contiguous is None or loaded is None else Comparison(contiguous, loaded)
 

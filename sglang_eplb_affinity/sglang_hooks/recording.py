@@ -10,26 +10,16 @@ import torch
 
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RecordSchedule, RowLayout, one_group
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.domain.routing import RoutingWindow, estimated_coactivation
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.formats.affinity_entry import window_to_dump
+from sglang_eplb_affinity.rebalance.first_rank import this_rank
 from sglang_eplb_affinity.rebalance.window_reduce import Reduction, reduce_window
 from sglang_eplb_affinity.sglang_hooks import observing
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
 from sglang_eplb_affinity.sglang_hooks.load_log import LoadLog
-from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
-from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-DUMP_VERSION = 1
-
-
-def make(server_args: Any, expert_location_metadata: Any, owner: Any) -> ServerRecorder | None:
-    if not records_affinity(server_args):
-        return None
-    shape = MoeShape.of(server_args.get_model_config().hf_text_config)
-    if shape is None:
-        raise InputError(f"--eplb-algorithm affinity: {server_args.model_path} has no routed experts")
-    return ServerRecorder(server_args, expert_location_metadata, shape.top_k, owner)
 
 
 class ServerRecorder:
@@ -40,46 +30,41 @@ class ServerRecorder:
     ``owner`` is SGLang's recorder, which knows whether recording is on.
     """
 
-    def __init__(self, server_args: Any, expert_location_metadata: Any, top_k: int, owner: Any) -> None:
+    def __init__(self, settings: Settings, expert_location_metadata: Any, owner: Any) -> None:
         from sglang.srt.runtime_context import get_parallel
 
-        parallel = get_parallel()
-        self._world_rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        self.top_k = top_k
-        self._all_to_all = server_args.moe_a2a_backend != "none"
-        self._num_groups = 1 if self._all_to_all else max(parallel.attn_dp_size, 1)
+        if settings.shape is None:
+            raise InputError(f"--enable-expert-affinity-recorder: {settings.model_path} has no routed experts")
+        parallel, recording = get_parallel(), settings.recording
+        self.top_k = settings.shape.top_k
+        self._num_groups = 1 if settings.own_tokens else max(parallel.attn_dp_size, 1)
         self._reduction = Reduction(
-            contributes=self._all_to_all or (parallel.moe_ep_rank == 0 and parallel.moe_tp_rank == 0)
+            contributes=settings.own_tokens or (parallel.moe_ep_rank == 0 and parallel.moe_tp_rank == 0)
         )
         # EPLB plans on the same window: the HTTP endpoints must neither stop nor empty it.
-        self.serves_eplb = bool(server_args.enable_eplb)
-        self.records_from_start = bool(server_args.expert_load_log_passes)
-        chunk = server_args.chunked_prefill_size or 0
+        self.serves_eplb = settings.eplb
+        self.records_from_start = bool(recording.log_passes)
         self._owner = owner
-        self._schedule = RecordSchedule(
-            server_args.expert_affinity_record_every,
-            server_args.expert_affinity_record_last_passes,
-            server_args.eplb_rebalance_num_iterations,
-        )
+        self._schedule = RecordSchedule(recording.every, recording.last_passes, recording.interval)
         self._passes = 0
         self._records_pass = True
-        self._on_cuda = str(server_args.device).startswith("cuda")
+        self._on_cuda = settings.device.startswith("cuda")
         self.recorder = AffinityRecorder(
             num_layers=expert_location_metadata.num_layers,
             num_experts=expert_location_metadata.num_logical_experts,
-            top_k=top_k,
+            top_k=self.top_k,
             num_groups=self._num_groups,
-            device=server_args.device,
+            device=settings.device,
             config=RecorderConfig(
-                sample_tokens=server_args.expert_affinity_sample_tokens,
-                max_pass_tokens=max(chunk, 8192) * self._num_groups,
+                sample_tokens=recording.sample_tokens,
+                max_pass_tokens=recording.max_pass_tokens * self._num_groups,
                 # Ranks run in lockstep: with one seed all would keep the tokens of the same positions.
-                seed=(server_args.random_seed or 0) + self._world_rank,
+                seed=recording.seed + this_rank(),
                 # With EPLB on recording never stops, and all layers of the target model run inside a pass.
-                quiet_between_passes=not self.serves_eplb or server_args.speculative_algorithm is not None,
+                quiet_between_passes=not self.serves_eplb or recording.speculative,
             ),
         )
-        self._load_log = LoadLog(server_args.expert_load_log_passes, self.recorder, self._reduction)
+        self._load_log = LoadLog(recording.log_passes, self.recorder, self._reduction)
         self._warned: set[str] = set()
 
     @property
@@ -168,29 +153,3 @@ class RecordedWindow:
     def for_output(self, mode: str) -> RoutingWindow | dict[str, Any]:
         """For SGLang's output mode: plain tensors for a ``file``, the window itself for an ``object``."""
         return window_to_dump(self.window) if mode == "file" else self.window
-
-
-def window_to_dump(window: RoutingWindow) -> dict[str, Any]:
-    """The ``affinity`` entry of a recorder dump: plain tensors, readable with ``torch.load(weights_only=True)``."""
-    assert window.tokens is not None
-    entry: dict[str, Any] = {
-        "version": DUMP_VERSION,
-        "counts": torch.from_numpy(window.counts),
-        "coactivation": torch.from_numpy(estimated_coactivation(window.counts, window.tokens)),
-        "tokens": torch.from_numpy(window.tokens),
-    }
-    if window.phase_counts is not None and window.token_phase is not None:
-        entry["phase_counts"] = torch.from_numpy(window.phase_counts)
-        entry["token_phase"] = torch.from_numpy(window.token_phase)
-    return entry
-
-
-def window_of_dump(data: dict[str, Any]) -> RoutingWindow:
-    """The window that :func:`window_to_dump` wrote; raises InputError if the entry is of another version."""
-    if data.get("version") != DUMP_VERSION:
-        raise InputError(
-            f"dump: affinity entry of version {data.get('version')}, but this package reads {DUMP_VERSION}"
-        )
-    names = ("coactivation", "tokens", "phase_counts", "token_phase")
-    rest = (None if data.get(name) is None else data[name].cpu().numpy() for name in names)
-    return RoutingWindow(data["counts"].cpu().numpy(), *rest)

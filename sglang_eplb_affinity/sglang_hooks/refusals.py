@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ServerArguments
 
 # Adapters on these leave the experts alone.
 _ATTENTION_ONLY = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "embed_tokens", "lm_head"})
 
 
-def check_placed(server_args: Any, flag: str) -> None:
+def check_placed(args: ServerArguments, flag: str) -> None:
     """Of any map that is not SGLang's trivial one, from ``flag``: EPLB, or a loaded map."""
-    targets = set(server_args.lora_target_modules or ())
-    if server_args.enable_lora and not (targets and targets <= _ATTENTION_ONLY):
+    targets = set(args.lora_target_modules or ())
+    if args.enable_lora and not (targets and targets <= _ATTENTION_ONLY):
         raise InputError(
             f"--enable-lora: adapters of experts are kept by contiguous expert ids, so with {flag} they would act on "
             f"other experts; give --lora-target-modules of attention only ({', '.join(sorted(_ATTENTION_ONLY))})"
         )
 
 
-def check_moving(server_args: Any, view: Any, flag: str) -> None:
-    """Of EPLB with our planner or our rounds. ``view``: the resolved arguments."""
-    if view.pp_size > 1:
-        raise InputError(f"--pp-size {view.pp_size}: pipeline stages do not rebalance together with {flag}; use 1")
-    mode = server_args.weight_cache_mode
+def check_moving(args: ServerArguments, flag: str) -> None:
+    """Of EPLB with our planner or our rounds."""
+    if args.pp_size > 1:
+        raise InputError(f"--pp-size {args.pp_size}: pipeline stages do not rebalance together with {flag}; use 1")
+    mode = args.weight_cache_mode
     if mode != "off":
         raise InputError(
             f"--weight-cache-mode {mode}: {flag} would move experts in the daemon's copy of the weights, which other "
             "servers share; use off"
         )
-    if not server_args.eplb_async and view.ep_size != view.tp_size:
+    if not args.eplb_async and args.ep_size != args.tp_size:
         raise InputError(
-            f"--ep-size {view.ep_size}: SGLang's synchronous rebalance takes the tensor-parallel rank for the expert-"
-            f"parallel one, and --tp-size is {view.tp_size}; make them equal, or give --eplb-async"
+            f"--ep-size {args.ep_size}: SGLang's synchronous rebalance takes the tensor-parallel rank for the expert-"
+            f"parallel one, and --tp-size is {args.tp_size}; make them equal, or give --eplb-async"
         )
-    if server_args.eplb_async and server_args.enable_pdmux:
+    if args.eplb_async and args.enable_pdmux:
         raise InputError(
             "--enable-pdmux: prefill and decode run at the same time there, so --eplb-async could change weights "
             "in the middle of a pass; leave out one of the two"
         )
-    if server_args.eplb_async and server_args.enable_memory_saver:
+    if args.eplb_async and args.enable_memory_saver:
         raise InputError(
             "--enable-memory-saver: /release_memory_occupation takes weights away that --eplb-async may be moving; "
             "leave out one of the two"

@@ -5,12 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_eplb_affinity.sglang_hooks import process
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
-from sglang_eplb_affinity.sglang_hooks.topk_flags import replaces_counts
+from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity, replaces_counts
+
+if TYPE_CHECKING:
+    from sglang_eplb_affinity.rebalance.synchronous import SynchronousRound, SynchronousRounds
+    from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
 
 
 def recorder_class(base: Any) -> type:
@@ -19,14 +24,13 @@ def recorder_class(base: Any) -> type:
 
     class Recorder(base):
         def __init__(self, *args: Any) -> None:
-            from sglang_eplb_affinity import sglang_hooks
-
             arguments = adapter().arguments()
             # 8 whatever the model.
             module._DetailSinglePassGatherer._TOP_K_NUM = _top_k(arguments)
             self._affinity: Any = None
             super().__init__(*args)
-            self._affinity = sglang_hooks.make_recorder(arguments, args[-2], self)
+            if records_affinity(arguments):
+                self._affinity = _make_recorder(args[-2], self)
             self._replaces_counts = replaces_counts(arguments)
             self._device = arguments.device
             self._recorder_rank = args[-1]
@@ -133,7 +137,8 @@ def manager_class(base: Any) -> type:
 
     class Manager(base):
         affinity_rebalancer: Any = None  # with --eplb-async
-        _affinity_round: Any = None
+        _affinity_rounds: SynchronousRounds | None = None
+        _affinity_round: SynchronousRound | None = None
         _planned: Any = None
 
         def on_forward_pass_end(self) -> None:
@@ -149,25 +154,52 @@ def manager_class(base: Any) -> type:
             except MapStays:
                 return
             if self._affinity_round is not None:
-                self._affinity_round.finish(self._planned)
+                from sglang_eplb_affinity.sglang_hooks.expert_weights import expert_bytes
+                from sglang_eplb_affinity.sglang_hooks.location import map_of
+
+                weights = self._get_model().routed_experts_weights_of_layer
+                self._affinity_round.finish(map_of(self._planned), expert_bytes(weights))
 
         def _compute_expert_location_metadata(self, logical_count: Any, **kwargs: Any) -> Any:
             from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+            from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-            from sglang_eplb_affinity import sglang_hooks
-
-            window = get_global_expert_distribution_recorder().last_window
-            self._affinity_round = sglang_hooks.begin_round(self, window)
-            if self._affinity_round is None or not self._affinity_round.plans:
+            recorded = get_global_expert_distribution_recorder().last_window
+            if recorded is None:
                 self._planned = super()._compute_expert_location_metadata(logical_count, **kwargs)
                 return self._planned
-            self._planned = self._affinity_round.plan()
-            if self._planned is None:
+            from sglang_eplb_affinity.sglang_hooks import rounds
+            from sglang_eplb_affinity.sglang_hooks.location import map_of, metadata_of
+
+            settings = process.settings()
+            self._affinity_rounds = self._affinity_rounds or rounds.synchronous(settings)
+            in_force = get_global_expert_location_metadata()
+            self._affinity_round = self._affinity_rounds.begin(recorded.window, map_of(in_force))
+            if not settings.ours:
+                self._planned = super()._compute_expert_location_metadata(logical_count, **kwargs)
+                return self._planned
+            planned = self._affinity_round.plan()
+            if planned is None:
                 self._affinity_round = None
                 raise MapStays
+            device = in_force.physical_to_logical_map.device
+            self._planned = metadata_of(planned, settings.topology, settings.rule, device)
             return self._planned
 
     return Manager
+
+
+def _make_recorder(expert_location_metadata: Any, owner: Any) -> ServerRecorder:
+    """The affinity recorder of this rank, in the step at every layer too; ``owner`` is SGLang's recorder."""
+    from sglang_eplb_affinity.sglang_hooks import rounds
+    from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
+    from sglang_eplb_affinity.sglang_hooks.topk_step import TopkStep
+
+    settings = process.settings()
+    recorder = ServerRecorder(settings, expert_location_metadata, owner)
+    process.topk_step = TopkStep(settings, expert_location_metadata, recorder)
+    rounds.warm_up_planner(settings)
+    return recorder
 
 
 def _top_k(arguments: Any) -> int:

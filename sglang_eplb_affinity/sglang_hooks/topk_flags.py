@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.sglang_hooks import ALGORITHM
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
 
 # Their top-k output has no ids (SGLang's BYPASSED and TRITON_KERNEL formats, layers/moe/topk.py).
 _FUSED_TOP_K_BACKENDS = ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel", "experimental_sgl_trtllm")
@@ -13,59 +12,68 @@ _FUSED_TOP_K_BACKENDS = ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel
 _RECORDED_ALL_TO_ALL = ("none", "deepep", "mooncake", "nixl", "mori", "flashinfer", "megamoe", "pplx")
 
 
-def is_ours(server_args: Any) -> bool:
-    return bool(server_args.enable_eplb and server_args.eplb_algorithm == ALGORITHM)
+def is_ours(args: ServerArguments) -> bool:
+    return bool(args.enable_eplb and args.eplb_algorithm == ALGORITHM)
 
 
-def records_affinity(server_args: Any) -> bool:
-    return bool(server_args.enable_expert_affinity_recorder or is_ours(server_args))
+def records_affinity(args: ServerArguments) -> bool:
+    return bool(args.enable_expert_affinity_recorder or is_ours(args))
 
 
-def chooses_replicas(server_args: Any) -> bool:
-    """Whether logical ids become physical by our rules: always with `cover`, else where our algorithm plans."""
-    if server_args.ep_dispatch_algorithm == "cover":
+def uses_package(args: ServerArguments) -> bool:
+    """Whether anything of this package runs in the server's ranks."""
+    loads, forces = args.init_expert_location != "trivial", args.ep_forced_routing is not None
+    return records_affinity(args) or chooses_replicas(args) or loads or forces
+
+
+def chooses_replicas(args: ServerArguments) -> bool:
+    """Whether ids become physical by our rules: always with those of `cover`, else where our algorithm plans."""
+    if args.ep_dispatch_algorithm in COVER_RULES:
         return True
-    return is_ours(server_args) and _our_rules_run(server_args)
+    return is_ours(args) and _our_rules_run(args)
 
 
-def _our_rules_run(server_args: Any) -> bool:
+def _our_rules_run(args: ServerArguments) -> bool:
+    # Elastic expert parallelism replaces the tables that our kernel reads in place.
+    return args.elastic_ep_backend is None and (args.device == "cpu" or _is_cuda())
+
+
+def _is_cuda() -> bool:
     from sglang.srt.utils import is_cuda
 
-    known_device = is_cuda() or server_args.device == "cpu"
-    # Elastic expert parallelism replaces the tables that our kernel reads in place.
-    return known_device and server_args.elastic_ep_backend is None
+    return bool(is_cuda())
 
 
-def gains_by_cover(server_args: Any) -> bool:
+def gains_by_cover(args: ServerArguments) -> bool:
     """Whether `cover` is the better default: our maps, replicas to choose from, and a token sent once per destination.
 
     That is DeepEP's normal mode. The low-latency mode sends a copy per expert, so `auto` keeps SGLang's `static`.
     """
     return (
-        is_ours(server_args)
-        and server_args.ep_num_redundant_experts > 0
-        and (server_args.moe_a2a_backend, server_args.deepep_mode) == ("deepep", "normal")
-        and _our_rules_run(server_args)
+        is_ours(args)
+        and args.ep_num_redundant_experts > 0
+        and (args.moe_a2a_backend, args.deepep_mode) == ("deepep", "normal")
+        and _our_rules_run(args)
     )
 
 
-def replaces_counts(server_args: Any) -> bool:
+def replaces_counts(args: ServerArguments) -> bool:
     """Whether our recorder's counts stand in for SGLang's, so that nothing is counted twice.
 
     SGLang counts slots, with several kernels a layer, and adds up every pass of the window at the rebalance. Its
     metrics of GPU load need that.
     """
-    plans_on_ours = is_ours(server_args) or (server_args.enable_eplb and server_args.eplb_async)
-    return plans_on_ours and not server_args.enable_expert_distribution_metrics
+    plans_on_ours = is_ours(args) or (args.enable_eplb and args.eplb_async)
+    return plans_on_ours and not args.enable_expert_distribution_metrics
 
 
-def check_schedule(server_args: Any) -> None:
+def check_schedule(args: ServerArguments) -> None:
     """--expert-affinity-record-every and --expert-affinity-record-last-passes must leave something to plan on."""
-    every, last = server_args.expert_affinity_record_every, server_args.expert_affinity_record_last_passes
-    window = server_args.eplb_rebalance_num_iterations
+    every, last = args.expert_affinity_record_every, args.expert_affinity_record_last_passes
+    window = args.eplb_rebalance_num_iterations
     if every < 1:
         raise InputError(f"--expert-affinity-record-every {every}: must be at least 1 (1: every pass)")
-    if last is not None and not server_args.enable_eplb:
+    if last is not None and not args.enable_eplb:
         raise InputError(
             f"--expert-affinity-record-last-passes {last}: counts back from a rebalance, but EPLB is off; "
             "leave it out or give --eplb-algorithm affinity"
@@ -74,37 +82,37 @@ def check_schedule(server_args: Any) -> None:
         raise InputError(
             f"--expert-affinity-record-last-passes {last}: must be 1 to {window} (--eplb-rebalance-num-iterations)"
         )
-    if server_args.enable_eplb and every > (last or window):
+    if args.enable_eplb and every > (last or window):
         raise InputError(
             f"--expert-affinity-record-every {every}: records nothing of the {last or window} passes before a "
             "rebalance; use a smaller number"
         )
 
 
-def check_top_k(flag: str, server_args: Any) -> None:
+def check_top_k(flag: str, args: ServerArguments) -> None:
     """Refuse ``flag`` where SGLang's top-k does not come by our hook with its logical ids."""
-    view = server_args._resolved()
-    if view.moe_runner_backend in _FUSED_TOP_K_BACKENDS:
+    if args.moe_runner_backend in _FUSED_TOP_K_BACKENDS:
         raise InputError(
-            f"--moe-runner-backend {view.moe_runner_backend}: chooses experts inside its kernel, so {flag} finds "
+            f"--moe-runner-backend {args.moe_runner_backend}: chooses experts inside its kernel, so {flag} finds "
             "no ids; use another backend, such as triton or deep_gemm"
         )
-    if view.moe_a2a_backend not in _RECORDED_ALL_TO_ALL or server_args.device == "npu":
-        where = f"--device {server_args.device}" if server_args.device == "npu" else ""
-        where = where or f"--moe-a2a-backend {view.moe_a2a_backend}"
+    if args.moe_a2a_backend not in _RECORDED_ALL_TO_ALL or args.device == "npu":
+        where = f"--device {args.device}" if args.device == "npu" else ""
+        where = where or f"--moe-a2a-backend {args.moe_a2a_backend}"
         raise InputError(
             f"{where}: its top-k hands out no logical expert ids, so {flag} finds none; works with --moe-a2a-backend "
             f"{', '.join(_RECORDED_ALL_TO_ALL)} (deepep in any --deepep-mode)"
         )
 
 
-def check_cover(server_args: Any) -> None:
-    """--ep-dispatch-algorithm cover, with whatever else is asked for."""
-    if server_args.ep_dispatch_algorithm != "cover":
+def check_cover(args: ServerArguments) -> None:
+    """--ep-dispatch-algorithm cover or cover_balanced, with whatever else is asked for."""
+    if args.ep_dispatch_algorithm not in COVER_RULES:
         return
-    check_top_k("--ep-dispatch-algorithm cover", server_args)
-    if server_args.device not in ("cuda", "cpu") or server_args.elastic_ep_backend is not None:
+    flag = f"--ep-dispatch-algorithm {args.ep_dispatch_algorithm}"
+    check_top_k(flag, args)
+    if args.device not in ("cuda", "cpu") or args.elastic_ep_backend is not None:
         raise InputError(
-            "--ep-dispatch-algorithm cover: works on cuda and cpu without --elastic-ep-backend, but the device is "
-            f"{server_args.device} and the backend {server_args.elastic_ep_backend}; use dynamic"
+            f"{flag}: works on cuda and cpu without --elastic-ep-backend, but the device is "
+            f"{args.device} and the backend {args.elastic_ep_backend}; use dynamic"
         )

@@ -9,10 +9,8 @@ import torch
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import one_group
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
-from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
-from sglang_eplb_affinity.sglang_hooks.rebalance import topology_of
 from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
-from sglang_eplb_affinity.sglang_hooks.topk_flags import chooses_replicas
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
 # What is hung onto SGLang's objects: both live as long as the placement whose tensors they point at.
 _INFOS, _TABLES = "eplb_affinity_infos", "eplb_affinity_tables"
@@ -21,22 +19,20 @@ _INFOS, _TABLES = "eplb_affinity_infos", "eplb_affinity_tables"
 class TopkStep:
     """Callable for each layer. ``recorder`` None: nothing is recorded."""
 
-    def __init__(self, server_args: Any, metadata: Any, recorder: ServerRecorder | None) -> None:
+    def __init__(self, settings: Settings, metadata: Any, recorder: ServerRecorder | None) -> None:
         from sglang.srt.runtime_context import get_parallel
 
-        self.chooses = chooses_replicas(server_args)
+        self.chooses = settings.chooses_replicas
         self._recorder = recorder
         placement = None
         if metadata is not None:
-            own_tokens = server_args.moe_a2a_backend != "none"
             placement = Placement(
-                topology=topology_of(server_args, metadata.ep_size),
+                topology=settings.topology,
                 num_slots=metadata.num_physical_experts,
                 max_replicas=metadata.num_physical_experts - metadata.num_logical_experts + 1,
-                source_gpu=get_parallel().moe_ep_rank if own_tokens else None,
+                source_gpu=get_parallel().moe_ep_rank if settings.own_tokens else None,
             )
-        shape = MoeShape.of(server_args.get_model_config().hf_text_config)
-        top_k = shape.top_k if shape is not None else 1
+        top_k = settings.shape.top_k if settings.shape is not None else 1
         self._map_only = MapAndRecord(top_k, None, placement)
         self._both = None if recorder is None else MapAndRecord(top_k, recorder.recorder, placement)
 

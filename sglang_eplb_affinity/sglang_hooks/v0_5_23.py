@@ -30,9 +30,6 @@ class Arguments:
 
         declare_resolution(self._record, "eplb_affinity", **{name: value})
 
-    def _resolved(self) -> Arguments:
-        return self
-
     def get_model_config(self) -> Any:
         from sglang.srt.arg_groups.overrides import model_config_of
 
@@ -56,7 +53,7 @@ def dp_rank(model_runner: Any) -> int | None:
     return rank
 
 
-def init_common(arguments: Any, model_config: Any) -> dict[str, Any] | None:
+def init_common(model_config: Any) -> dict[str, Any] | None:
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
     common: dict[str, Any] | None = ExpertLocationMetadata._init_common(model_config)

@@ -107,11 +107,11 @@ def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
 
 def evaluate_candidates(
     system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None, redundancies: Sequence[int] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Every candidate of one phase."""
+    """Every candidate of one phase, with each of ``redundancies`` (:func:`redundancy_choices` without)."""
     out = []
-    for redundant in redundancy_choices(system):
+    for redundant in redundancies or redundancy_choices(system):
         for mode in modes_of(system, phase):
             field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
             serving = dataclasses.replace(system.serving, redundant_experts=redundant, **{field: mode})  # type: ignore[arg-type]
@@ -123,9 +123,14 @@ def evaluate_candidates(
     return out
 
 
-def candidate_runs(system: System, phase: Phase, resamples: int) -> int:
+def candidate_runs(system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None) -> int:
     """How often ``evaluate_candidates`` reports progress."""
-    return len(redundancy_choices(system)) * len(modes_of(system, phase)) * len(ALGORITHMS) * (resamples + 1)
+    return (
+        len(redundancies or redundancy_choices(system))
+        * len(modes_of(system, phase))
+        * len(ALGORITHMS)
+        * (resamples + 1)
+    )
 
 
 def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:
@@ -141,10 +146,16 @@ def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -
     if affinity_gain.lower >= min_gain_pct and over_none.lower >= min_gain_pct:
         reasons.append(_why_affinity(affinity, eplb))
         return Recommendation(phase, True, affinity, over_none, affinity_gain, tuple(reasons), tuple(candidates))
-    reasons.append(
-        f"affinity against EPLB: {_text(affinity_gain)}; not surely {min_gain_pct:g} % or more"
-        + (", " + _why_not(affinity, eplb) if affinity_gain.value < min_gain_pct else "")
-    )
+    if affinity_gain.lower >= min_gain_pct:
+        reasons.append(
+            f"affinity against EPLB: {_text(affinity_gain)}, but affinity against no EPLB: {_text(over_none)}; "
+            f"not surely {min_gain_pct:g} % or more"
+        )
+    else:
+        reasons.append(
+            f"affinity against EPLB: {_text(affinity_gain)}; not surely {min_gain_pct:g} % or more"
+            + (", " + _why_not(affinity, eplb) if affinity_gain.value < min_gain_pct else "")
+        )
     if eplb_gain.lower >= min_gain_pct:
         return Recommendation(phase, True, eplb, eplb_gain, None, tuple(reasons), tuple(candidates))
     reasons.append(f"EPLB against no EPLB: {_text(eplb_gain)}; not surely {min_gain_pct:g} % or more")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots
+from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots, weights_of_passes
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
@@ -23,7 +23,8 @@ LATENCY_NVLINK_OUT, LATENCY_NVLINK_IN, LATENCY_RDMA_OUT, LATENCY_RDMA_IN = range
 OWN_NODE_TOKENS, NORMAL_FORWARDED, LATENCY_LOCAL = 9, 10, 11
 NUM_COUNTERS = 12
 
-_STATIC = int(RuleNumber.STATIC)
+_STATIC, _BALANCED = int(RuleNumber.STATIC), int(RuleNumber.COVER_BALANCED)
+_ONE_PASS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,19 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
     static = np.empty((0, 0), np.int32)
     if rule == _STATIC:
         static = static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node)
+    no_ties = np.empty(0, np.int64)
+    weights = np.empty((num_gpus, 0), np.int64)
+    if rule == _BALANCED:
+        weights = weights_of_passes(
+            tokens, source, _ONE_PASS, 1, table, replicas, slots_per_gpu, gpus_per_node, num_gpus
+        )
     for t in range(tokens.shape[0]):
         home = np.int64(source[t])
         home_node = home // gpus_per_node
         index = home % gpus_per_node
         choose_slots(
             t, tokens[t], home, table, replicas, static, slots_per_gpu, gpus_per_node, rule, gpu_mark, node_mark, free,
-            slots,
+            slots, no_ties, weights[home],
         )  # fmt: skip
         for j in range(k):
             slot = slots[j]

@@ -26,7 +26,7 @@ def small_profile(folder: Path) -> Path:
     text = re.sub(r"(?<=\[load\.requests\]\n).*", "2 = 10\n", text, flags=re.DOTALL)
     text = re.sub(r"^warmup_requests = .*$", "warmup_requests = 8", text, flags=re.MULTILINE)
     text = re.sub(r"^output_tokens = .*$", "output_tokens = 16", text, flags=re.MULTILINE)
-    text = text.replace('"80"', '"40"')
+    text = text.replace("blocks = 2", "blocks = 1").replace("arms_side_by_side = true", "arms_side_by_side = false")
     path = folder / "small.toml"
     path.write_text(text, encoding="utf-8")
     return path

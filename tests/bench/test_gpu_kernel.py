@@ -11,7 +11,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 
 def test_kernel_ratios_take_the_worst_size() -> None:
     def cell(tokens: int, ours: float, other: float) -> dict:
-        times = {"ours_dynamic": ours, "ours_static": 1.0, "ours_cover": 3.0, "empty": 1.0}
+        times = {"ours_dynamic": ours, "ours_static": 1.0, "ours_cover": 3.0, "ours_cover_balanced": 3.0, "empty": 1.0}
         times |= {"upstream_dynamic": other, "upstream_static": 4.0}
         return {
             "tokens": tokens,
@@ -25,7 +25,7 @@ def test_kernel_ratios_take_the_worst_size() -> None:
 
 
 def test_ratios_of_large_sizes_alone_say_nothing_about_small_ones() -> None:
-    times = dict.fromkeys(("ours_dynamic", "ours_static", "ours_cover", "empty"), 2.0)
+    times = dict.fromkeys(("ours_dynamic", "ours_static", "ours_cover", "ours_cover_balanced", "empty"), 2.0)
     times |= {"upstream_dynamic": 4.0, "upstream_static": 8.0}
     us = {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()}
     found = kernel_times.ratios([{"tokens": 8192, "us": us}])
@@ -34,7 +34,7 @@ def test_ratios_of_large_sizes_alone_say_nothing_about_small_ones() -> None:
 
 
 def test_headline_figures_are_the_largest_ratios() -> None:
-    times = {"ours_dynamic": 1.0, "ours_static": 1.0, "ours_cover": 3.0, "empty": 1.0}
+    times = {"ours_dynamic": 1.0, "ours_static": 1.0, "ours_cover": 3.0, "ours_cover_balanced": 3.0, "empty": 1.0}
     times |= {"upstream_dynamic": 10.0, "upstream_static": 5.0}
     us = {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()}
     source = {"hardware": "1 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
@@ -44,6 +44,7 @@ def test_headline_figures_are_the_largest_ratios() -> None:
     assert found["kernel.time_ratio_to_upstream.max"].value == 0.3
     assert "ours_cover" in found["kernel.time_ratio_to_upstream.max"].unit
     assert found["kernel.static.eager_time_ratio_to_upstream.max"].value == 0.2
+    assert found["kernel.cover_balanced.time_ratio_to_upstream.max"].value == 0.3
     assert found["kernel.cover.time_ratio_to_empty.max"].value == 3.0
     large = {**result, "ratios": kernel_times.ratios([{"tokens": 8192, "us": us}])}
     assert not any("empty" in entry["name"] for entry in kernel_times.entries(large))
@@ -94,7 +95,7 @@ REFUSED = [
 
 def test_more_columns_than_lanes_are_not_spread_over_lanes() -> None:
     shapes = default_shapes("cover")
-    assert shapes.of(8, 8).lanes and shapes.of(8, 32).lanes and not shapes.of(8, 33).lanes
+    assert shapes.of(1, 8).lanes and shapes.of(1, 32).lanes and not shapes.of(1, 33).lanes
 
 
 @pytest.mark.parametrize("shape, rule", REFUSED)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.figures.headline import default_prefix
+from bench.figures.load_headlines import figures_of_loads
 from bench.figures.metrics import latency_metrics
 from bench.figures.rebalance_log import LogSummary
 from bench.figures.server_log import decode_steps
@@ -241,3 +243,38 @@ def test_a_session_goes_on_between_calls(tmp_path: Path) -> None:
     assert parts == ["caches.tar.xz.aa", "results.tar.gz.aa"]
     subprocess.run(["tar", "-xzf", tmp_path / "out" / "results.tar.gz.aa", "-C", tmp_path], check=True)
     assert (tmp_path / "results" / "found").read_text() == "argument\n"
+
+
+def test_headline_figures_of_loads_are_ratios_to_each_baseline(auto_plan: RunPlan) -> None:
+    arms = ("none", "vanilla", "vanilla-again", "affinity", "cover-32")
+    plan = replace(auto_plan, arms=arms)
+    step = {"none": 5.0, "vanilla": 5.5, "vanilla-again": 5.52, "affinity": 5.4, "cover-32": 6.0}
+    records = []
+    for cell in plan.cells():
+        record, noise = make_record(cell), 1 + 0.001 * cell.block * (cell.arm == "affinity")
+        own = step[cell.arm] * noise
+        extra = {"full_prefill_ms": 20 * own, "decode_step_ms": own, "p90_tpot_ms": own, "p95_itl_ms": own}
+        records.append(replace(record, metrics={**record.metrics, **extra}))
+    found = dict(figures_of_loads(tidy(records), plan, "bench.auto.nvlink"))
+    assert found["bench.auto.nvlink.prefill.cover-32.full_prefill_ratio_to_vanilla"]["value"] == pytest.approx(6 / 5.5)
+    assert found["bench.auto.nvlink.decode64.none.decode_step_ratio_to_vanilla"]["value"] == pytest.approx(5 / 5.5)
+    assert found["bench.replicas.nvlink.full_prefill_ratio_to_vanilla"]["value"] == pytest.approx(6 / 5.5)
+    decode = found["bench.decode.p90_tpot_ratio_to_vanilla"]
+    assert decode["lower"] < 5.4 / 5.5 * 1.001 < decode["upper"]
+    assert found["bench.auto.nvlink.decode.noise_floor_pct"]["value"] == pytest.approx(100 * 0.02 / 5.5, rel=0.02)
+    assert not any("vanilla-again" in name for name in found)
+
+
+def test_losses_are_parts_of_the_tokens_that_would_have_come() -> None:
+    profile = Profile.named("h200-x2-idle")
+    plan = RunPlan(profile, profile.arms, (256,), 2, "random token ids", "", ("decode",))
+    step = {"plain": 5.0, "vanilla-idle": 5.05, "affinity-idle": 5.0, "async-needless": 5.1}
+    records = [
+        replace(make_record(cell), metrics={"decode_step_ms": step[cell.arm], "p50_tpot_ms": step[cell.arm]})
+        for cell in plan.cells()
+    ]
+    found = dict(figures_of_loads(tidy(records), plan, "bench.idle"))
+    assert found["overhead.low_latency.decode_loss_pct"]["value"] == 0
+    assert found["overhead.low_latency.decode_loss_pct.upstream"]["value"] == pytest.approx(100 * 0.05 / 5.05, rel=1e-3)
+    assert found["async.throughput_loss_pct"]["value"] == pytest.approx(100 * 0.1 / 5.1, rel=1e-3)
+    assert default_prefix(plan) == "bench.idle"

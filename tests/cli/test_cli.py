@@ -202,3 +202,20 @@ def test_bad_input_is_one_line_and_exit_code_2(trace, tmp_path, case):  # type: 
 def test_input_error_reaches_the_caller_of_the_library(tmp_path):  # type: ignore[no-untyped-def]
     with pytest.raises(InputError):
         ExpertMap.load(tmp_path / "none.json")
+
+
+def test_plan_within_a_memory_budget_and_evaluate_without_a_rank(trace, tmp_path):  # type: ignore[no-untyped-def]
+    out = tmp_path / "auto.json"
+    base = ("plan", "--trace", trace, "--gpus", 4, "--effort", "fast", "--out", out)
+    done = run(*base, "--redundant", "auto", "--memory-gb", 1, "--expert-mb", 5, "--survive", "rank")
+    assert done.exit_code == 0 and "<- knee, taken" in done.output and "surviv" in done.output
+    lost = run("evaluate", "--trace", trace, "--map", out, "--gpus", 4, "--without-rank", 1, "--format", "json")
+    assert lost.exit_code == 0 and "tokens_hit" in lost.output and "rest_load_max_over_mean" in lost.output
+    for wrong, flag in (
+        ((*base, "--redundant", "auto"), "--memory-gb"),
+        ((*base, "--redundant", "-4"), "--redundant -4"),
+        (("evaluate", "--trace", trace, "--map", out, "--gpus", 4, "--without-rank", 4), "--without-rank 4"),
+        (("evaluate", "--trace", trace, "--map", out, "--gpus", 4, "--without-node", 0), "no GPU would be left"),
+    ):
+        failed = run(*wrong)
+        assert isinstance(failed.exception, InputError) and flag in str(failed.exception)

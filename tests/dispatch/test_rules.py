@@ -52,6 +52,64 @@ def test_evaluation_equals_the_torch_reference(seed, rule, with_source):  # type
             assert traffic.expert_node_copies[layer] == pytest.approx((node[:, layer] != home[:, None]).sum(1).mean())
 
 
+@pytest.mark.parametrize("with_source", [False, True])
+def test_each_pass_is_balanced_by_itself(with_source):  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(5)
+    topology, per_gpu, gpus = Topology(4, 2), 10, 4
+    count = 3 * per_gpu * gpus + 7  # the last pass is not complete
+    expert_map = random_map(rng, 1, 16, 28)
+    table = torch.from_numpy(expert_map.logical_to_all_physical()[0])
+    ids = np.argsort(rng.random((count, 16)), axis=-1)[:, :4].astype(np.int16)
+    source = np.arange(count, dtype=np.int32) % gpus if with_source else None
+    traffic = measure(ids[None], expert_map, topology, "cover_balanced", source, pass_tokens=per_gpu)
+    loads = []
+    for first in range(0, count, per_gpu * gpus):
+        rows = slice(first, first + per_gpu * gpus)
+        where = None if source is None else torch.from_numpy(source[rows])
+        physical = choose_replicas(torch.from_numpy(ids[rows]), table, topology, 28, "cover_balanced", where, first)
+        loads.append(np.bincount(physical.numpy().ravel() // 7, minlength=gpus))
+    assert (traffic.gpu_load[0] == np.sum(loads, axis=0)).all()
+    complete = [load.max() / load.mean() for load in loads[:3]]
+    assert traffic.pass_load_max_over_mean[0] == pytest.approx(np.mean(complete))
+
+
+@pytest.mark.parametrize("source", [None, 3])
+def test_balanced_cover_lowers_the_load_of_its_pass_and_keeps_the_fanout(source):  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(7)
+    topology, experts, slots = Topology(8, 2), 64, 128
+    expert_map = ExpertMap(rng.permutation(np.r_[np.arange(64), np.arange(64)])[None].astype(np.int32), experts)
+    popular = rng.gamma(0.7, size=experts)
+    ids = np.argsort(-np.log(popular) - rng.gumbel(size=(400, experts)))[:, :8].astype(np.int16)
+    where = None if source is None else np.full(400, source, np.int32)
+    cover, balanced = (
+        measure(ids[None], expert_map, topology, rule, where)
+        for rule in ("cover", "cover_balanced")  # type: ignore[arg-type]
+    )
+    assert expert_map.num_slots == slots
+    assert balanced.load_max_over_mean[0] - 1 < 0.75 * (cover.load_max_over_mean[0] - 1)
+    assert balanced.gpu_fanout[0] < 1.04 * cover.gpu_fanout[0]
+
+
+def test_few_tokens_and_none_are_served():
+    slots, topology = [0, 1, 0, 2], Topology(2)
+    assert choose([[-1, -1]], slots, topology, source=1, rule="cover_balanced") == [[-1, -1]]
+    assert choose([[0, 1]], slots, topology, source=1, rule="cover_balanced") == [[0, 1]]  # where 1 is anyway
+    table = torch.tensor([[0, 2], [1, -1], [3, -1]])
+    none = choose_replicas(torch.empty(0, 2, dtype=torch.long), table, topology, 4, "cover_balanced", 0)
+    assert none.shape == (0, 2)
+
+
+@pytest.mark.parametrize("rule", ["cover", "cover_balanced", "dynamic"])
+def test_ranks_deviate_independently(rule):  # type: ignore[no-untyped-def]
+    # One token on each of 64 ranks, for an expert with 4 replicas elsewhere: all ranks have row 0.
+    expert_map = ExpertMap(np.r_[np.zeros(4), np.arange(1, 61)][None].astype(np.int32), 61)
+    table = torch.from_numpy(expert_map.logical_to_all_physical()[0])
+    topology = Topology(64, 64)
+    ids = torch.tensor([[0]])
+    chosen = [int(choose_replicas(ids, table, topology, 64, rule, source)[0, 0]) for source in range(4, 64)]
+    assert np.bincount(chosen, minlength=4).max() < 2 * 60 / 4
+
+
 def choose(rows: list[list[int]], slots: list[int], topology: Topology, source: int | None, rule: str = "cover"):  # type: ignore[no-untyped-def]
     expert_map = ExpertMap(np.array([slots], np.int32), max(slots) + 1)
     table = torch.from_numpy(expert_map.logical_to_all_physical()[0])

@@ -67,7 +67,7 @@ def test_wrong_maps_are_refused(ids, experts, message) -> None:
     [
         ("{", "not JSON"),
         ("[]", "not an expert map"),
-        ('{"physical_to_logical_map": [[0, 1], [0]]}', "layers of different length"),
+        ('{"physical_to_logical_map": [[0, 1], [0]]}', "layer 1 has 1 slots, but layer 0 has 2"),
         ('{"physical_to_logical_map": []}', "integers of shape [layers, slots]"),
     ],
 )

@@ -1,51 +1,15 @@
 """apply, unapply, verify and refresh on a small fake installation."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
-from sglang_eplb_affinity.patching.series import HEADER_FIELDS, make_diff
-from sglang_eplb_affinity.patching.upstream import Installation, checksum, series_folder
-
-ORIGINAL = {
-    "sglang/a.py": "".join(f"line {n}\n" for n in range(30)),
-    "sglang/b.py": "x = 1\ny = 2",
-    "sglang/c.py": "untouched = True\n",
-}
-HEADER = "".join(f"{field} test\n" for field in HEADER_FIELDS) + "\n"
-
-
-@pytest.fixture
-def project(tmp_path) -> actions.Project:
-    site, patches = tmp_path / "site", tmp_path / "patches"
-    dist_info = site / "sglang-0.5.17.dist-info"
-    dist_info.mkdir(parents=True)
-    (site / "sglang").mkdir()
-    patches.mkdir()
-    for name, text in ORIGINAL.items():
-        (site / name).write_text(text)
-    (dist_info / "RECORD").write_text(
-        "".join(f"{name},{checksum(text.encode())},{len(text)}\n" for name, text in ORIGINAL.items())
-    )
-    (patches / "UPSTREAM").write_text("version: 0.5.17\n")
-    first = {**ORIGINAL, "sglang/a.py": ORIGINAL["sglang/a.py"].replace("line 5\n", "line five\nline 5b\n")}
-    second = {
-        **first,
-        "sglang/a.py": first["sglang/a.py"].replace("line 20\n", ""),
-        "sglang/b.py": "x = 1\ny = 3\n",
-        "sglang/new.py": "added = 1\n",
-    }
-    (patches / "one.patch").write_text(HEADER + make_diff(ORIGINAL, first))
-    (patches / "two.patch").write_text(HEADER + make_diff(first, second))
-    (patches / "series").write_text("# comment\none.patch\ntwo.patch\n")
-    return actions.Project(patches, Installation(site, dist_info, "0.5.17"))
-
-
-def site_files(project: actions.Project) -> dict[str, str]:
-    site = project.installation.site
-    return {path.relative_to(site).as_posix(): path.read_text() for path in (site / "sglang").rglob("*.py")}
+from sglang_eplb_affinity.patching.refresh import refresh
+from sglang_eplb_affinity.patching.upstream import Installation, series_folder
+from tests.patching.conftest import ORIGINAL, site_files
 
 
 def test_apply_changes_the_files_and_unapply_gives_them_back(project) -> None:
@@ -55,7 +19,7 @@ def test_apply_changes_the_files_and_unapply_gives_them_back(project) -> None:
     assert patched["sglang/b.py"] == "x = 1\ny = 3\n" and patched["sglang/new.py"] == "added = 1\n"
     assert "match the wheel's checksums" in actions.unapply(project)
     assert site_files(project) == ORIGINAL
-    assert not project.installation.state_dir.exists()
+    assert not project.state.exists
 
 
 def test_apply_twice_does_nothing_more(project) -> None:
@@ -114,7 +78,7 @@ def test_wrong_version_is_refused(project) -> None:
     wrong = actions.Project(
         project.patches, Installation(project.installation.site, project.installation.dist_info, "0.5.23")
     )
-    for action in (actions.apply, actions.verify, actions.refresh):
+    for action in (actions.apply, actions.verify, refresh):
         with pytest.raises(InputError, match=r"is SGLang 0\.5\.23, but the series is for 0\.5\.17"):
             action(wrong)
 
@@ -128,7 +92,7 @@ def test_verify_proves_both_directions(project) -> None:
 def test_refresh_without_edits_leaves_no_diff(project) -> None:
     actions.apply(project)
     before = {path.name: path.read_bytes() for path in project.patches.iterdir()}
-    assert "changed: none" in actions.refresh(project)
+    assert "changed: none" in refresh(project)
     assert before == {path.name: path.read_bytes() for path in project.patches.iterdir()}
 
 
@@ -136,7 +100,7 @@ def test_refresh_brings_an_edit_into_the_named_patch(project) -> None:
     actions.apply(project)
     path = project.installation.site / "sglang/a.py"
     path.write_text(path.read_text().replace("line 9\n", "line nine\n"))
-    assert "changed: one.patch" in actions.refresh(project, "one.patch")
+    assert "changed: one.patch" in refresh(project, "one.patch")
     assert "+line nine" in (project.patches / "one.patch").read_text()
     assert "already applied" in actions.apply(project)
     assert "line nine" in site_files(project)["sglang/a.py"]
@@ -149,7 +113,7 @@ def test_an_edit_that_moves_the_lines_of_later_patches_is_taken_in(project) -> N
     path = project.installation.site / "sglang/a.py"
     path.write_text("one more\n" + path.read_text().replace("line 25\n", "line 25\nline 25b\n"))
     edited = path.read_text()
-    actions.refresh(project, "one.patch")
+    refresh(project, "one.patch")
     assert "+one more" in (project.patches / "one.patch").read_text()
     actions.unapply(project)
     actions.apply(project)
@@ -166,7 +130,7 @@ def test_a_patch_without_its_header_is_refused(project) -> None:
 def test_unknown_topic_is_refused(project) -> None:
     actions.apply(project)
     with pytest.raises(InputError, match=r"TOPIC=three\.patch: not in the series"):
-        actions.refresh(project, "three.patch")
+        refresh(project, "three.patch")
 
 
 def test_the_series_is_that_of_the_installed_version(tmp_path: Path) -> None:
@@ -176,3 +140,40 @@ def test_the_series_is_that_of_the_installed_version(tmp_path: Path) -> None:
     assert series_folder(tmp_path, "0.5.9") == tmp_path / "0.5.9"
     with pytest.raises(InputError, match=r"SGLang 0\.5\.18: this project has series for 0\.5\.9 and 0\.5\.17; install"):
         series_folder(tmp_path, "0.5.18")
+
+
+def test_a_reinstalled_wheel_is_patched_again(project) -> None:
+    actions.apply(project)
+    patched = site_files(project)
+    for name, text in ORIGINAL.items():
+        (project.installation.site / name).write_text(text)
+    assert "applied 2 patches" in actions.apply(project)
+    assert site_files(project) == patched
+
+
+def test_what_an_upgrade_of_sglang_left_is_removed(project) -> None:
+    """`pip install -U sglang` takes away what the old wheel had, not what the series added beside it."""
+    actions.apply(project)
+    site = project.installation.site
+    for name, text in ORIGINAL.items():
+        (site / name).write_text(text)
+    shutil.copytree(project.installation.dist_info, site / "sglang-0.5.23.dist-info")
+    shutil.rmtree(project.installation.dist_info)
+    (project.patches / "UPSTREAM").write_text("version: 0.5.23\n")
+    upgraded = actions.Project(project.patches, Installation(site, site / "sglang-0.5.23.dist-info", "0.5.23"))
+    assert "applied 2 patches" in actions.apply(upgraded)
+    actions.unapply(upgraded)
+    assert site_files(upgraded) == ORIGINAL
+    assert sorted(path.name for path in site.iterdir()) == ["sglang", "sglang-0.5.23.dist-info"]
+
+
+def test_state_kept_in_the_dist_info_is_taken_over(project) -> None:
+    actions.apply(project)
+    inside = project.installation.dist_info / "eplb_affinity_patches"
+    project.state.folder.rename(inside)
+    assert project.state.folder == inside and "already applied" in actions.apply(project)
+    (project.patches / "series").write_text("one.patch\n")
+    actions.apply(project)
+    assert not inside.exists() and project.state.exists
+    actions.unapply(project)
+    assert site_files(project) == ORIGINAL

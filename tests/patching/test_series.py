@@ -10,9 +10,11 @@ import pytest
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.patching import actions
+from sglang_eplb_affinity.patching.refresh import refresh
 from sglang_eplb_affinity.patching.series import files_of, read_series
+from sglang_eplb_affinity.patching.state import State
 from sglang_eplb_affinity.patching.upstream import Installation, Upstream, series_folder, series_versions
-from sglang_eplb_affinity.sglang_hooks import arguments
+from sglang_eplb_affinity.sglang_hooks import arguments, server_arguments
 
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 VERSIONS = series_versions(PATCHES)
@@ -31,7 +33,7 @@ def project(tmp_path) -> actions.Project:
     shutil.copy(here.dist_info / "RECORD", dist_info)
     patches = series_folder(PATCHES, here.version)
     for name in files_of(read_series(patches)):
-        kept = here.state_dir / "originals" / name
+        kept = State(here).folder / "originals" / name
         source = kept if kept.is_file() else here.site / name
         if name in here.recorded:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ def test_series_applies_comes_off_and_refreshes_without_a_diff(project) -> None:
     actions.apply(project)
     for name in files_of(project.series):
         compile((project.installation.site / name).read_text(), name, "exec")
-    assert "changed: none" in actions.refresh(project)
+    assert "changed: none" in refresh(project)
     actions.unapply(project)
     for name in names:
         assert project.installation.checksum_of(name) == project.installation.recorded[name]
@@ -73,7 +75,7 @@ def test_a_server_on_an_older_series_says_so(version: str) -> None:
     added = {
         name for patch in patches for name in re.findall(r"^\+    ([a-z_]+): A\[", patch.read_text(), re.MULTILINE)
     }
-    assert added == set(arguments.ADDED)
+    assert added == set(server_arguments.ADDED)
     older = SimpleNamespace(**dict.fromkeys(added - {"eplb_record_map"}))
     with pytest.raises(InputError, match="without --eplb-record-map; run `make apply`"):
         arguments.resolve(older)

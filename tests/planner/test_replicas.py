@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 
 from sglang_eplb_affinity.dispatch.evaluate import measure
+from sglang_eplb_affinity.dispatch.losses import without_gpus
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.layout import without_duplicates
 from sglang_eplb_affinity.planner.numbering import numbering
+from sglang_eplb_affinity.planner.redundancy import knee, redundancies_within, slots_within, try_redundancies
+from sglang_eplb_affinity.planner.survival import Survive, uncovered
 from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, sample_of, serve_all
 from tests.planner.test_plan import skewed_tokens, window_of
 
@@ -81,3 +86,53 @@ def test_a_plan_is_not_worse_than_the_map_in_force_on_both_traffic_and_load():
     worse = report.planned.cost > report.current.cost + 1e-9
     heavier = report.planned.load_max_over_mean > report.current.load_max_over_mean + 1e-9
     assert not (worse & heavier).any()
+
+
+@pytest.mark.parametrize("rule", ["cover", "static"])
+@pytest.mark.parametrize(("survive", "nodes", "gone"), [("rank", 1, [2]), ("node", 2, [2, 3])])
+def test_no_expert_is_lost_where_two_replicas_of_all_fit(rule, survive: Survive, nodes, gone):  # type: ignore[no-untyped-def]
+    tokens, topology = hot_tokens(6, 2), Topology(4, nodes)
+    window = window_of(tokens, 16)
+    result = plan(window, topology, 36, PlannerConfig(dispatch=rule, survive=survive))
+    assert result.report.uncovered is not None and not result.report.uncovered.any()
+    assert "every expert survives" in result.report.summary()
+    trace = RoutingTrace(np.ascontiguousarray(tokens.transpose(1, 0, 2)), 16)
+    loss = without_gpus(trace, result.expert_map, topology, rule, gone)
+    assert not loss.experts_lost.any() and not loss.tokens_hit.any()
+    assert (loss.rest_gpu_fanout <= 4 - len(gone)).all() and (loss.rest_load_max_over_mean >= 1).all()
+
+
+def test_few_slots_keep_the_hottest_experts_and_the_report_says_what_is_lost():
+    tokens, topology = hot_tokens(7), Topology(4)
+    window = window_of(tokens, 16)
+    result = plan(window, topology, 20, PlannerConfig(survive="rank"))
+    lost = uncovered(result.expert_map.physical_to_logical[0], window.counts[0], topology, "rank")
+    assert set(np.flatnonzero(~lost)) == set(np.argsort(-window.counts[0], kind="stable")[:4])
+    assert result.report.uncovered is not None
+    assert result.report.uncovered[0].tolist() == [12, window.counts[0, lost].sum() / window.counts[0].sum()]
+    assert "12 experts with" in result.report.summary()
+
+
+def test_tokens_go_on_without_the_experts_of_a_lost_gpu():
+    """Slots 0 1 | 2 0 on two GPUs: without the second only expert 2 is gone."""
+    trace = RoutingTrace(np.array([[[0, 1]], [[1, 2]], [[2, 0]], [[0, 1]]], np.int16), 3)
+    expert_map = ExpertMap(np.array([[0, 1, 2, 0]]), 3)
+    loss = without_gpus(trace, expert_map, Topology(2), "cover", [1])
+    assert loss.experts_lost.tolist() == [1] and loss.tokens_hit.tolist() == [0.5]
+    assert loss.rest_gpu_fanout.tolist() == [1.0] and loss.rest_load_max_over_mean.tolist() == [1.0]
+    with pytest.raises(InputError, match="none would be left"):
+        without_gpus(trace, expert_map, Topology(2), "cover", [0, 1])
+
+
+def test_memory_says_which_redundancies_to_try_and_the_knee_which_to_take():
+    assert slots_within(8e9, 40e6, 50) == 4
+    assert redundancies_within(16, 8, 4) == [0, 8, 16]
+    assert redundancies_within(16, 4, 99)[-1] == 48  # every expert on every GPU; more is of no use
+    with pytest.raises(InputError, match="need 2"):
+        redundancies_within(16, 8, 1)
+    assert knee([1, 2, 3, 4], [0, 8, 9, 10]) == 1
+    assert knee([1, 2, 3, 4], [5, 4, 3, 2]) == 0
+    assert knee([1, 2, 3], [0, 0, 10]) == 2
+    window = window_of(hot_tokens(8), 16)
+    rows, at = try_redundancies(window, Topology(4), PlannerConfig(), [0, 16, 48])
+    assert rows[-1].gpu_fanout == pytest.approx(1.0) and rows[0].cost > rows[1].cost > rows[2].cost and at > 0

@@ -105,6 +105,32 @@ def prompts(count: int, seed: int = 0) -> list[str]:
     return out
 
 
+def rounds(server: RunningServer) -> list[dict]:
+    marker = "[eplb-affinity] rebalance {"
+    lines = server.log.read_text(errors="replace").splitlines()
+    return [json.loads("{" + line.split(marker, 1)[1]) for line in lines if marker in line]
+
+
+class Traffic:
+    """The same greedy requests again and again; every output must be what the first one was."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+        self.prompts = prompts(3)
+        self.first = self.outputs()
+
+    def outputs(self) -> list[list[int]]:
+        results = self._server.generate(self.prompts, tokens=20, concurrency=1)
+        return [result["output_ids"] for result in results]
+
+    def until_round(self, number: int, seconds: float = 240) -> dict:
+        deadline = time.monotonic() + seconds
+        while not any(record["round"] == number for record in rounds(self._server)):
+            assert time.monotonic() < deadline, f"round {number} did not end: {rounds(self._server)[-1:]}"
+            assert self.outputs() == self.first
+        return next(record for record in rounds(self._server) if record["round"] == number)
+
+
 @contextmanager
 def serve(
     model: Path,

@@ -91,6 +91,7 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "memory saver": [*ASYNC, "--enable-memory-saver"],
         "pdmux": [*ASYNC, "--enable-pdmux"],
         "elastic": [*ASYNC, "--elastic-ep-backend", "mooncake"],
+        "cover_balanced": [*EP2, "--ep-dispatch-algorithm", "cover_balanced"],
         "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
         "normal": [*AFFINITY, *REPLICAS, *NORMAL],
         "normal asked": [*AFFINITY, *REPLICAS, *NORMAL, "--ep-dispatch-algorithm", "static"],
@@ -137,16 +138,17 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         },
     }
     assert results["good map"]["code"] == results["ascend map"]["code"] == 0
-    assert results["cover"] == {
-        "code": 0,
-        "errors": [],
-        "resolved": {
-            "enable_eplb": False,
-            "eplb_algorithm": "auto",
-            "expert_distribution_recorder_mode": None,
-            "ep_dispatch_algorithm": "cover",
-        },
-    }
+    for rule in ("cover", "cover_balanced"):
+        assert results[rule] == {
+            "code": 0,
+            "errors": [],
+            "resolved": {
+                "enable_eplb": False,
+                "eplb_algorithm": "auto",
+                "expert_distribution_recorder_mode": None,
+                "ep_dispatch_algorithm": rule,
+            },
+        }
 
 
 def test_cover_is_the_default_only_where_it_saves_destinations(results: dict[str, dict]) -> None:

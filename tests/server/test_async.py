@@ -1,6 +1,5 @@
 """--eplb-async on a real server: what goes wrong costs a round, never an output, and nothing hangs."""
 
-import json
 import threading
 import time
 import urllib.error
@@ -9,36 +8,10 @@ from pathlib import Path
 import pytest
 
 from bench.engines.emulated_hosts import EmulatedHosts
-from tests.server.harness import RunningServer, ServerCase, prompts, serve
+from tests.server.harness import RunningServer, ServerCase, Traffic, rounds, serve
 
 HERE = Path(__file__).parent
 FLAGS = ("--eplb-async", "--eplb-async-phase-limit", "10", "--eplb-min-gain", "0")
-
-
-def rounds(server: RunningServer) -> list[dict]:
-    marker = "[eplb-affinity] rebalance {"
-    lines = server.log.read_text(errors="replace").splitlines()
-    return [json.loads("{" + line.split(marker, 1)[1]) for line in lines if marker in line]
-
-
-class Traffic:
-    """The same greedy requests again and again; every output must be what the first one was."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self._server = server
-        self.prompts = prompts(3)
-        self.first = self.outputs()
-
-    def outputs(self) -> list[list[int]]:
-        results = self._server.generate(self.prompts, tokens=20, concurrency=1)
-        return [result["output_ids"] for result in results]
-
-    def until_round(self, number: int, seconds: float = 240) -> dict:
-        deadline = time.monotonic() + seconds
-        while not any(record["round"] == number for record in rounds(self._server)):
-            assert time.monotonic() < deadline, f"round {number} did not end: {rounds(self._server)[-1:]}"
-            assert self.outputs() == self.first
-        return next(record for record in rounds(self._server) if record["round"] == number)
 
 
 def abort_storm(server: RunningServer, seconds: float) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import host_agreement
-from sglang_eplb_affinity.sglang_hooks.arguments import ADDED
+from sglang_eplb_affinity.sglang_hooks.server_arguments import ADDED
 
 DEFAULTS = {name: None for name in (*ADDED, *host_agreement.UPSTREAM)} | {
     "enable_eplb": True,

@@ -29,11 +29,14 @@ PAIRWISE = [
 ALL = list(itertools.product(MODELS, (2, 4), (0, 4), (False, True), ("deepseek", "affinity")))
 # Replicas by `cover`, and a recorder that leaves out passes: 3 of each 10 are recorded.
 SAMPLED = ("--expert-affinity-record-every", "2", "--expert-affinity-record-last-passes", "6")
-COVER = ServerCase("qwen3moe", 2, 4, False, "affinity", extra=("--ep-dispatch-algorithm", "cover", *SAMPLED))
+COVER = [
+    ServerCase("qwen3moe", 2, 4, False, "affinity", extra=("--ep-dispatch-algorithm", rule, *SAMPLED))
+    for rule in ("cover", "cover_balanced")
+]
 # Classes of SGLang that do not say which weights are their experts', and one that did not make redundant experts.
 OTHER_CLASSES = [("glm4moe", 2, 4, False, "affinity"), ("qwen2moe", 2, 4, False, "deepseek")]
 MATRIX = ALL if os.environ.get("EPLB_AFFINITY_FULL_MATRIX") else PAIRWISE
-CASES = [*(ServerCase(*case) for case in [*MATRIX, *OTHER_CLASSES]), COVER]
+CASES = [*(ServerCase(*case) for case in [*MATRIX, *OTHER_CLASSES]), *COVER]
 
 
 def test_the_default_cases_cover_every_pair_of_settings() -> None:
@@ -41,7 +44,7 @@ def test_the_default_cases_cover_every_pair_of_settings() -> None:
         assert len({(case[a], case[b]) for case in PAIRWISE}) == 4
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name + ("-cover" if case.extra else ""))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join((case.name, *case.extra[1:2])))
 def test_outputs_equal_those_without_eplb(case: ServerCase, reference, models: Path, tmp_path: Path, port: int) -> None:
     expected = reference(case.model, case.ep, case.dp_attention)
     with serve(models / case.model, case.flags, tmp_path / "log", port=port, ranks=case.ep) as server:
@@ -50,6 +53,6 @@ def test_outputs_equal_those_without_eplb(case: ServerCase, reference, models: P
     assert log.moved >= 5, f"only {log.moved} of {len(log.rebalances)} rebalances moved experts"
     assert {rebalance.algorithm for rebalance in log.rebalances} == {case.algorithm}
     if case.extra:
-        assert "dispatch cover, 4 redundant" in (tmp_path / "log").read_text(errors="replace")
+        assert f"dispatch {case.extra[1]}, 4 redundant" in (tmp_path / "log").read_text(errors="replace")
     wrong = [index for index, pair in enumerate(zip(outputs, expected, strict=True)) if pair[0] != pair[1]]
     assert not wrong, f"outputs of prompts {wrong} changed over {log.moved} rebalances"

@@ -18,6 +18,8 @@ from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, sa
 from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.sglang_hooks.initial_map import Placement, read_initial_map, warn_of_rule
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.settings import Settings
+from tests.sglang_hooks.arguments import server_arguments
 
 # A model whose first layer is dense, on 2 GPUs, with 2 redundant experts.
 SERVER = Placement(
@@ -55,8 +57,8 @@ def test_a_map_planned_for_another_replica_choice_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, served: str, redundant: int, warned: bool
 ) -> None:
     save_recorded_map(tmp_path / "map.json", MAP, ORIGIN)
-    server_args = SimpleNamespace(ep_dispatch_algorithm=served, ep_num_redundant_experts=redundant)
-    warn_of_rule(read_initial_map(str(tmp_path / "map.json"), SERVER), server_args)
+    settings = Settings.of(server_arguments(ep_dispatch_algorithm=served, ep_num_redundant_experts=redundant))
+    warn_of_rule(read_initial_map(str(tmp_path / "map.json"), SERVER), settings)
     expected = "map.json: was planned for --ep-dispatch-algorithm dynamic, but this server chooses replicas by static"
     assert [expected in message for message in caplog.messages] == [True] * warned
 
@@ -102,7 +104,7 @@ def test_misfits_are_one_line_that_names_what_differs(tmp_path: Path) -> None:
 def test_a_map_planned_from_a_dump_knows_the_models_expert_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang_eplb_affinity.sglang_hooks import loaded_map, rebalance
+    from sglang_eplb_affinity.sglang_hooks import loaded_map, process
 
     class Metadata:
         @staticmethod
@@ -119,8 +121,8 @@ def test_a_map_planned_from_a_dump_knows_the_models_expert_groups(
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for module in (location, context):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(rebalance, "metadata_of", lambda expert_map, *rest: expert_map)
-    monkeypatch.setattr(loaded_map, "in_force", None)
+    monkeypatch.setattr(loaded_map, "metadata_of", lambda expert_map, *rest: expert_map)
+    monkeypatch.setattr(process, "loaded_map", None)
     seen = []
 
     def observed_plan(window, topology, slots, config):  # type: ignore[no-untyped-def]
@@ -129,16 +131,8 @@ def test_a_map_planned_from_a_dump_knows_the_models_expert_groups(
 
     monkeypatch.setattr(loaded_map, "plan", observed_plan)
     torch.save({"logical_count": torch.arange(24).reshape(2, 3, 4)}, tmp_path / "dump.pt")
-    text = SimpleNamespace(
-        num_experts=4, num_experts_per_tok=2, num_hidden_layers=3, first_k_dense_replace=1, architectures=["Model"]
-    )
-    model_config = SimpleNamespace(hf_config=SimpleNamespace(n_group=2, architectures=["Model"]), hf_text_config=text)
-    arguments = SimpleNamespace(
-        get_model_config=lambda: model_config, model_path="org/model", init_expert_location=str(tmp_path / "dump.pt"),
-        eplb_algorithm="affinity", eplb_affinity_nodes=2, nnodes=1, ep_num_redundant_experts=2, device="cpu",
-        eplb_affinity_max_load_increase=0.01, eplb_affinity_incremental=False, eplb_affinity_max_moves=None,
-        eplb_min_gain=0.02, moe_a2a_backend="none", deepep_mode="auto", ep_dispatch_algorithm="dynamic",
-    )  # fmt: skip
-    loaded = loaded_map.load(arguments, model_config, 0)
+    monkeypatch.setattr(loaded_map, "adapter", lambda: SimpleNamespace(init_common=Metadata._init_common))
+    settings = Settings.of(server_arguments(init_expert_location=str(tmp_path / "dump.pt")))
+    loaded = loaded_map.load(settings, None, 0)
     assert [config.num_groups for config in seen] == [2]
     assert loaded.physical_to_logical.shape == (3, 6)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -58,6 +59,15 @@ def test_replay_and_recommend_run(trace_file, system_file, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "prefill:" in done.stdout
+    done = run(
+        "recommend", "--trace", trace_file, "--topology", system_file, "--layers", 1, "--resamples", 2, "--phase",
+        "prefill", "--memory-gb", 4, "--out", advice, "--plot", tmp_path / "memory.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(advice.read_text())["memory"]["prefill"]
+    assert [row["knee"] for row in rows].count(True) == 1 and rows[0]["kv_tokens"] == 0
+    assert all(a["expert_gb"] < b["expert_gb"] <= 4 for a, b in itertools.pairwise(rows))
+    assert "<- knee" in done.stdout and (tmp_path / "memory.png").is_file()
     entry = json.loads(advice.read_text())["recommendations"][0]
     assert entry["enable"] in (True, False) and entry["reasons"]
 

@@ -16,7 +16,7 @@ say() { echo "== $(($(date +%s) - START)) s: $*"; }
 bounded() { local end=$1; shift; timeout -k 15 "$(left "$end")" "$@"; } # none of it goes on after END
 options=(--no-report --results-dir "$results" ${BENCH_OPTIONS:-})
 
-# Which arms: a list in $CARRY/arms instead of the profile's.
+# Which arms: lists in $CARRY/arms and $CARRY/arms-emulated instead of the profile's.
 [ ! -e "$CARRY/arms" ] || arms=(--arms "$(cat "$CARRY/arms")")
 say "unpacking"
 if [ -z "${REHEARSE:-}" ]; then
@@ -75,6 +75,9 @@ go=$WORK/go; rm -f "$go"
 measure "$profile-nvlink" nvlink "$nvlink_end" "$profile" --hold "$go" ${arms[@]+"${arms[@]}"} &
 measuring=$!
 if [ -z "${REHEARSE:-}" ]; then
+    for step in "$CARRY"/steps/*.early.sh; do # what steps want compiled
+        [ ! -e "$step" ] || CUDA_VISIBLE_DEVICES=1 bounded 150 bash "$step" >"$results/$(basename "$step").log" 2>&1 &
+    done
     # Before the servers get there: they compile one kernel after another, all of them the same.
     bounded 120 "$python" -m bench.gpu.precompile_experts --slots 32,36,48 --hidden 4096 --width 640 \
         --batches 8,32,64,128,256 >"$results/precompile.log" 2>&1
@@ -94,7 +97,7 @@ give_up() { # WHY: paid time is better spent after a look at the logs
 }
 ready=$(sed -n 's/^side-by-side: \([0-9]*\) ready after.*/\1/p' "$results/$profile-nvlink.log")
 [ "${ready:-0}" -ge "${FEWEST_SERVERS:-2}" ] || give_up "too few servers started"
-# On a GPU each, side by side: $CARRY/steps/NAME.gpuN.sh, in the root of this checkout, its results below $STEP_OUT.
+# On a GPU each, side by side: $CARRY/steps/NAME.gpuN.sh (after NAME.early.sh, see above), in the root of this checkout, its results below $STEP_OUT.
 steps=()
 for gpu in 0 1; do
     (
@@ -114,8 +117,7 @@ touch "$go"
 wait $measuring
 counted=$(grep '^b[0-9]' "$results/$profile-nvlink.log" | grep -vc VOID)
 [ "$counted" -ge 6 ] || give_up "only $counted rows count"
-# Two servers of one arm were compared over NVLink.
-emulated=$(sed 's/,vanilla-again//' "$CARRY/arms" 2>/dev/null)
+emulated=$(cat "$CARRY/arms-emulated" "$CARRY/arms" 2>/dev/null | head -n 1)
 measure "$profile-emulated25" emulated25 "$emulated_end" "$profile" ${emulated:+--arms "$emulated"} ${EMULATED_OPTIONS:-}
 go=$WORK/go-idle; rm -f "$go"
 measure "$idle" nvlink "$idle_end" "$idle" --loads decode --hold "$go" &

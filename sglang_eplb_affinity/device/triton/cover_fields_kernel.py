@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_eplb_affinity.device.cover_words import choice_word, every_field
+from sglang_eplb_affinity.device.cover_words import choice_word, every_field, source_term
 
 _ONE = tl.constexpr(choice_word(1, 0))
 _TWO_0, _TWO_1 = (tl.constexpr(choice_word(2, number)) for number in range(2))
@@ -19,10 +19,15 @@ _THREE_0, _THREE_1, _THREE_2 = (tl.constexpr(choice_word(3, number)) for number 
 _every_field = triton.constexpr_function(every_field)
 
 
+_source_term = triton.constexpr_function(source_term)
+
+
 @triton.jit
-def replica_hash(row, expert):
-    """dispatch.replica_hash in uint32 arithmetic."""
+def replica_hash(row, expert, SOURCE: tl.constexpr):
+    """dispatch.replica_hash in uint32 arithmetic. SOURCE: -1 for none."""
     h = row.to(tl.uint32) * 0x9E3779B1 + expert.to(tl.uint32) * 0x85EBCA77
+    if SOURCE >= 0:
+        h += _source_term(SOURCE)
     h = (h ^ (h >> 15)) * 0x2C1B3C6D
     return h ^ (h >> 13)
 
@@ -130,6 +135,23 @@ def near_first(near, otherwise):
 
 
 @triton.jit
+def has_several(candidates):
+    """int32: whether more than one field's top bit is set; candidates are not 0."""
+    return (candidates & (candidates - 1) != 0).to(tl.int32)
+
+
+@triton.jit
+def drawn(candidates, hashed, weights, FIELD: tl.constexpr):
+    """uint32: the index of the candidate that the hash falls on if each has a share as large as its weight."""
+    a = ((candidates >> (FIELD - 1)) & 1).to(tl.uint32) * weights[0]
+    b = a + ((candidates >> (2 * FIELD - 1)) & 1).to(tl.uint32) * weights[1]
+    c = b + ((candidates >> (3 * FIELD - 1)) & 1).to(tl.uint32) * weights[2]
+    total = c + ((candidates >> (4 * FIELD - 1)) & 1).to(tl.uint32) * weights[3]
+    at = tl.umulhi(hashed, total)
+    return (at >= a).to(tl.uint32) + (at >= b).to(tl.uint32) + (at >= c).to(tl.uint32)
+
+
+@triton.jit
 def prepared(
     row, experts, counts, slots,
     SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, SOURCE: tl.constexpr, NODES: tl.constexpr,
@@ -147,4 +169,4 @@ def prepared(
         if NODES:
             candidates = near_first(near_of(valid, apart(gpus, CODE, FIELD, NODE_STEP), FIELD), candidates)
         candidates = near_first(near_of(valid, apart(gpus, CODE, FIELD, 1), FIELD), candidates)
-    return gpus, valid, candidates, choices_of(replica_hash(row, tl.maximum(experts, 0)))
+    return gpus, valid, candidates, choices_of(replica_hash(row, tl.maximum(experts, 0), SOURCE))

@@ -14,9 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_eplb_affinity.device.triton.balance_kernel import weight_of_slot
 from sglang_eplb_affinity.device.triton.cover_fields_kernel import (
     apart,
     doubled_mask,
+    drawn,
+    has_several,
     near_first,
     near_of,
     nowhere,
@@ -42,14 +45,15 @@ def _column(of, is_j):
 
 @triton.jit
 def choose_in_registers(
-    row, col, experts, counts, slots,
+    row, col, experts, counts, slots, weights,
     K: tl.constexpr, SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr,
-    SOURCE: tl.constexpr, FIELD: tl.constexpr, NODE_STEP: tl.constexpr,
+    SOURCE: tl.constexpr, FIELD: tl.constexpr, NODE_STEP: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """The slots [tokens, columns] of experts that have at most cover_words.READ_AHEAD replicas.
+    """(slots, whether there were others) [tokens, columns] of experts with at most cover_words.READ_AHEAD replicas.
 
     row [tokens, 1]; col [1, columns]; experts and counts [tokens, columns]: -1 and 0 where a column is not used (which
-    gets any slot); slots: four of the same shape. FIELD and NODE_STEP: :class:`cover_words.GpuCodes`.
+    gets any slot); slots, and weights if WEIGHTED: four of the same shape. FIELD and NODE_STEP:
+    :class:`cover_words.GpuCodes`.
     """
     NODES: tl.constexpr = NUM_NODES > 1 and GPUS_PER_NODE > 1
     gpus, valid, otherwise, choices = prepared(
@@ -59,6 +63,8 @@ def choose_in_registers(
     places = tl.where(counts == 1, place_of(gpus, FIELD), nowhere(gpus, FIELD))
     anywhere = tl.max((counts == 1).to(tl.int32), 1)
     indices = experts * 0
+    tied = experts * 0
+    hashes = replica_hash(row, tl.maximum(experts, 0), SOURCE)
     for j in tl.static_range(K):
         is_j = col == j
         gpus_j = _column(gpus, is_j)
@@ -72,12 +78,20 @@ def choose_in_registers(
             candidates = tl.where(anywhere > 0, valid_j, candidates)
         apart_j = tl.reduce(apart(gpus_j[:, None], places, FIELD, 1), 1, _and)
         candidates = near_first(near_of(valid_j, apart_j, FIELD), candidates)
-        index = (_column(choices, is_j) >> doubled_mask(candidates, FIELD)) & 3
+        if WEIGHTED:
+            of = (
+                _column(weights[0], is_j), _column(weights[1], is_j), _column(weights[2], is_j),
+                _column(weights[3], is_j),
+            )  # fmt: skip
+            index = drawn(candidates, _column(hashes, is_j), of, FIELD)
+        else:
+            index = (_column(choices, is_j) >> doubled_mask(candidates, FIELD)) & 3
+        tied = tl.where(is_j, has_several(candidates)[:, None], tied)
         indices = tl.where(is_j, index[:, None].to(tl.int32), indices)
         place = place_of(gpus_j >> (index * FIELD).to(gpus.dtype), FIELD)
         places = tl.where(is_j, place[:, None], places)
         anywhere |= _column((experts >= 0).to(tl.int32), is_j)
-    return pick(slots, indices)
+    return pick(slots, indices), tied
 
 
 @triton.jit
@@ -98,15 +112,17 @@ def _level(
 
 @triton.jit
 def choose_in_loops(
-    row, col, experts, counts, first_slots, table,
-    K: tl.constexpr, WIDTH: tl.constexpr,
-    SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, SOURCE: tl.constexpr,
+    row, col, experts, counts, first_slots, table, gpu_weights,
+    K: tl.constexpr, WIDTH: tl.constexpr, SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr,
+    SOURCE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """As choose_in_registers, for any number of replicas. first_slots [tokens, columns]: the first replica of each."""
+    """As choose_in_registers, for any number of replicas. first_slots [tokens, columns]: the first replica of
+    each; gpu_weights: of every GPU, read if WEIGHTED."""
     first_gpu = first_slots.to(tl.uint32) // SLOTS_PER_GPU
     at_gpu = tl.where(counts == 1, first_gpu, _NOWHERE).to(tl.uint32)
     at_node = tl.where(counts == 1, first_gpu // GPUS_PER_NODE, _NOWHERE).to(tl.uint32)
     all_chosen = first_slots
+    tied = experts * 0
     j = 0
     while j < K:
         is_j = col == j
@@ -116,28 +132,39 @@ def choose_in_loops(
         most = tl.max(count, 0)
         best = count * 0 + 4
         size = count * 0
+        total = (count * 0).to(tl.uint32)
         r = 0
         while r < most:
             slot = tl.load(first + r, mask=r < count, other=-1).to(tl.int32)
             level = _level(slot, at_gpu, at_node, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
             size = tl.where(level < best, 0, size) + (level <= best).to(tl.int32)
+            if WEIGHTED:
+                weight = weight_of_slot(gpu_weights, slot, SLOTS_PER_GPU)
+                total = tl.where(level < best, 0, total) + tl.where(level <= best, weight, 0)
             best = tl.minimum(level, best)
             r += 1
-        hashed = _column(replica_hash(row, tl.maximum(experts, 0)), is_j)
-        wanted = (hashed % tl.maximum(size, 1).to(tl.uint32)).to(tl.int32)
+        hashed = _column(replica_hash(row, tl.maximum(experts, 0), SOURCE), is_j)
+        if WEIGHTED:  # noqa: SIM108 (one of the two is compiled)
+            wanted = tl.umulhi(hashed, total)
+        else:
+            wanted = hashed % tl.maximum(size, 1).to(tl.uint32)
         chosen = count * 0 - 1
-        passed = count * 0
+        passed = (count * 0).to(tl.uint32)
         r = 0
         while r < most:
             slot = tl.load(first + r, mask=r < count, other=-1).to(tl.int32)
             level = _level(slot, at_gpu, at_node, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE)
-            chosen = tl.where((level == best) & (passed == wanted), slot, chosen)
-            passed += (level == best).to(tl.int32)
+            share = (level == best).to(tl.uint32)
+            if WEIGHTED:
+                share *= weight_of_slot(gpu_weights, slot, SLOTS_PER_GPU)
+            chosen = tl.where((wanted >= passed) & (wanted < passed + share), slot, chosen)
+            passed += share
             r += 1
         gpu = tl.where(count > 0, chosen.to(tl.uint32) // SLOTS_PER_GPU, _NOWHERE).to(tl.uint32)
         node = tl.where(count > 0, gpu // GPUS_PER_NODE, _NOWHERE).to(tl.uint32)
         all_chosen = tl.where(is_j, chosen[:, None], all_chosen)
+        tied = tl.where(is_j, (size > 1).to(tl.int32)[:, None], tied)
         at_gpu = tl.where(is_j, gpu[:, None], at_gpu)
         at_node = tl.where(is_j, node[:, None], at_node)
         j += 1
-    return all_chosen
+    return all_chosen, tied

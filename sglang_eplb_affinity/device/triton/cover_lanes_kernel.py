@@ -12,12 +12,15 @@ import triton.language as tl
 from sglang_eplb_affinity.device.triton.cover_fields_kernel import (
     apart,
     doubled_mask,
+    drawn,
+    has_several,
     near_first,
     near_of,
     nowhere,
     pick,
     place_of,
     prepared,
+    replica_hash,
 )
 
 
@@ -38,9 +41,9 @@ def _with_place(near, near_node, valid, gpus, place, NODES: tl.constexpr, FIELD:
 
 @triton.jit
 def choose_in_lanes(
-    row, col, experts, counts, slots,
+    row, col, experts, counts, slots, weights,
     K: tl.constexpr, SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr,
-    SOURCE: tl.constexpr, FIELD: tl.constexpr, NODE_STEP: tl.constexpr,
+    SOURCE: tl.constexpr, FIELD: tl.constexpr, NODE_STEP: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """cover_kernel.choose_in_registers for [items], the columns of a token side by side; the items of one warp, or
     exchanges go through shared memory.
@@ -69,15 +72,21 @@ def choose_in_lanes(
     if NUM_NODES == 1 and SOURCE >= 0:
         otherwise = tl.where(anywhere, valid, otherwise)
     indices = experts * 0
+    tied = experts * 0
+    hashed = replica_hash(row, tl.maximum(experts, 0), SOURCE)
     for j in tl.static_range(K):
         candidates = otherwise
         if NODES:
             candidates = near_first(near_node, candidates)
         candidates = near_first(near, candidates)
-        index = choices >> doubled_mask(candidates, FIELD)  # and what is above its two bits
+        if WEIGHTED:  # noqa: SIM108 (one of the two is compiled)
+            index = drawn(candidates, hashed, weights, FIELD)
+        else:
+            index = choices >> doubled_mask(candidates, FIELD)  # and what is above its two bits
+        tied = tl.where(col == j, has_several(candidates), tied)
         indices = tl.where(col == j, (index & 3).to(tl.int32), indices)
         if j < K - 1:
             odd = index & 1 != 0
             place = _from_column(tl.where(index & 2 != 0, tl.where(odd, d, c), tl.where(odd, b, a)), first, j)
             near, near_node = _with_place(near, near_node, valid, gpus, place, NODES, FIELD, NODE_STEP)
-    return pick(slots, indices)
+    return pick(slots, indices), tied

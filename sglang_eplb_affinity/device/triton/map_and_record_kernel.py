@@ -16,6 +16,17 @@ import triton
 import triton.language as tl
 
 from sglang_eplb_affinity.device.cover_words import READ_AHEAD
+from sglang_eplb_affinity.device.triton.balance_kernel import (
+    BOTH,
+    CHOOSE,
+    COUNT,
+    add_to_pass,
+    empty_when_last,
+    load_counts,
+    pass_counts,
+    weight_of_slot,
+    weights_of,
+)
 from sglang_eplb_affinity.device.triton.cover_fields_kernel import load_replicas, pick, replica_hash
 from sglang_eplb_affinity.device.triton.cover_kernel import choose_in_loops, choose_in_registers
 from sglang_eplb_affinity.device.triton.cover_lanes_kernel import choose_in_lanes
@@ -26,6 +37,7 @@ NO_RULE = 0  # ids stay logical: record only
 _STATIC = tl.constexpr(int(RuleNumber.STATIC))  # here: one slot per expert on this rank
 _DYNAMIC = tl.constexpr(int(RuleNumber.DYNAMIC))
 _COVER = tl.constexpr(int(RuleNumber.COVER))
+_COUNT, _CHOOSE, _BOTH = tl.constexpr(COUNT), tl.constexpr(CHOOSE), tl.constexpr(BOTH)
 _FEW = tl.constexpr(READ_AHEAD)
 
 
@@ -63,29 +75,75 @@ def _add_counts(to_counts, expert, BINS: tl.constexpr):
         tl.atomic_add(to_counts + safe, (safe * 0 + 1).to(tl.int64), mask=counted, sem="relaxed")
 
 
+@triton.jit
+def _cover(
+    row, col, expert, replicas, slots, most, table, gpu_weights,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, TABLE_STRIDE: tl.constexpr, SLOTS_PER_GPU: tl.constexpr,
+    GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr, SOURCE: tl.constexpr, FIELD: tl.constexpr,
+    NODE_STEP: tl.constexpr, LANES: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """(slots, whether there were other candidates as near) by `cover`; most: the most replicas of an expert here."""
+    physical = slots[0]
+    tied = expert * 0
+    weights = slots
+    if WEIGHTED:
+        weights = (
+            weight_of_slot(gpu_weights, slots[0], SLOTS_PER_GPU), weight_of_slot(gpu_weights, slots[1], SLOTS_PER_GPU),
+            weight_of_slot(gpu_weights, slots[2], SLOTS_PER_GPU), weight_of_slot(gpu_weights, slots[3], SLOTS_PER_GPU),
+        )  # fmt: skip
+    if LANES:
+        physical, tied = choose_in_lanes(
+            row, col, expert, replicas, slots, weights,
+            K, SLOTS_PER_GPU, GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP, WEIGHTED,
+        )  # fmt: skip
+        if most > _FEW:
+            rows: tl.constexpr = [BLOCK // KP, KP]
+            chosen, tied_rows = choose_in_loops(
+                tl.program_id(0) * (BLOCK // KP) + tl.arange(0, BLOCK // KP)[:, None], tl.arange(0, KP)[None, :],
+                tl.reshape(expert, rows), tl.reshape(replicas, rows), tl.reshape(slots[0], rows), table, gpu_weights,
+                K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE, WEIGHTED,
+            )  # fmt: skip
+            physical = tl.reshape(chosen, [BLOCK])
+            tied = tl.reshape(tied_rows, [BLOCK])
+    elif most > _FEW:
+        physical, tied = choose_in_loops(
+            row, col, expert, replicas, slots[0], table, gpu_weights, K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE,
+            SOURCE, WEIGHTED,
+        )  # fmt: skip
+    elif most > 1:  # else there is nothing to choose
+        physical, tied = choose_in_registers(
+            row, col, expert, replicas, slots, weights,
+            K, SLOTS_PER_GPU, GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP, WEIGHTED,
+        )  # fmt: skip
+    return physical, tied
+
+
 # One compiled kernel serves passes of any size and every layer: it must not be made for the numbers of the first call.
 @triton.jit(
     do_not_specialize=["num_rows", "row_stride", "rows_per_group"],
     do_not_specialize_on_alignment=[
-        "ids", "num_valid_rows", "state", "counts", "sample", "table", "table_counts"
+        "ids", "num_valid_rows", "state", "counts", "sample", "table", "table_counts", "balance"
     ],
 )  # fmt: skip
 def map_and_record(
-    ids, num_valid_rows, state, counts, sample, table, table_counts, num_rows, row_stride, rows_per_group,
+    ids, num_valid_rows, state, counts, sample, table, table_counts, balance, num_rows, row_stride, rows_per_group,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr, RECORD: tl.constexpr,
     HAS_VALID: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, SLOT_OFFSET: tl.constexpr,
     MAX_TOKENS: tl.constexpr, SAMPLE: tl.constexpr, PHASE_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr, SOURCE: tl.constexpr,
     FIELD: tl.constexpr, NODE_STEP: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
+    STAGE: tl.constexpr, GPU_BINS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK (row, column) items of a pass, or for `cover`, whose columns depend on each other, BLOCK whole rows, or
-    with LANES the BLOCK // KP rows of one warp.
+    """BLOCK (row, column) items of a pass, or for the rules of `cover`, whose columns depend on each other, BLOCK
+    whole rows, or with LANES the BLOCK // KP rows of one warp.
 
     All pointers but ``ids``, ``num_valid_rows`` and ``state`` are the layer's. KP: the power of 2 from K on. BINS > 0,
     a power of 2 no less than the number of experts: counts are added up in the block first, as many tokens queue for
-    a hot expert's. `cover` needs at least as many rows as the program has threads, or LANES and a thread for each item.
+    a hot expert's. STAGE: what is done of `cover_balanced` (balance_kernel.py), whose workspace ``balance`` is, int32
+    [TICKET_INTS + 2 * GPU_BINS]; GPU_BINS: the power of 2 from the number of GPUs on. The rules of `cover`
+    need at least as many rows as the program has threads, or LANES and a thread for each item.
     """
-    ROWS: tl.constexpr = RULE == _COVER and not LANES
+    ROWS: tl.constexpr = RULE >= _COVER and not LANES
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if ROWS:  # [rows, columns]
         row = at[:, None]
@@ -96,7 +154,7 @@ def map_and_record(
     else:
         row = at // K
         col = at % K
-    if RULE == _COVER:
+    if RULE >= _COVER:
         inside = (row < num_rows) & (col < K)
         own_col = tl.minimum(col, K - 1)
     else:
@@ -135,35 +193,32 @@ def map_and_record(
     if RULE > _STATIC:
         most = tl.max(tl.reshape(replicas, [replicas.numel], can_reorder=True), 0)
     if RULE == _DYNAMIC:
-        hashed = replica_hash(row, safe)
+        hashed = replica_hash(row, safe, SOURCE)
         number = tl.where(replicas == 2, hashed & 1, tl.where(replicas == 3, hashed % 3, hashed & 3))
         physical = pick(slots, tl.where(replicas == 1, 0, number))
         if most > _FEW:
             choice = (hashed % tl.maximum(replicas, 1).to(tl.uint32)).to(tl.int32)
             physical = tl.load(table + safe * TABLE_STRIDE + choice).to(tl.int32)
-    if RULE == _COVER:
-        physical = slots[0]
-        if LANES:
-            physical = choose_in_lanes(
-                row, col, expert, replicas, slots,
-                K, SLOTS_PER_GPU, GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP,
+    if RULE >= _COVER:
+        counted_here = used & real
+        if STAGE != _CHOOSE:
+            physical, tied = _cover(
+                row, col, expert, replicas, slots, most, table, replicas, K, KP, BLOCK, TABLE_STRIDE, SLOTS_PER_GPU,
+                GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP, LANES, False,
             )  # fmt: skip
-            if most > _FEW:
-                rows: tl.constexpr = [BLOCK // KP, KP]
-                chosen = choose_in_loops(
-                    tl.program_id(0) * (BLOCK // KP) + tl.arange(0, BLOCK // KP)[:, None], tl.arange(0, KP)[None, :],
-                    tl.reshape(expert, rows), tl.reshape(replicas, rows), tl.reshape(slots[0], rows), table,
-                    K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE,
-                )  # fmt: skip
-                physical = tl.reshape(chosen, [BLOCK])
-        elif most > _FEW:
-            physical = choose_in_loops(
-                row, col, expert, replicas, slots[0], table, K, TABLE_STRIDE, SLOTS_PER_GPU, GPUS_PER_NODE, SOURCE
-            )
-        elif most > 1:  # else there is nothing to choose
-            physical = choose_in_registers(
-                row, col, expert, replicas, slots,
-                K, SLOTS_PER_GPU, GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP,
+        if STAGE == _COUNT:
+            add_to_pass(balance, physical, tied, counted_here, SLOTS_PER_GPU, GPU_BINS, BINS > 0)
+        if STAGE == _BOTH:
+            pass_load = pass_counts(physical, tied, counted_here, SLOTS_PER_GPU, GPU_BINS)
+        if STAGE == _CHOOSE:
+            pass_load = load_counts(balance, GPU_BINS)
+        if STAGE >= _CHOOSE:
+            weights = weights_of(pass_load, GPUS_PER_NODE * NUM_NODES, GPU_BINS)
+            physical, tied = _cover(
+                row, col, expert, replicas, slots, most, table, weights, K, KP, BLOCK, TABLE_STRIDE, SLOTS_PER_GPU,
+                GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP, LANES, True,
             )  # fmt: skip
-    if RULE != 0:
+    if RULE != 0 and STAGE != _COUNT:
         tl.store(ids_at, tl.where(used & real, physical, -1).to(ids.dtype.element_ty), mask=inside)
+    if STAGE == _CHOOSE:
+        empty_when_last(balance, GPU_BINS)

@@ -9,7 +9,7 @@ import torch
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes
 from tests.device.kernel.random_case import Case
 
-RULES = (None, "static", "dynamic", "cover")
+RULES = (None, "static", "dynamic", "cover", "cover_balanced")
 UNEVEN = ((5, 2), (0, 3), (17, 0), (9, 1))
 
 
@@ -20,7 +20,7 @@ def _random(seed: int) -> Case:
     k = int(random.integers(1, min(experts, 9) + 1))
     rows = int(random.integers(1, 60))
     return Case(
-        rule=("dynamic", "cover")[seed % 2],
+        rule=("dynamic", "cover", "cover_balanced")[seed % 3],
         gpus=gpus,
         nodes=nodes,
         experts=experts,
@@ -54,6 +54,8 @@ COVER_CASES = [
     Case("cover", gpus=8, redundant=40, hot=6, layers=1, source=None, groups=((66, 4),)),  # in one program, not in all
     Case("cover", redundant=0, layers=1),
 ]
+BALANCED_CASES = [replace(case, rule="cover_balanced", groups=((45, 3),)) for case in COVER_CASES]
+TWO_LAUNCHES = LaunchShapes(LaunchShape(32, 1, lanes=True), LaunchShape(64, 2, count_in_program=True), many_items=400)
 ROWS = LaunchShapes(LaunchShape(32, 1), LaunchShape(32, 1))
 ONE_WARP = LaunchShapes(LaunchShape(32, 1), LaunchShape(64, 2, count_in_program=True), many_items=100)
 CASES = (
@@ -70,6 +72,9 @@ CASES = (
     ]  # more and fewer than are read ahead
     + COVER_CASES
     + [replace(case, shapes=ROWS) for case in COVER_CASES]
+    + BALANCED_CASES
+    + [replace(case, shapes=ROWS) for case in BALANCED_CASES[:4]]
+    + [replace(case, shapes=TWO_LAUNCHES, groups=((tokens, 3),)) for case in BALANCED_CASES for tokens in (12, 90)]
     + [Case(rule, shapes=ONE_WARP, groups=((tokens, 5),), layers=1) for rule in RULES for tokens in (12, 70)]
     + [Case("cover", gpus=1, nodes=1, k=1), Case("dynamic", redundant=0)]
     + [_random(seed) for seed in range(24)]

@@ -7,7 +7,7 @@ import torch
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RowLayout
 from sglang_eplb_affinity.domain.topology import Topology
-from tests.device.kernel.cases import CASES
+from tests.device.kernel.cases import CASES, RULES
 from tests.device.kernel.random_case import Case, path, random_ids, random_map, run, tables_of
 
 pytestmark = pytest.mark.gpu
@@ -19,14 +19,14 @@ def test_kernel_equals_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("hot", [3, 60])
-@pytest.mark.parametrize("rule", ["static", "dynamic", "cover"])
+@pytest.mark.parametrize("rule", RULES[1:])
 def test_many_tokens_on_many_gpus(rule, hot) -> None:
     sizes = {"experts": 256, "redundant": 32, "hot": hot, "k": 8, "groups": ((8000, 192),), "layers": 3}
     case = Case(rule, gpus=32, nodes=4, source=5, **sizes)
     run(case, "cuda", passes=4)
 
 
-@pytest.mark.parametrize("rule", ["static", "dynamic", "cover"])
+@pytest.mark.parametrize("rule", RULES[1:])
 def test_one_compiled_kernel_serves_passes_of_any_size_and_alignment(rule) -> None:
     case = Case(
         rule, experts=63, redundant=17, hot=20, k=8, gpus=8, nodes=2, layers=2
@@ -55,7 +55,7 @@ def _state(recorder: AffinityRecorder) -> tuple[torch.Tensor, torch.Tensor]:
     return recorder.counts.clone(), recorder.sample().clone()
 
 
-@pytest.mark.parametrize("rule", [None, "static", "dynamic", "cover"])
+@pytest.mark.parametrize("rule", RULES)
 def test_graph_replays_see_new_maps_and_passes(rule) -> None:
     case = Case(rule, experts=64, redundant=16, k=8, gpus=8, nodes=2, layers=2)
     random = np.random.default_rng(1)
@@ -103,6 +103,33 @@ def test_graph_replays_see_new_maps_and_passes(rule) -> None:
     graph.replay()  # outside a pass: counts nothing
     assert all(torch.equal(a, b) for a, b in zip(before, _state(graphed.recorder), strict=True))
     assert before[0].sum() == 2 * 8 * (16 + 3 + 9 + 7) - _masked(before)
+
+
+def test_a_pass_in_two_launches_leaves_its_workspace_empty() -> None:
+    case = Case("cover_balanced", experts=64, redundant=32, hot=20, k=8, gpus=8, nodes=2, layers=1, record=False)
+    random = np.random.default_rng(2)
+    expert_map = random_map(random, case)
+    (tables,) = tables_of(case, expert_map, "cuda")
+    step, rows = path(case, "cuda", expert_map), RowLayout((700,))
+    given = torch.zeros(700, 8, dtype=torch.int32, device="cuda")
+    out = torch.zeros_like(given)
+
+    def twice() -> None:  # two layers after each other, as in a model
+        for _ in range(2):
+            out.copy_(given)
+            step(0, out, rows, tables)
+
+    twice()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        twice()
+    for _ in range(3):
+        given.copy_(random_ids(random, 700, case))
+        graph.replay()
+        expected = given.clone()
+        step.reference(0, expected, rows, tables)
+        assert torch.equal(out, expected)
 
 
 def _masked(before: tuple[torch.Tensor, torch.Tensor]) -> int:

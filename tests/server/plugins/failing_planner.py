@@ -2,9 +2,9 @@
 
 
 def load():
-    from sglang_eplb_affinity.sglang_hooks import rebalance
+    from sglang_eplb_affinity.rebalance import plan_round
 
-    plan, calls = rebalance.plan, []
+    plan, calls = plan_round.plan, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -12,4 +12,4 @@ def load():
             raise RuntimeError("planted failure")
         return plan(*args, **kwargs)
 
-    rebalance.plan = failing
+    plan_round.plan = failing

@@ -1,0 +1,125 @@
+"""Rounds for which serving stops: SGLang's manager calls for them and moves the weights (rebalancer.py has the others).
+
+Rank 0 plans and broadcasts the map, so that all ranks agree even if they were given different planners. Any failure to
+plan keeps the map that is in force.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sglang_eplb_affinity.dispatch.evaluate import moved_experts
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.rebalance.first_rank import from_rank_0, this_rank
+from sglang_eplb_affinity.rebalance.plan_round import PlanRequest, PlanSettings, choose_layers, figures_of_round
+from sglang_eplb_affinity.rebalance.round_record import Result, RoundRecord
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[RoundRecord, ExpertMap], None]
+
+
+class SynchronousRounds:
+    """One for each rank. ``algorithm``: the server's, whoever plans. ``report`` is told on rank 0.
+
+    ``planned``: the first map in force was planned, not SGLang's start placement, so that the first round may improve
+    on it. ``device``: where a broadcast's message must be.
+    """
+
+    def __init__(
+        self, settings: PlanSettings, algorithm: str, report: Report, device: Any, *, planned: bool = False
+    ) -> None:
+        self.settings, self.algorithm, self.report, self.device = settings, algorithm, report, device
+        self.planned = planned
+        self.number = 0
+
+    def begin(self, window: RoutingWindow, current: ExpertMap) -> SynchronousRound:
+        """``window``: the same on all ranks; ``current``: the map in force."""
+        self.number += 1
+        return SynchronousRound(self, window, current)
+
+
+class SynchronousRound:
+    """From the recorded window to the record. Every rank makes the same calls."""
+
+    def __init__(self, rounds: SynchronousRounds, window: RoutingWindow, current: ExpertMap) -> None:
+        self._rounds, self._window, self._before = rounds, window, current
+        self._number = rounds.number
+        self._started = self._planned_at = time.perf_counter()
+        self._phase_seconds: dict[str, float] = {}
+
+    def plan(self) -> ExpertMap | None:
+        """A collective call: the map to put in force, None to keep it (nothing recorded, no gain, or a failure)."""
+        if not self._window.counts.any():
+            # The window is the same on all ranks, so all of them return here.
+            self._report("skipped", self._before, {}, "no tokens recorded")
+            return None
+        rounds, before, reasons = self._rounds, self._before, [""]
+        request = PlanRequest(self._window, before, rounds.settings, first=not rounds.planned)
+
+        def choose() -> np.ndarray:
+            choice = choose_layers(request)
+            reasons[0] = choice.reason or ""
+            return choice.planned.physical_to_logical
+
+        answer = from_rank_0(choose, before.physical_to_logical.shape, rounds.device)
+        self._planned_at = time.perf_counter()
+        self._phase_seconds["plan"] = self._planned_at - self._started
+        if answer.error is not None and not isinstance(answer.error, InputError):
+            logger.error("[eplb-affinity] planning failed; the map in force stays", exc_info=answer.error)
+        if answer.rows is None:
+            self._report("failed", before, {}, f"{type(answer.error).__name__}: {answer.error}")
+            return None
+        if np.array_equal(answer.rows, before.physical_to_logical):
+            self._report("unchanged", before, {}, reasons[0] or None)
+            return None
+        return ExpertMap(answer.rows, before.num_experts)
+
+    def finish(self, planned: ExpertMap, bytes_per_expert: Mapping[int, int]) -> None:
+        """The new map is in force on this rank. ``bytes_per_expert``: of every layer with experts, by layer."""
+        self._rounds.planned = True
+        self._phase_seconds["move"] = time.perf_counter() - self._planned_at
+        # SGLang's algorithms place dense layers too, but only layers with experts move.
+        layers = sorted(bytes_per_expert)
+        ids = self._before.physical_to_logical.copy()
+        ids[layers] = planned.physical_to_logical[layers]
+        self._report("applied", ExpertMap(ids, self._before.num_experts), bytes_per_expert)
+
+    def _report(
+        self, result: Result, after: ExpertMap, bytes_per_expert: Mapping[int, int], reason: str | None = None
+    ) -> None:
+        if this_rank():
+            return
+        try:
+            record = self._record(result, after, bytes_per_expert, reason)
+        except Exception:  # figures must not stop the server
+            logger.exception("[eplb-affinity] rebalance %s, but its figures could not be computed", result)
+            return
+        self._rounds.report(record, after)
+
+    def _record(
+        self, result: Result, after: ExpertMap, bytes_per_expert: Mapping[int, int], reason: str | None
+    ) -> RoundRecord:
+        settings = self._rounds.settings
+        figures = figures_of_round(self._window, self._before, after, settings)
+        moved = moved_experts(self._before, after, settings.topology)
+        changed = np.flatnonzero((self._before.physical_to_logical != after.physical_to_logical).any(1))
+        return RoundRecord(
+            result=result,
+            algorithm=self._rounds.algorithm,
+            round=self._number,
+            moved_experts=int(moved.sum()),
+            moved_bytes=sum(int(moved[layer]) * size for layer, size in bytes_per_expert.items()),
+            committed_layers=tuple(changed.tolist()),
+            phase_seconds=self._phase_seconds,
+            seconds=time.perf_counter() - self._started,
+            reason=reason,
+            **figures,
+        )

@@ -1,0 +1,50 @@
+"""Between this package's expert maps and SGLang's ExpertLocationMetadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.rebalance.layer_moves import static_choice
+
+
+def metadata_of(
+    expert_map: ExpertMap, topology: Topology, rule: DispatchRule, device: Any, ep_rank: int | None = None
+) -> Any:
+    """SGLang's ExpertLocationMetadata with all replicas of each expert.
+
+    ``ep_rank`` None: the global rank modulo EP size, as SGLang's own rebalance has it. Under ``static`` the replica
+    that this rank uses is the one that the planner counted with. SGLang's own table is another draw, knows no emulated
+    nodes, and is filled by a Python loop over ranks, layers and experts while every rank waits.
+    """
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+    slots = torch.from_numpy(expert_map.physical_to_logical.astype(np.int64))
+    table = expert_map.logical_to_all_physical()
+    padded = np.full((*table.shape[:2], expert_map.num_slots), -1, np.int64)
+    padded[:, :, : table.shape[2]] = table
+    replicas = torch.from_numpy(padded)
+    static = None
+    if rule == "static":
+        rank = dist.get_rank() % topology.num_gpus if ep_rank is None else ep_rank
+        of_layers = [static_choice(layer, topology, expert_map.num_slots)[rank] for layer in table]
+        static = torch.from_numpy(np.stack(of_layers).astype(np.int64)).to(device)
+    return ExpertLocationMetadata(
+        physical_to_logical_map=slots.to(device),
+        physical_to_logical_map_cpu=slots,
+        logical_to_all_physical_map=replicas.to(device),
+        logical_to_all_physical_map_cpu=replicas,
+        logical_to_all_physical_map_num_valid=torch.from_numpy((table >= 0).sum(2)).to(device),
+        ep_size=topology.num_gpus,
+        logical_to_rank_dispatch_physical_map=static,
+    )
+
+
+def map_of(metadata: Any) -> ExpertMap:
+    return ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts)

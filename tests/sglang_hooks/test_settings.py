@@ -1,0 +1,50 @@
+"""What follows from the server's arguments."""
+
+import numpy as np
+import pytest
+
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.sglang_hooks.settings import Settings, num_groups_of
+from tests.sglang_hooks.arguments import server_arguments
+
+
+@pytest.mark.parametrize(
+    ("all_to_all", "mode", "objective", "normal_share"),
+    [
+        ("deepep", "auto", "mixed", 0.25),
+        ("deepep", "normal", "normal", 1.0),
+        ("deepep", "low_latency", "low_latency", 0.0),
+        ("none", "auto", "normal", 1.0),
+    ],
+)
+def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, normal_share) -> None:
+    flags = {"moe_a2a_backend": all_to_all, "deepep_mode": mode, "ep_dispatch_algorithm": "cover", "eplb_min_gain": 0.0}
+    counts = np.array([[[1, 1]], [[3, 3]]])
+    config = Settings.of(server_arguments(**flags)).planner
+    config = config.for_window(RoutingWindow(counts.sum(0), phase_counts=counts))
+    assert (config.objective, config.normal_share, config.dispatch) == (objective, normal_share, "cover")
+    assert config.minimum_gain is None
+
+
+def test_ours_alone() -> None:
+    found = Settings.of(server_arguments())
+    assert found.ours and found.records and found.chooses_replicas and found.replaces_counts and not found.own_tokens
+    assert (found.rule, found.topology, found.asynchronous) == ("dynamic", Topology(2), None)
+    assert found.planner.num_groups == 2 and found.planner.warm_start
+    assert not found.planner_from_scratch.warm_start and found.planner_from_scratch.max_moves is None
+    assert num_groups_of(None) is None
+
+
+def test_eplbs_own_algorithm_beside_the_forward_passes() -> None:
+    found = Settings.of(server_arguments(eplb_algorithm="deepseek", eplb_async=True, eplb_async_warm_up_passes=7))
+    assert not found.ours and not found.chooses_replicas and found.replaces_counts
+    assert found.asynchronous is not None and found.asynchronous.warm_up == 7
+
+
+def test_labels_of_metrics() -> None:
+    flags = {"enable_metrics": True, "extra_metric_labels": {"zone": 3}, "served_model_name": "m", "dp_size": 2}
+    reports = Settings.of(server_arguments(**flags)).reports
+    assert reports.labels == {"model_name": "m", "zone": "3"} and reports.own_map
+    assert not Settings.of(server_arguments(**flags, enable_dp_attention=True)).reports.own_map
+    assert Settings.of(server_arguments()).reports.labels is None
