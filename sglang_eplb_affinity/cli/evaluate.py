@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,15 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
-from sglang_eplb_affinity.dispatch.evaluate import DEFINITIONS, METRICS, SOURCE_MODEL, measure_trace, moved_experts
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
+from sglang_eplb_affinity.dispatch.evaluate import (
+    DEFINITIONS,
+    METRICS,
+    SOURCE_MODEL,
+    even_load,
+    measure_trace,
+    moved_experts,
+)
 from sglang_eplb_affinity.dispatch.losses import Loss, without_gpus
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
@@ -49,12 +57,13 @@ LOSS_METRICS = tuple(Loss.__dataclass_fields__)
 @click.option("--without-rank", "ranks", type=int, multiple=True, help="As if this GPU were lost; may repeat.")
 @click.option("--without-node", "lost_nodes", type=int, multiple=True, help="As if this node were lost; may repeat.")
 @click.option("--current-map", type=FILE, help="Count the experts that each map moves from this one.")
+@dense_layers_option
 @click.option("--format", "style", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.option("--out", type=FILE, help="Write to a file instead of standard output.")
 def evaluate_command(
     traces: tuple[Path, ...], dumps: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int,
     rules: tuple[DispatchRule, ...], pass_tokens: int, ranks: tuple[int, ...], lost_nodes: tuple[int, ...],
-    current_map: Path | None, style: str, out: Path | None,
+    current_map: Path | None, dense_layers: int, style: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Fan-outs, remote copies and GPU load of maps on recorded tokens.
 
@@ -70,13 +79,19 @@ def evaluate_command(
         check_output(out)
     gone = _lost_gpus(ranks, lost_nodes, topology)
     results: list[dict[str, Any]] = []
-    total = (len(traces) + len(dumps)) * len(maps) * len(rules)
+    recordings = [*map(_of_trace, traces), *(_of_dumps([path]) for path in dumps)]
+    if len(dumps) > 1:
+        recordings.append(_of_dumps(dumps))
+    total = len(recordings) * len(maps) * len(rules)
     with tqdm(total=total, desc="evaluating", unit="map", leave=False, disable=True if total < 2 else None) as bar:
-        for recorded in [*map(_of_trace, traces), *map(_of_dump, dumps)]:
-            experts = recorded.trace.num_experts
-            current = None if current_map is None else recorded.restrict(load_map(current_map, num_experts=experts))
+        for recorded in recordings:
+            experts, current = recorded.num_experts, None
+            if current_map is not None:
+                read = load_map(current_map, dense_layers, experts, gpus)
+                current = recorded.restrict(read, dense_layers, str(current_map))
             for map_path in maps:
-                expert_map = recorded.restrict(load_map(map_path, num_experts=experts), str(map_path))
+                expert_map = load_map(map_path, dense_layers, experts, gpus)
+                expert_map = recorded.restrict(expert_map, dense_layers, str(map_path))
                 for rule in rules:
                     results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens))
                     bar.update()
@@ -89,39 +104,86 @@ def evaluate_command(
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What to evaluate on. ``layers``: those of the map that have tokens (a dump has dense layers too); None: all."""
+    """What to evaluate on: ``trace``, or ``counts`` int64 [layers, experts] where token sets were not recorded.
 
-    path: Path
-    trace: RoutingTrace
+    ``layers``: those of the recording that have tokens (a dump has dense layers too); None: all ``num_layers``.
+    """
+
+    path: str
+    num_experts: int
+    num_layers: int
+    trace: RoutingTrace | None = None
+    counts: np.ndarray | None = None
     layers: np.ndarray | None = None
-    num_layers: int = 0
 
-    def restrict(self, expert_map: ExpertMap, source: str = "current map") -> ExpertMap:
+    def restrict(self, expert_map: ExpertMap, dense_layers: int, source: str) -> ExpertMap:
+        """The rows of the layers that have tokens."""
+        fitting = expert_map.aligned(self.num_layers, dense_layers, source, self.path)
         if self.layers is None:
-            return expert_map
-        if expert_map.num_layers != self.num_layers:
-            raise InputError(f"{source}: has {expert_map.num_layers} layers, but {self.path} has {self.num_layers}")
-        return ExpertMap(expert_map.physical_to_logical[self.layers], expert_map.num_experts)
+            return fitting
+        return ExpertMap(fitting.physical_to_logical[self.layers], fitting.num_experts)
 
 
 def _of_trace(path: Path) -> _Recorded:
-    return _Recorded(path, RoutingTrace.load(path))
+    trace = RoutingTrace.load(path)
+    return _Recorded(str(path), trace.num_experts, trace.num_layers, trace)
 
 
-def _of_dump(path: Path) -> _Recorded:
-    window = read_dumps([path])
+def _of_dumps(paths: Sequence[Path]) -> _Recorded:
+    """One dump, or several as one, weighed by their tokens."""
+    name = str(paths[0]) if len(paths) == 1 else f"all {len(paths)} dumps"
+    window = read_dumps(paths, note=say)
+    layers = np.flatnonzero(window.counts.any(1))
+    if not len(layers):
+        raise InputError(f"{name}: empty, no tokens were recorded")
     if window.tokens is None or not (window.tokens >= 0).any():
-        raise InputError(f"{path}: holds no token sets; record with --enable-expert-affinity-recorder (or per_token)")
+        say(f"{name}: holds counts only: load is known, if replicas share evenly; fan-outs and copies are not")
+        return _Recorded(name, window.num_experts, window.num_layers, None, window.counts[layers], layers)
     layers = np.flatnonzero((window.tokens[:, :, 0] >= 0).any(1))
     tokens = window.tokens[layers].transpose(1, 0, 2)
-    whole = tokens[(tokens[:, :, 0] >= 0).all(1)]
-    return _Recorded(path, RoutingTrace(whole, window.num_experts, source=str(path)), layers, window.num_layers)
+    whole = tokens[(tokens >= 0).all((1, 2))]
+    if not len(whole):
+        raise InputError(f"{name}: no token was recorded in all of its layers")
+    trace = RoutingTrace(whole, window.num_experts, source=name)
+    return _Recorded(name, window.num_experts, window.num_layers, trace, None, layers)
+
+
+def _load_result(
+    recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
+    current: ExpertMap | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What counts alone tell: the load, each expert's evenly shared by its replicas. The rest is None."""
+    assert recorded.counts is not None
+    load = even_load(recorded.counts, expert_map, topology)
+    moved = None if current is None else moved_experts(current, expert_map, topology)
+    known = load.max(1) / load.mean(1)
+    return {
+        "trace": recorded.path,
+        "map": str(map_path),
+        "dispatch": rule,
+        "gpus": topology.num_gpus,
+        "nodes": topology.num_nodes,
+        "tokens": None,
+        "layers": len(load),
+        "slots": expert_map.num_slots,
+        **{name: float(known.mean()) if name == "load_max_over_mean" else None for name in METRICS},
+        "moved_experts": None if moved is None else int(moved.sum()),
+        "per_layer": {
+            **{name: known.tolist() if name == "load_max_over_mean" else None for name in METRICS},
+            "gpu_load": load.tolist(),
+            "moved_experts": None if moved is None else moved.tolist(),
+        },
+    }
 
 
 def _result(
     recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
     current: ExpertMap | None, gone: list[int], pass_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
+    if recorded.trace is None:
+        if gone:
+            raise InputError(f"{recorded.path}: holds counts only; --without-rank and --without-node need token sets")
+        return _load_result(recorded, map_path, expert_map, topology, rule, current)
     trace, trace_path = recorded.trace, recorded.path
     traffic = measure_trace(trace, expert_map, topology, rule, str(map_path), pass_tokens)
     moved = None if current is None else moved_experts(current, expert_map, topology)
@@ -187,9 +249,15 @@ def _table(results: list[dict[str, Any]], topology: Topology) -> str:
     header = ["trace", "map", "dispatch", *names]
     lines = [header]
     for result in results:
-        values = [f"{result[name]:.4f}" if name != "moved_experts" else str(result[name]) for name in names]
+        values = [_cell(name, result[name]) for name in names]
         lines.append([Path(result["trace"]).name, Path(result["map"]).name, result["dispatch"], *values])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     title = f"{topology.num_gpus} GPUs on {topology.num_nodes} nodes; means over layers. Source: {SOURCE_MODEL}."
     return "\n".join([title, *rows])
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return str(value) if name == "moved_experts" else f"{value:.4f}"

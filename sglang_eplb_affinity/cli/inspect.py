@@ -2,55 +2,106 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 import numpy as np
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of
+from sglang_eplb_affinity.cli.picture import picture_of
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.formats.maps import parse_map
+from sglang_eplb_affinity.formats.dumps import read_dumps
+from sglang_eplb_affinity.formats.maps import check_devices, load_map, parse_map
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, origin_of
 
 
 @click.command("inspect")
-@click.option("--map", "map_path", type=FILE, help="Expert map to describe.")
+@click.option("--map", "map_path", type=FILE, help="Expert map to describe; with routing: what it makes of that.")
 @click.option("--trace", "trace_path", type=FILE, help="Routing trace to describe.")
-@click.option("--gpus", type=int, help="GPUs, for a map: also tells what each GPU holds.")
+@click.option("--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump to describe; may repeat.")
+@click.option("--gpus", type=int, help="GPUs: also tells what each holds, and with routing its load.")
 @click.option("--nodes", type=int, default=1, show_default=True)
-@click.option("--layer", type=int, help="Layer to plot in detail.  [default: the most skewed]")
+@click.option(
+    "--dispatch", "rule", type=click.Choice(DISPATCH_RULES), default="cover", show_default=True,
+    help="Replica choice of the fan-out histogram.",
+)  # fmt: skip
+@dense_layers_option
+@click.option("--layer", type=int, help="Layer to show in detail.  [default: the most skewed]")
+@click.option("--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--plot", type=FILE, help="Write a picture (.png).")
 def inspect_command(
-    map_path: Path | None, trace_path: Path | None, gpus: int | None, nodes: int, layer: int | None, plot: Path | None
-) -> None:
-    """Describe one map or one trace: shapes, skew, replicas, the experts that fire together.
+    map_path: Path | None, trace_path: Path | None, dumps: tuple[Path, ...], gpus: int | None, nodes: int,
+    rule: DispatchRule, dense_layers: int, layer: int | None, style: str, plot: Path | None,
+) -> None:  # fmt: skip
+    """Describe a map, a trace or dumps: load by expert and GPU, co-activation, fan-out, replicas.
 
     \b
     Example:
       python -m sglang_eplb_affinity inspect --trace trace.npz --plot trace.png
       python -m sglang_eplb_affinity inspect --map map.json --gpus 8 --nodes 2
+      python -m sglang_eplb_affinity inspect --dump dump.pt --map map.json --gpus 8 --format json
     """
-    if (map_path is None) == (trace_path is None):
-        raise InputError("give either --map or --trace")
+    if trace_path is not None and dumps:
+        raise InputError("give --trace or --dump, not both")
+    if map_path is None and trace_path is None and not dumps:
+        raise InputError("give --map, --trace or --dump")
     if plot is not None:
         check_output(plot)
         if plot.suffix != ".png":
             raise InputError(f"--plot {plot}: must end in .png")
-    if trace_path is not None:
-        _inspect_trace(RoutingTrace.load(trace_path), layer, plot)
-    else:
+    topology = None if gpus is None else topology_of(gpus, nodes)
+    if trace_path is None and not dumps:
         assert map_path is not None
-        data = read_content(map_path)
-        expert_map = parse_map(data, str(map_path))
-        origin = origin_of(data, expert_map, str(map_path))
+        _inspect_only_map(map_path, dense_layers, topology, layer, style, plot)
+        return
+    trace = None if trace_path is None else RoutingTrace.load(trace_path)
+    window = read_dumps(dumps, note=say) if trace is None else RoutingWindow.from_trace(trace, 2048)
+    if not window.counts.any():
+        raise InputError(f"{dumps[0]}: empty, no tokens were recorded")
+    expert_map = None
+    if map_path is not None:
+        if topology is None:
+            raise InputError("--map with routing needs --gpus")
+        name = str(trace_path or dumps[0])
+        expert_map = load_map(map_path, dense_layers, window.num_experts, gpus)
+        expert_map = expert_map.aligned(window.num_layers, dense_layers, str(map_path), name)
+    elif topology is not None:
+        slots = -(-window.num_experts // topology.num_gpus) * topology.num_gpus
+        say(f"no --map: GPUs hold SGLang's start placement, {slots} slots")
+        expert_map = ExpertMap.contiguous(window.num_layers, window.num_experts, slots)
+    _inspect_routing(window, trace, expert_map, topology, rule, layer, style, plot)
+
+
+def _inspect_only_map(
+    map_path: Path, dense_layers: int, topology: Topology | None, layer: int | None, style: str, plot: Path | None
+) -> None:
+    data = read_content(map_path)
+    if topology is not None:
+        check_devices(data, topology.num_gpus, str(map_path))
+    expert_map = parse_map(data, str(map_path), dense_layers)
+    origin = origin_of(data, expert_map, str(map_path))
+    if topology is None and origin is not None:
+        topology = origin.topology
+    if style == "json":
+        click.echo(json.dumps({
+            "layers": expert_map.num_layers, "experts": expert_map.num_experts, "slots": expert_map.num_slots,
+            "replicas": expert_map.replica_counts().tolist(),
+        }))  # fmt: skip
+    else:
         if origin is not None:
             _inspect_origin(origin)
-        recorded = None if origin is None else origin.topology
-        _inspect_map(expert_map, recorded if gpus is None else topology_of(gpus, nodes), layer, plot)
+        _inspect_map(expert_map, topology, layer)
+    if plot is not None:
+        from sglang_eplb_affinity.cli.plots import plot_map
+
+        plot_map(expert_map, plot)
+        click.echo(f"{plot}: written", err=True)
 
 
 def _pick_layer(layer: int | None, default: int, layers: int) -> int:
@@ -59,10 +110,41 @@ def _pick_layer(layer: int | None, default: int, layers: int) -> int:
     return default if layer is None else layer
 
 
-def _inspect_trace(trace: RoutingTrace, layer: int | None, plot: Path | None) -> None:
-    window = RoutingWindow.from_trace(trace, 1)
-    skew = window.counts.max(1) / window.counts.mean(1)
-    chosen = _pick_layer(layer, int(skew.argmax()), trace.num_layers)
+def _inspect_routing(
+    window: RoutingWindow, trace: RoutingTrace | None, expert_map: ExpertMap | None, topology: Topology | None,
+    rule: DispatchRule, layer: int | None, style: str, plot: Path | None,
+) -> None:  # fmt: skip
+    busy = window.counts.any(1)
+    skew = np.where(busy, window.counts.max(1) / np.maximum(window.counts.mean(1), 1e-9), 0)
+    chosen = _pick_layer(layer, int(skew.argmax()), window.num_layers)
+    if style == "json":
+        pictures = [picture_of(window, i, expert_map, topology, rule).to_json() for i in np.flatnonzero(busy).tolist()]
+        click.echo(json.dumps({
+            "layers": window.num_layers, "experts": window.num_experts,
+            "tokens": None if trace is None else trace.num_tokens, "max_over_mean_expert": skew.tolist(),
+            "dispatch": rule, "per_layer": pictures,
+        }))  # fmt: skip
+    else:
+        if trace is not None:
+            _describe(trace)
+        else:
+            click.echo(f"{window.num_layers} layers ({int((~busy).sum())} without traffic), {window.num_experts} "
+                       f"experts, {int(window.counts.sum(1).max())} assignments in the busiest")  # fmt: skip
+        click.echo(
+            f"hottest expert over mean expert: median {np.median(skew[busy]):.2f}, "
+            f"largest {skew.max():.2f} (layer {skew.argmax()})"
+        )
+        click.echo(picture_of(window, chosen, expert_map, topology, rule).text())
+    if plot is not None:
+        from sglang_eplb_affinity.cli.plots import plot_trace
+
+        if window.coactivation is None or trace is None:
+            raise InputError("--plot needs --trace, or --map alone")
+        plot_trace(window, trace.num_tokens, chosen, plot)
+        click.echo(f"{plot}: written", err=True)
+
+
+def _describe(trace: RoutingTrace) -> None:
     click.echo(
         f"{trace.num_tokens} tokens, {trace.num_layers} layers, top-{trace.top_k} of {trace.num_experts} experts"
     )
@@ -71,25 +153,6 @@ def _inspect_trace(trace: RoutingTrace, layer: int | None, plot: Path | None) ->
     for index, name in enumerate(trace.domain_names):
         if trace.domain is not None:
             click.echo(f"domain {name}: {int((trace.domain == index).sum())} tokens")
-    click.echo(
-        f"hottest expert over mean expert: median {np.median(skew):.2f}, "
-        f"largest {skew.max():.2f} (layer {skew.argmax()})"
-    )
-    click.echo(f"layer {chosen}: pairs that fire together most, and how much more often than independent experts would")
-    assert window.coactivation is not None
-    pairs = window.coactivation[chosen]
-    counts = window.counts[chosen]
-    upper = np.triu(pairs, 1)
-    for flat in np.argsort(-upper, axis=None, kind="stable")[:5]:
-        a, b = divmod(int(flat), trace.num_experts)
-        if upper[a, b]:
-            lift = upper[a, b] * trace.num_tokens / (counts[a] * counts[b])
-            click.echo(f"  experts {a} and {b}: {upper[a, b]} tokens, {lift:.2f} times")
-    if plot is not None:
-        from sglang_eplb_affinity.cli.plots import plot_trace
-
-        plot_trace(window, trace.num_tokens, chosen, plot)
-        click.echo(f"{plot}: written", err=True)
 
 
 def _inspect_origin(origin: MapOrigin) -> None:
@@ -111,7 +174,7 @@ def _inspect_origin(origin: MapOrigin) -> None:
             )
 
 
-def _inspect_map(expert_map: ExpertMap, topology: Topology | None, layer: int | None, plot: Path | None) -> None:
+def _inspect_map(expert_map: ExpertMap, topology: Topology | None, layer: int | None) -> None:
     replicas = expert_map.replica_counts()
     chosen = _pick_layer(layer, int(replicas.max(1).argmax()), expert_map.num_layers)
     click.echo(
@@ -131,8 +194,3 @@ def _inspect_map(expert_map: ExpertMap, topology: Topology | None, layer: int | 
         for gpu in range(topology.num_gpus):
             ids = " ".join(map(str, by_gpu[chosen, gpu].tolist()))
             click.echo(f"  node {gpu // topology.gpus_per_node} GPU {gpu}: {ids}")
-    if plot is not None:
-        from sglang_eplb_affinity.cli.plots import plot_map
-
-        plot_map(expert_map, plot)
-        click.echo(f"{plot}: written", err=True)

@@ -25,6 +25,20 @@ def topology_options(command: Command) -> Command:
     return click.option("--gpus", type=int, required=True, help="GPUs of the expert-parallel group (EP size).")(command)
 
 
+def dense_layers_option(command: Command) -> Command:
+    """``--dense-layers``, the same in every command."""
+    return click.option(
+        "--dense-layers", type=click.IntRange(min=0), default=0, show_default=True,
+        help="Leading dense layers of the model (3 for DeepSeek-V3). SGLang's maps and dumps have a row for each; "
+        "traces, vllm-ascend's and TensorRT-LLM's maps leave them out.",
+    )(command)  # fmt: skip
+
+
+def say(line: str) -> None:
+    """A note of a reader, on standard error."""
+    click.echo(f"note: {line}", err=True)
+
+
 def check_output(path: Path) -> None:
     """Fail before long work, not after it, if the output cannot be written."""
     if not path.parent.is_dir():

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, topology_of, topology_options
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -28,7 +29,11 @@ SAMPLE_TOKENS = 16384
 @click.command("plan")
 @click.option("--trace", type=FILE, help="Routing trace (.npz) to plan for.")
 @click.option(
-    "--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump (.pt: stat, per_token, affinity)."
+    "--dump",
+    "dumps",
+    type=FILE,
+    multiple=True,
+    help="SGLang recorder dump of any mode (.pt, .json); may repeat: weighed by tokens.",
 )
 @topology_options
 @click.option(
@@ -79,6 +84,7 @@ SAMPLE_TOKENS = 16384
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="thorough", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=int, help="Worker threads.  [default: from the cores]")
+@dense_layers_option
 @click.option("--out", type=FILE, required=True, help="Map file to write (SGLang's JSON).")
 @click.option("--report", type=FILE, help="Also write the per-layer report (JSON).")
 def plan_command(
@@ -86,7 +92,8 @@ def plan_command(
     memory_gb: float | None, expert_mb: float | None, algorithm: str,
     groups: int | None, objective: Objective, prefill_share: float | None, dispatch: DispatchRule,
     max_load_increase: float, load_noise_allowance: float, node_weight: int, survive: Survive, current_map: Path | None,
-    max_moves: int | None, effort: Effort, seed: int, threads: int | None, out: Path, report: Path | None,
+    max_moves: int | None, effort: Effort, seed: int, threads: int | None, dense_layers: int,
+    out: Path, report: Path | None,
 ) -> None:  # fmt: skip
     """Plan an expert map for one trace, or for one or several recorder dumps of one model.
 
@@ -98,6 +105,11 @@ def plan_command(
     topology = topology_of(gpus, nodes)
     if (trace is None) == (not dumps):
         raise InputError("give either --trace or --dump (once or several times)")
+    if max_moves is not None and current_map is None:
+        raise InputError(
+            f"--max-moves {max_moves}: makes the plan incremental, as the server's flag does; give the current map too "
+            "(--current-map)"
+        )
     if redundant != "auto" and not redundant.isdecimal():
         raise InputError(f"--redundant {redundant}: must be a whole number, 0 or more, or auto")
     if redundant == "auto" and not ((memory_gb or 0) > 0 and (expert_mb or 0) > 0):
@@ -110,25 +122,30 @@ def plan_command(
     for path in (out, report):
         if path is not None:
             check_output(path)
-    window = _window(trace, dumps, seed)
+    window = _window(trace, dumps, seed, dense_layers)
     if redundant == "auto":
         assert memory_gb is not None and expert_mb is not None
         slots = window.num_experts + _auto_redundant(window, topology, config, memory_gb, expert_mb)
     else:
         slots = window.num_experts + int(redundant)
-    current = None if current_map is None else load_map(current_map, num_experts=window.num_experts)
+    current = None
+    if current_map is not None:
+        read = load_map(current_map, dense_layers, window.num_experts, gpus)
+        current = read.aligned(window.num_layers, dense_layers, str(current_map), "the routing")
+    added = 0 if trace is None else dense_layers  # a dump has rows for dense layers already
     if algorithm != "affinity":
         if report is not None or max_moves is not None:
             raise InputError(f"--report and --max-moves need --algorithm affinity, not {algorithm}")
         if not window.counts.any():
             raise InputError("routing window: empty, no tokens were recorded")
         hierarchical = algorithm == "deepseek_hierarchical"
-        eplb_placement(window.counts, topology, slots, hierarchical=hierarchical, num_groups=groups).save(out)
+        placed = eplb_placement(window.counts, topology, slots, hierarchical=hierarchical, num_groups=groups)
+        placed.aligned(placed.num_layers + added, dense_layers, str(out), "the model").save(out)
         click.echo(f"{out}: {window.num_layers} layers, {slots} slots by {algorithm}", err=True)
         return
     with tqdm(total=window.num_layers, desc="planning", unit="layer", leave=False, disable=None) as bar:
         planned = plan(window, topology, slots, config, current, progress=bar.update)
-    planned.expert_map.save(out)
+    planned.expert_map.aligned(window.num_layers + added, dense_layers, str(out), "the model").save(out)
     if report is not None:
         write_atomically(report, json.dumps(planned.report.to_json()).encode())
     click.echo(f"{out}: {planned.report.summary()}", err=True)
@@ -161,7 +178,13 @@ def _auto_redundant(
     return rows[at].redundant
 
 
-def _window(trace: Path | None, dumps: tuple[Path, ...], seed: int) -> RoutingWindow:
+def _window(trace: Path | None, dumps: tuple[Path, ...], seed: int, dense_layers: int) -> RoutingWindow:
     if trace is not None:
         return RoutingWindow.from_trace(RoutingTrace.load(trace), SAMPLE_TOKENS, seed)
-    return read_dumps(dumps, SAMPLE_TOKENS, seed)
+    window = read_dumps(dumps, SAMPLE_TOKENS, seed, note=say)
+    busy = np.flatnonzero(window.counts[:dense_layers].any(1))
+    if len(busy):
+        raise InputError(f"--dense-layers {dense_layers}: but layer {busy[0]} of {dumps[0]} has traffic")
+    if window.tokens is None:
+        say(f"{dumps[0]}: holds counts only: planned for load; fan-out is unknown")
+    return window

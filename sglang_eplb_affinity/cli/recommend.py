@@ -10,7 +10,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
 from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -36,6 +36,7 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 @click.option("--trace", type=FILE, help="Recorded routing (.npz).")
 @click.option("--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump with token sets (.pt).")
 @click.option("--test-trace", type=FILE, help="Routing to judge on.  [default: held-out sequences of --trace]")
+@dense_layers_option
 @click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
 @click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
@@ -49,7 +50,8 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=FILE, help="Write the recommendation as JSON.")
 def recommend_command(
-    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, topology: str, gpus: int | None,
+    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
+    topology: str, gpus: int | None,
     phases: tuple[Phase, ...], min_gain: float, layers: int, resamples: int, memory_gb: str | None, plot: Path | None,
     seed: int, out: Path | None,
 ) -> None:  # fmt: skip
@@ -71,7 +73,9 @@ def recommend_command(
         raise InputError(f"--plot {plot}: needs --memory-gb")
     tried = None if memory_gb is None else memory.redundancies(system, _gigabytes(memory_gb, system))
     test = None if test_trace is None else RoutingTrace.load(test_trace)
-    source = RoutingSource(load_recording(trace, dumps), test, system.model, sampled_layers(system, layers), seed=seed)
+    source = RoutingSource(
+        load_recording(trace, dumps, dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
+    )
     domains = source.trace.domain
     drifts = domains is not None and len(np.unique(domains)) > 1
     total = sum(candidate_runs(system, phase, resamples, tried) + (DAY_WINDOWS if drifts else 0) for phase in phases)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
 from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers, sampled_layers
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -23,6 +23,7 @@ from sglang_eplb_affinity.simulate.system import preset_names
 @click.command("replay")
 @click.option("--trace", type=FILE, required=True, help="Recorded routing (.npz) with domains.")
 @click.option("--test-trace", type=FILE, help="Routing to serve.  [default: held-out sequences of --trace]")
+@dense_layers_option
 @click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
 @click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
 @click.option("--redundant", type=int, help="Redundant experts.  [default: the topology's]")
@@ -38,7 +39,8 @@ from sglang_eplb_affinity.simulate.system import preset_names
 @click.option("--out", type=FILE, help="Write the full result as JSON.")
 @click.option("--plots", type=FILE, help="Folder for plots (PNG).")
 def replay_command(
-    trace: Path, test_trace: Path | None, topology: str, gpus: int | None, redundant: int | None, phase: str,
+    trace: Path, test_trace: Path | None, dense_layers: int,
+    topology: str, gpus: int | None, redundant: int | None, phase: str,
     windows: int, every: str, max_moves: int, rounds: int, min_gain: float, tokens_per_gpu: int, layers: int, seed: int,
     out: Path | None, plots: Path | None,
 ) -> None:  # fmt: skip
@@ -59,7 +61,9 @@ def replay_command(
         raise InputError("--max-moves, --rounds and --tokens-per-gpu must be at least 1, --min-gain 0 or more")
     policies = standard_policies([*numbers(every, "--every"), -1], max_moves, min_gain, rounds)
     test = None if test_trace is None else RoutingTrace.load(test_trace)
-    source = RoutingSource(load_recording(trace, ()), test, system.model, sampled_layers(system, layers), seed=seed)
+    source = RoutingSource(
+        load_recording(trace, (), dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
+    )
     day = Day(system, source, prefill=phase == "prefill", windows=windows, tokens_per_gpu=tokens_per_gpu)
     with tqdm(total=windows, desc="replaying", unit="window", leave=False, disable=None) as bar:
         results = day.run(policies, bar.update)

@@ -11,7 +11,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from sglang_eplb_affinity.cli.options import FILE, check_output
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -61,6 +61,7 @@ def command_line() -> str:
 @click.option("--trace", type=FILE, help="Recorded routing (.npz).")
 @click.option("--dump", "dumps", type=FILE, multiple=True, help="SGLang recorder dump with token sets (.pt).")
 @click.option("--test-trace", type=FILE, help="Routing to simulate on.  [default: held-out sequences of --trace]")
+@dense_layers_option
 @click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
 @click.option("--gpus", "gpu_list", help="EP sizes, such as 8,16,32,64,144,320.  [default: the topology's]")
 @click.option("--redundant", type=int, help="Redundant experts.  [default: the topology's, raised until it divides]")
@@ -90,7 +91,8 @@ def command_line() -> str:
 @click.option("--out", type=FILE, help="Write the full result as JSON.")
 @click.option("--plots", type=FILE, help="Folder for plots (PNG).")
 def simulate_command(
-    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, topology: str, gpu_list: str | None,
+    trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
+    topology: str, gpu_list: str | None,
     redundant: int | None, algorithms: tuple[Algorithm, ...], rule: DispatchRule | None, effort: Effort,
     phases: tuple[Phase, ...], prefill_tokens: str | None,
     decode_batch: str | None, prefill_mode: str | None, decode_mode: str | None, overlap: str | None, layers: int,
@@ -110,7 +112,7 @@ def simulate_command(
         raise InputError(f"--plots {plots}: no such folder")
     if child_spread < 0:
         raise InputError(f"--child-spread {child_spread}: must be 0 or more")
-    recording = load_recording(trace, dumps)
+    recording = load_recording(trace, dumps, dense_layers)
     test = None if test_trace is None else RoutingTrace.load(test_trace)
     systems = [system.resized(gpus, redundant) for gpus in numbers(gpu_list, "--gpus") or [system.cluster.gpus]]
     runs: list[tuple[Phase, int]] = []

@@ -241,3 +241,14 @@ def moved_experts(old: ExpertMap, new: ExpertMap, topology: Topology) -> np.ndar
         after = new.physical_to_logical[layer].reshape(gpus, -1)
         moved[layer] = sum(len(set(after[g].tolist()) - set(before[g].tolist())) for g in range(gpus))
     return moved
+
+
+def even_load(counts: np.ndarray, expert_map: ExpertMap, topology: Topology) -> np.ndarray:
+    """float64 [layers, gpus]: load of ``counts`` int64 [layers, experts], each expert's shared evenly by its replicas.
+
+    What EPLB assumes, and all that counts without token sets can say.
+    """
+    share = counts / np.maximum(expert_map.replica_counts(), 1)
+    of_slot = np.take_along_axis(share, expert_map.physical_to_logical.astype(np.int64), axis=1)
+    per_gpu = topology.slots_per_gpu(expert_map.num_slots)
+    return np.asarray(of_slot.reshape(len(counts), topology.num_gpus, per_gpu).sum(2))

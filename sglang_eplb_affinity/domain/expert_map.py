@@ -89,6 +89,25 @@ class ExpertMap:
         row = np.arange(num_slots, dtype=np.int32) % num_experts
         return ExpertMap(np.tile(row, (num_layers, 1)), num_experts)
 
+    def aligned(self, num_layers: int, dense_layers: int, source: str, of: str) -> ExpertMap:
+        """With ``num_layers`` rows, as routing ``of`` has: leading dense layers dropped or added where they differ.
+
+        Added rows hold SGLang's start placement. Raises InputError, beginning with ``source``, if they do not fit.
+        """
+        own = self.num_layers
+        if own == num_layers:
+            return self
+        if own == num_layers + dense_layers:
+            return ExpertMap(self.physical_to_logical[dense_layers:], self.num_experts)
+        if own + dense_layers == num_layers:
+            dense = ExpertMap.contiguous(dense_layers, self.num_experts, self.num_slots).physical_to_logical
+            return ExpertMap(np.concatenate([dense, self.physical_to_logical]), self.num_experts)
+        given = f" with {dense_layers} dense" if dense_layers else ""
+        raise InputError(
+            f"{source}: has {own} layers, but {of} has {num_layers}{given}; if one of them leaves out leading dense "
+            f"layers, give their number (--dense-layers {abs(own - num_layers)})"
+        )
+
     def contiguous_like(self) -> ExpertMap:
         """SGLang's start of as many layers, experts and slots."""
         return ExpertMap.contiguous(self.num_layers, self.num_experts, self.num_slots)

@@ -150,8 +150,8 @@ def check_distinct(ids: np.ndarray, name: str, axes: tuple[str, str]) -> None:
         if twice.any():
             row, column, k = np.argwhere(twice)[0]
             raise InputError(
-                f"{name}: {axes[0]} {start + row} {axes[1]} {column} has expert {ordered[row, column, k]} twice; "
-                "the experts of a token in a layer must differ"
+                f"{name}[{start + row}, {column}] has expert {ordered[row, column, k]} twice; "
+                f"the experts of a token in a layer must differ ([{axes[0]}, {axes[1]}])"
             )
 
 

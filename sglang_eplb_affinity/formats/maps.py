@@ -26,12 +26,21 @@ MapFormat = Literal["sglang", "vllm-ascend", "tensorrt-llm"]
 MAP_FORMATS: tuple[MapFormat, ...] = ("sglang", "vllm-ascend", "tensorrt-llm")
 
 
-def load_map(path: str | os.PathLike[str], dense_layers: int = 0, num_experts: int | None = None) -> ExpertMap:
+def load_map(
+    path: str | os.PathLike[str],
+    dense_layers: int = 0,
+    num_experts: int | None = None,
+    num_gpus: int | None = None,
+) -> ExpertMap:
     """A map in any of the formats (told by suffix and keys), with rows for the dense layers as SGLang wants them.
 
-    ``dense_layers`` rows are added only to formats that leave them out. Raises InputError that names the file.
+    ``dense_layers`` rows are added only to formats that leave them out. ``num_gpus``: refuse a map that says that it
+    is for another number. Raises InputError that names the file.
     """
-    return parse_map(read_content(path), str(path), dense_layers, num_experts)
+    data = read_content(path)
+    if num_gpus is not None:
+        check_devices(data, num_gpus, str(path))
+    return parse_map(data, str(path), dense_layers, num_experts)
 
 
 def parse_map(data: Any, source: str, dense_layers: int = 0, num_experts: int | None = None) -> ExpertMap:

@@ -48,6 +48,8 @@ class PlanReport:
 
         def change(name: str) -> str:
             after = _mean(getattr(self.planned, name))
+            if name != "load_max_over_mean" and not after:  # a token's fan-out is at least 1
+                return "unknown (counts only)"
             parts = [f"{after:.3f} (EPLB {_mean(getattr(self.eplb, name)):.3f}"]
             if self.current is not None:
                 parts.append(f", before {_mean(getattr(self.current, name)):.3f}")

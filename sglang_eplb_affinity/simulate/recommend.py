@@ -146,10 +146,16 @@ def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -
     if affinity_gain.lower >= min_gain_pct and over_none.lower >= min_gain_pct:
         reasons.append(_why_affinity(affinity, eplb))
         return Recommendation(phase, True, affinity, over_none, affinity_gain, tuple(reasons), tuple(candidates))
-    reasons.append(
-        f"affinity against EPLB: {_text(affinity_gain)}; not surely {min_gain_pct:g} % or more"
-        + (", " + _why_not(affinity, eplb) if affinity_gain.value < min_gain_pct else "")
-    )
+    if affinity_gain.lower >= min_gain_pct:
+        reasons.append(
+            f"affinity against EPLB: {_text(affinity_gain)}, but affinity against no EPLB: {_text(over_none)}; "
+            f"not surely {min_gain_pct:g} % or more"
+        )
+    else:
+        reasons.append(
+            f"affinity against EPLB: {_text(affinity_gain)}; not surely {min_gain_pct:g} % or more"
+            + (", " + _why_not(affinity, eplb) if affinity_gain.value < min_gain_pct else "")
+        )
     if eplb_gain.lower >= min_gain_pct:
         return Recommendation(phase, True, eplb, eplb_gain, None, tuple(reasons), tuple(candidates))
     reasons.append(f"EPLB against no EPLB: {_text(eplb_gain)}; not surely {min_gain_pct:g} % or more")

@@ -30,6 +30,8 @@ GROUPS = 48
 FIT_TOKENS = 12288
 SMOOTHING = 4.0
 CHILD_SPREAD = 0.75
+MOST_REDRAWS = 256
+"""Draws of a token until those that are left are drawn among the experts that it does not have."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,33 @@ def _draw(labels, weights, cumulative, k, num_groups, groups_per_token, seed, ou
         if groups_per_token >= num_groups:
             total = cumulative[g, experts - 1]
             found = 0
+            tries = 0
             while found < k:
+                tries += 1
+                if tries > MOST_REDRAWS:
+                    # One expert has nearly all the weight: draw among the others alone.
+                    rest = 0.0
+                    for e in range(experts):
+                        rest += weights[g, e]
+                    for j in range(found):
+                        rest -= weights[g, out[t, j]]
+                    state ^= state << np.uint64(13)
+                    state ^= state >> np.uint64(7)
+                    state ^= state << np.uint64(17)
+                    left = np.float64(state >> np.uint64(11)) / 9007199254740992.0 * rest
+                    picked = -1
+                    for e in range(experts):
+                        taken = False
+                        for j in range(found):
+                            taken = taken or out[t, j] == e
+                        if not taken:
+                            picked = e
+                            left -= weights[g, e]
+                            if left < 0:
+                                break
+                    out[t, found] = picked
+                    found += 1
+                    continue
                 state ^= state << np.uint64(13)
                 state ^= state >> np.uint64(7)
                 state ^= state << np.uint64(17)

@@ -18,8 +18,11 @@ PREFILL_RUN = 128
 MOST_TOKENS = 1 << 17
 
 
-def load_recording(trace: Path | None, dumps: tuple[Path, ...]) -> RoutingTrace:
-    """A trace file, or recorder dumps with token sets (counts alone cannot say which experts fire together)."""
+def load_recording(trace: Path | None, dumps: tuple[Path, ...], dense_layers: int = 0) -> RoutingTrace:
+    """A trace file, or recorder dumps with token sets (counts alone cannot say which experts fire together).
+
+    ``dense_layers``: leading dense layers, which dumps have rows for and traces do not.
+    """
     if (trace is None) == (not dumps):
         raise InputError("give either --trace or --dump (once or several times)")
     if trace is not None:
@@ -30,6 +33,8 @@ def load_recording(trace: Path | None, dumps: tuple[Path, ...]) -> RoutingTrace:
     if window.tokens is None or not window.tokens.size:
         raise InputError(f"{dumps[0]}: holds counts only, but simulating needs token sets (affinity or per_token)")
     layers = np.flatnonzero(window.counts.any(1))
+    if len(layers) and layers[0] < dense_layers:
+        raise InputError(f"--dense-layers {dense_layers}: but layer {layers[0]} of {dumps[0]} has traffic")
     tokens = window.tokens[layers]
     used = (tokens[:, :, 0] >= 0).all(0)
     if not used.any():
@@ -62,6 +67,13 @@ class RoutingSource:
             in_plan = np.arange(trace.num_tokens) < plan.num_tokens
         self.trace, self.layers, self.seed = trace, layers, seed
         self.plan_rows, self.test_rows = np.flatnonzero(in_plan), np.flatnonzero(~in_plan)
+        for rows, half in ((self.plan_rows, "plan"), (self.test_rows, "test")):
+            if not len(rows):
+                raise InputError(
+                    f"{trace.source}: the {half} half is empty, since there are {trace.num_tokens} token(s); record "
+                    "at least 2, or give --test-trace"
+                )
+        self._moe_layers = model.moe_layers
         self.recorded = trace.num_experts == model.experts and trace.top_k == model.top_k
         self._layers_of_trace = layers * trace.num_layers // model.moe_layers
         self._model = (
@@ -73,6 +85,11 @@ class RoutingSource:
     def label(self) -> str:
         """What a reader must know about the routing."""
         name = Path(self.trace.source).name
+        if self.recorded and self.trace.num_layers != self._moe_layers:
+            return (
+                f"recorded routing of another model or of some layers ({name}: {self.trace.num_layers} layers), "
+                f"stretched over {self._moe_layers} MoE layers"
+            )
         if self.recorded:
             return f"recorded routing ({name})"
         return f"simulated routing, fitted to {name} ({self.trace.num_experts} experts, top-{self.trace.top_k})"

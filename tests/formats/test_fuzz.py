@@ -1,0 +1,173 @@
+"""Nothing ends in a traceback: every reader on broken files gives a result or an InputError of one line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import resource
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.formats.dumps import read_dumps
+from sglang_eplb_affinity.formats.maps import load_map, save_map
+from tests.formats.test_dumps import per_token
+from tests.planner.test_plan import skewed_tokens, window_of
+
+torch = pytest.importorskip("torch", reason="SGLang's dumps are torch files")
+
+READERS: tuple[Callable[[Path], object], ...] = (
+    RoutingTrace.load, load_map, lambda path: read_dumps([path], note=lambda _: None),
+)  # fmt: skip
+FLIPS_PER_FILE = 150
+
+
+def read_by_all(path: Path) -> int:
+    """How many readers took the file; anything but a result or one line that names it fails."""
+    taken = 0
+    for read in READERS:
+        try:
+            read(path)
+            taken += 1
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error), error
+    return taken
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One small valid file of every format."""
+    folder = tmp_path_factory.mktemp("valid")
+    tokens = skewed_tokens(np.random.default_rng(0), 3, 40, 8, 2)
+    window = window_of(tokens, 8)
+    start = ExpertMap.contiguous(3, 8, 12)
+    RoutingTrace(
+        tokens.transpose(1, 0, 2).copy(), 8, np.arange(40, dtype=np.int32) // 9, np.zeros(40, np.int8), ("code",)
+    ).save(folder / "trace.npz")
+    save_map(start, folder / "map.json", "sglang")
+    save_map(start, folder / "map.pt", "sglang")
+    save_map(start, folder / "ascend.json", "vllm-ascend", Topology(4))
+    save_map(start, folder / "trt.yaml", "tensorrt-llm")
+    counts = torch.from_numpy(window.counts)
+    torch.save({"rank": 0, "logical_count": counts[None]}, folder / "stat.pt")
+    (folder / "stat.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    torch.save(per_token(tokens, start), folder / "detail.pt")
+    entry = {"version": 1, "counts": counts, "coactivation": torch.from_numpy(window.coactivation),
+             "tokens": torch.from_numpy(tokens)}  # fmt: skip
+    torch.save({"rank": 0, "logical_count": counts[None], "affinity": entry}, folder / "ours.pt")
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return files | {f"{name}.gz": gzip.compress(files[name]) for name in ("trace.npz", "map.json", "trt.yaml")}
+
+
+def test_valid_files_are_read(valid: dict[str, bytes], tmp_path: Path) -> None:
+    for name, data in valid.items():
+        (tmp_path / name).write_bytes(data)
+        assert read_by_all(tmp_path / name) == 1, name
+
+
+def test_flipped_cut_and_joined_bytes_are_a_result_or_one_line(valid: dict[str, bytes], tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    most_memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    inputs = 0
+    for name, data in valid.items():
+        path = tmp_path / name
+        for _ in range(FLIPS_PER_FILE):
+            broken = bytearray(data)
+            for _ in range(rng.integers(1, 4)):
+                broken[rng.integers(len(broken))] = rng.integers(256)
+            if rng.random() < 0.2:
+                del broken[rng.integers(len(broken)) :]
+            elif rng.random() < 0.1:
+                broken += broken[: rng.integers(len(broken))]
+            path.write_bytes(broken)
+            read_by_all(path)
+            inputs += 1
+    assert inputs >= 1500
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most_memory
+    assert grown < 1 << 20, f"{grown >> 10} MiB more"  # ru_maxrss is in KiB
+    assert time.monotonic() - start < 240
+
+
+NUMBERS = st.one_of(st.integers(-3, 20), st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=3))
+LISTS = st.recursive(NUMBERS, lambda inner: st.lists(inner, max_size=4), max_leaves=12)
+DEVICES = st.lists(st.fixed_dictionaries({"device_id": NUMBERS, "device_expert": LISTS}) | LISTS, max_size=3)
+CONTENTS = st.one_of(
+    LISTS,
+    st.dictionaries(
+        st.sampled_from(["logical_count", "physical_to_logical_map", "affinity", "records", "moe_layer_count",
+                         "last_physical_to_logical_map", "initial_global_assignments", "num_slots"]),
+        LISTS | st.dictionaries(st.text(max_size=3) | st.sampled_from(["version", "counts", "tokens"]), LISTS),
+    ),
+    st.fixed_dictionaries({"layer_list": st.lists(
+        st.fixed_dictionaries({"layer_id": NUMBERS, "device_list": DEVICES | LISTS}) | LISTS, max_size=3)}),
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(content=CONTENTS, suffix=st.sampled_from([".json", ".yaml"]))
+def test_any_structure_is_a_result_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, content: Any, suffix: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
+    path.write_text(json.dumps(content))
+    read_by_all(path)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(
+    ids=st.lists(st.integers(-(1 << 40), 1 << 40) | st.integers(-1, 4), min_size=1, max_size=12),
+    experts=st.integers(-(1 << 40), 1 << 40) | st.integers(0, 8),
+    dtype=st.sampled_from(["i8", "i2", "u8", "f4", "U3", "?", "c8"]), extra=NUMBERS,
+)  # fmt: skip
+def test_any_arrays_in_a_trace_are_a_result_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[int], experts: int, dtype: str, extra: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.npz"
+    values = np.array(ids).astype(dtype).reshape(-1, 1, 1)
+    extras = {} if extra is None else {"domain": np.array([extra] * len(ids), dtype=str(np.asarray(extra).dtype))}
+    try:
+        np.savez(path, topk_ids=values, num_experts=experts, **extras)
+    except (ValueError, OverflowError):  # numpy does not write it: nobody can have such a file
+        return
+    read_by_all(path)
+
+
+def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocation(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
+        header, {"descr": "<i2", "fortran_order": False, "shape": (10**12, 48, 8)}
+    )
+    path = tmp_path / "claims.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("topk_ids.npy", header.getvalue() + b"\0" * 64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"topk_ids claims shape \(1000000000000, 48, 8\)"):
+        RoutingTrace.load(path)
+    torch.save({"logical_count": torch.zeros(1).expand(10**6, 60, 256)}, tmp_path / "claims.pt")
+    with pytest.raises(InputError, match="claims 15360000000 elements, but the file holds 1"):
+        read_dumps([tmp_path / "claims.pt"])
+    (tmp_path / "map.json").write_text('{"physical_to_logical_map": [[0, 2000000000]]}')
+    with pytest.raises(InputError, match="layer 0 has no replica of logical expert 1"):
+        load_map(tmp_path / "map.json")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
+
+
+def test_yaml_aliases_and_zeros_packed_a_thousand_to_one_do_not_fill_memory(tmp_path: Path) -> None:
+    (tmp_path / "bomb.yaml").write_text("a: &a [0, 0]\ninitial_global_assignments: {0: [*a, *a], 1: [*a, *a]}\n")
+    with pytest.raises(InputError, match="aliases"):
+        load_map(tmp_path / "bomb.yaml")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="not JSON"):
+        load_map(tmp_path / "deep.json")
