@@ -28,7 +28,7 @@ if [ -z "${REHEARSE:-}" ]; then
     export NUMBA_CACHE_DIR=$HOME/.cache/numba TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/inductor
     { date; nvidia-smi; nvidia-smi topo -m; lscpu; "$python" -m pip list; } >"$results/host.txt" 2>&1
     gib=$("$python" -c 'import torch; print(round(torch.cuda.get_device_properties(0).total_memory / 2**30))')
-    # Six servers of 24 layers need GPUs of 141 GB.
+    # Five servers of 24 layers need GPUs of 141 GB.
     [ "$gib" -gt 120 ] || options+=(--model "random:layers=8,hidden=4096,expert_width=640,heads=32,kv_heads=1")
     say "GPUs of $gib GiB"
 else
