@@ -130,7 +130,7 @@ class Rank:
         self.window = Recorder(rank)
         shape = WindowShape(LAYERS, EXPERTS, TOP_K, SAMPLE)
         topology = Topology(scenario.ranks)
-        settings = PlanSettings("affinity", PlannerConfig(dispatch="dynamic"), topology, 0.0, local_slots)
+        settings = PlanSettings("affinity", PlannerConfig(dispatch="dynamic"), topology, staging_rows=local_slots)
         self.planner = PlannerProcess(settings, scenario.phase_limit_seconds) if rank == 0 else None
         if self.planner is not None:
             assert self.planner.wait_until_ready(120)
