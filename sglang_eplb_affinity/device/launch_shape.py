@@ -72,7 +72,7 @@ class LaunchShapes:
 # The fastest of bench.gpu.kernel_tuning on an H100 at 256 experts and top-8, or within its noise of it.
 _ITEMS = LaunchShapes(LaunchShape(32, 1), LaunchShape(512, 4, count_in_program=True))
 _COVER = LaunchShapes(LaunchShape(32, 1, lanes=True), LaunchShape(64, 2, count_in_program=True))
-_BALANCED = LaunchShapes(_COVER.few, _COVER.many, one_program_rows=128)
+_BALANCED = LaunchShapes(_COVER.few, _COVER.many, one_program_rows=8)
 
 
 def default_shapes(rule: DispatchRule | None) -> LaunchShapes:
