@@ -86,6 +86,7 @@ def _anneal(  # type: ignore[no-untyped-def]
     gpu_mark = np.full(num_gpus, -1, np.int64)
     node_mark = np.full(num_gpus // gpus_per_node, -1, np.int64)
     scratch = np.empty(table.shape[1], np.int64)
+    nothing = np.zeros(0, np.int64)  # `cover_balanced` alone counts ties and weighs
     out = np.empty(k, np.int64)
     cost = np.zeros(count)
     new_cost = np.zeros(count)
@@ -143,7 +144,7 @@ def _anneal(  # type: ignore[no-untyped-def]
             home_node = home // gpus_per_node
             fan, node_fan = choose_slots(
                 t, tokens[t], home, table, replicas, static, size, gpus_per_node, rule, gpu_mark, node_mark, scratch,
-                out,
+                out, nothing, nothing,
             )  # fmt: skip
             if latency:
                 value = 0.0
