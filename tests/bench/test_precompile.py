@@ -1,5 +1,6 @@
 """Kernels compiled ahead: the list names functions of the installed SGLang, and the architecture is checked."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -19,6 +20,9 @@ for module, function, arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.skipif(
+    importlib.metadata.version("sglang") != "0.5.17", reason="the bundle for GPU hosts has SGLang 0.5.17"
+)
 def test_the_installed_sglang_has_the_kernels_that_are_compiled_ahead() -> None:
     command = [sys.executable, "-c", BIND, json.dumps(precompile.KERNELS)]
     environment = {"PATH": "/usr/bin:/bin", **cpu_environment(1)}

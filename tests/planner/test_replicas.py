@@ -33,8 +33,10 @@ def test_every_redundancy_is_searched_and_costs_no_more_than_fewer(nodes, rule):
     costs = []
     for slots in range(16, 65, 8):
         result = plan(window, topology, slots, PlannerConfig(dispatch=rule))
-        for gpu in result.expert_map.physical_to_logical.reshape(4, -1):
-            assert len(set(gpu.tolist())) == len(gpu)
+        # EPLB's own placement, where spreading blindly over its duplicates costs less than parting them.
+        if rule == "cover" or result.report.fallback == ("",):
+            for gpu in result.expert_map.physical_to_logical.reshape(4, -1):
+                assert len(set(gpu.tolist())) == len(gpu)
         if rule == "cover":
             assert result.report.fallback == ("",) or slots == 64
         costs.append(float(result.report.planned.cost[0]))
