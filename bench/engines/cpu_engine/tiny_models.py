@@ -183,11 +183,7 @@ def deepseek_v3(folder: Path, shape: TinyShape, dtype: str) -> None:
         if layer < config["first_k_dense_replace"]:
             weights.mlp(f"{prefix}.mlp", shape.hidden, shape.dense_width)
             continue
-        weights.router(f"{prefix}.mlp.gate.weight", shape)
-        weights.tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = torch.linspace(0.3, 0, shape.experts)
-        for expert in range(shape.experts):
-            weights.mlp(f"{prefix}.mlp.experts.{expert}", shape.hidden, shape.expert_width)
-        weights.mlp(f"{prefix}.mlp.shared_experts", shape.hidden, shape.expert_width)
+        _moe_with_shared_expert(weights, f"{prefix}.mlp", shape)
     _write(folder, config, weights)
 
 
@@ -220,11 +216,7 @@ def glm4_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
         if layer < config["first_k_dense_replace"]:
             weights.mlp(f"{prefix}.mlp", shape.hidden, shape.dense_width)
             continue
-        weights.router(f"{prefix}.mlp.gate.weight", shape)
-        weights.tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = torch.linspace(0.3, 0, shape.experts)
-        for expert in range(shape.experts):
-            weights.mlp(f"{prefix}.mlp.experts.{expert}", shape.hidden, shape.expert_width)
-        weights.mlp(f"{prefix}.mlp.shared_experts", shape.hidden, shape.expert_width)
+        _moe_with_shared_expert(weights, f"{prefix}.mlp", shape)
     _write(folder, config, weights)
 
 
@@ -261,6 +253,14 @@ def qwen2_moe(folder: Path, shape: TinyShape, dtype: str) -> None:
         for expert in range(shape.experts):
             weights.mlp(f"{prefix}.mlp.experts.{expert}", shape.hidden, shape.expert_width)
     _write(folder, config, weights)
+
+
+def _moe_with_shared_expert(weights: Weights, prefix: str, shape: TinyShape) -> None:
+    weights.router(f"{prefix}.gate.weight", shape)
+    weights.tensors[f"{prefix}.gate.e_score_correction_bias"] = torch.linspace(0.3, 0, shape.experts)
+    for expert in range(shape.experts):
+        weights.mlp(f"{prefix}.experts.{expert}", shape.hidden, shape.expert_width)
+    weights.mlp(f"{prefix}.shared_experts", shape.hidden, shape.expert_width)
 
 
 def _latent_attention(weights: Weights, prefix: str, hidden: int) -> None:
