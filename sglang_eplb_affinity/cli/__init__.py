@@ -8,6 +8,7 @@ import click
 
 from sglang_eplb_affinity import __version__
 from sglang_eplb_affinity.cli.convert import convert_command
+from sglang_eplb_affinity.cli.demo import demo_command
 from sglang_eplb_affinity.cli.evaluate import evaluate_command
 from sglang_eplb_affinity.cli.inspect import inspect_command
 from sglang_eplb_affinity.cli.plan import plan_command
@@ -17,12 +18,32 @@ from sglang_eplb_affinity.cli.simulate import simulate_command
 from sglang_eplb_affinity.domain.errors import InputError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+FIRST_STEPS = """\
+sglang_eplb_affinity: expert placement for SGLang's expert parallelism. Needs no GPU and no SGLang.
+
+  demo                    try it: plan, compare and draw on a recording that comes along (half a minute)
+  plan, evaluate          a map for your recorded traffic, and what it makes of later traffic
+  recommend               what to enable on your cluster, or "leave it", and why (simulated)
+  inspect, convert        what a dump, trace or map holds; maps of other engines
+  simulate, replay        step times of placements on a cluster; a day of changing traffic
+
+First: python -m sglang_eplb_affinity demo
+All commands: --help. In a server: `make apply`, then --eplb-algorithm affinity (README.md)."""
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="sglang_eplb_affinity")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Expert placement for SGLang's expert parallelism, planned and judged on recorded routing. Needs no GPU."""
+    if context.invoked_subcommand is None:
+        click.echo(FIRST_STEPS)
 
 
+cli.add_command(demo_command)
 cli.add_command(plan_command)
 cli.add_command(evaluate_command)
 cli.add_command(convert_command)
@@ -36,9 +57,6 @@ def main() -> None:
     """Run the CLI; InputError and wrong usage print one line on stderr and exit with code 2."""
     try:
         cli(prog_name="sglang_eplb_affinity", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(0)
     except (InputError, click.ClickException) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"error: {' '.join(message.split())}", err=True)

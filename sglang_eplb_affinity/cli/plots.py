@@ -52,3 +52,18 @@ def plot_map(expert_map: ExpertMap, path: Path) -> None:
     figure.colorbar(image, ax=axis, label="replicas")
     axis.set(xlabel="logical expert", ylabel="layer", title="Replicas")
     _save(figure, path)
+
+
+def plot_comparison(rows: dict[str, tuple[float, float, float]], path: Path) -> None:
+    """GPUs and nodes a token visits, and the busiest GPU over the mean, a bar for each placement."""
+    figure, axes = _figure(3)
+    figure.set_size_inches(11, 3.6)
+    titles = ("GPUs a token visits", "nodes a token visits", "busiest GPU / mean load (1 is even)")
+    colors = ["#8a94a0", "#c05621", "#2b6cb0"]
+    for number, (axis, title) in enumerate(zip(axes, titles, strict=True)):
+        bars = axis.bar(list(rows), [values[number] for values in rows.values()], color=colors[: len(rows)], width=0.6)
+        axis.bar_label(bars, fmt="%.2f")
+        axis.set(title=title)
+        axis.margins(y=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
