@@ -14,6 +14,16 @@ from typing import Any
 import click
 import pandas as pd
 
+from bench.calibration.calibrate import (
+    MEASURED,
+    Comparison,
+    comparison_table,
+    fit_all,
+    largest_error,
+    summary_table,
+)
+from bench.calibration.fidelity import fidelity, fidelity_table
+from bench.calibration.measured import load_measured
 from bench.capacity.docs import fill
 from bench.capacity.replicas import replica_gains
 from bench.harness.engine import ROOT
@@ -23,16 +33,6 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.simulate.calibrate import (
-    MEASURED,
-    Comparison,
-    comparison_table,
-    fit_all,
-    largest_error,
-    summary_table,
-)
-from sglang_eplb_affinity.simulate.fidelity import fidelity, fidelity_table
-from sglang_eplb_affinity.simulate.measured import load_measured
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
 PAGE = "docs/capacity_planning.md"

@@ -17,7 +17,6 @@ from sglang_eplb_affinity.cli.replay import replay_command
 from sglang_eplb_affinity.cli.simulate import simulate_command
 from sglang_eplb_affinity.domain.errors import InputError
 
-
 FIRST_STEPS = """\
 sglang_eplb_affinity: expert placement for SGLang's expert parallelism. Needs no GPU and no SGLang.
 

@@ -75,8 +75,9 @@ def demo_command(out: Path) -> None:
     except OSError as error:
         raise InputError(f"--out {out}: cannot be made a folder ({error.strerror})") from None
     click.echo(
-        f"A small MoE model's routing (64 experts, top-8, 6 layers) on {TOPOLOGY.num_gpus} GPUs of {TOPOLOGY.num_nodes} "
-        f"nodes, {REDUNDANT} redundant experts.\nPlanned on one part of the recording, measured on another:\n\n"
+        f"A small MoE model's routing (64 experts, top-8, 6 layers) on {TOPOLOGY.num_gpus} GPUs of "
+        f"{TOPOLOGY.num_nodes} nodes, {REDUNDANT} redundant experts.\n"
+        "Planned on one part of the recording, measured on another:\n\n"
         "placement (dispatch)  GPUs/token  nodes/token  copies to other nodes  max/mean load"
     )
     found = compare()
@@ -93,10 +94,11 @@ def demo_command(out: Path) -> None:
         write_atomically(out / f"{compared.name.lower()}.json", text.encode())
     plot_comparison({c.name: (c.gpu_fanout, c.node_fanout, c.load) for c in found}, out / "demo.png")
     click.echo(
-        f"\nwritten: {out / 'demo.png'}, {out / 'eplb.json'}, {out / 'affinity.json'} (--init-expert-location takes maps)\n"
+        f"\nwritten: {out / 'demo.png'}, {out / 'eplb.json'}, {out / 'affinity.json'} (maps for "
+        "--init-expert-location)\n"
         f"the same in single steps: python -m sglang_eplb_affinity plan --trace {DATA / 'demo_plan.npz'} --gpus 8 "
         f"--nodes 2 --redundant 16 --out map.json\n"
-        "on your traffic: the same with --dump, a dump of SGLang's recorder; `plan --help` and `evaluate --help` say how"
+        "on your traffic: the same with --dump FILE, a dump of SGLang's recorder (`plan --help`, `evaluate --help`)"
     )
 
 

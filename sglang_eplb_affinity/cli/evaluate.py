@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
+from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.evaluate import (
     DEFINITIONS,
     METRICS,
@@ -83,7 +83,7 @@ def evaluate_command(
     if len(dumps) > 1:
         recordings.append(_of_dumps(dumps))
     total = len(recordings) * len(maps) * len(rules)
-    with tqdm(total=total, desc="evaluating", unit="map", leave=False, disable=True if total < 2 else None) as bar:
+    with progress(total, "evaluating", show=total > 1) as done:
         for recorded in recordings:
             experts, current = recorded.num_experts, None
             if current_map is not None:
@@ -94,7 +94,7 @@ def evaluate_command(
                 expert_map = recorded.restrict(expert_map, dense_layers, str(map_path))
                 for rule in rules:
                     results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens))
-                    bar.update()
+                    done(1)
     text = {"json": _json, "csv": _csv, "table": _table}[style](results, topology)
     if out is None:
         click.echo(text)

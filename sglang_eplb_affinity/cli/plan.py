@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
+from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -143,8 +143,8 @@ def plan_command(
         placed.aligned(placed.num_layers + added, dense_layers, str(out), "the model").save(out)
         click.echo(f"{out}: {window.num_layers} layers, {slots} slots by {algorithm}", err=True)
         return
-    with tqdm(total=window.num_layers, desc="planning", unit="layer", leave=False, disable=None) as bar:
-        planned = plan(window, topology, slots, config, current, progress=bar.update)
+    with progress(window.num_layers, "planning") as done:
+        planned = plan(window, topology, slots, config, current, progress=done)
     planned.expert_map.aligned(window.num_layers + added, dense_layers, str(out), "the model").save(out)
     if report is not None:
         write_atomically(report, json.dumps(planned.report.to_json()).encode())
@@ -164,8 +164,8 @@ def _auto_redundant(
     except InputError as error:
         raise InputError(f"--memory-gb {memory_gb:g} --expert-mb {expert_mb:g}: {error}") from None
     quick = replace(config, effort="fast", max_moves=None, minimum_gain=None)
-    with tqdm(total=len(numbers) * window.num_layers, desc="trying", unit="layer", leave=False, disable=None) as bar:
-        rows, at = try_redundancies(window, topology, quick, numbers, bar.update)
+    with progress(len(numbers) * window.num_layers, "trying") as done:
+        rows, at = try_redundancies(window, topology, quick, numbers, done)
     best = min(row.eplb_cost for row in rows)
     for i, row in enumerate(rows):
         gigabytes = (window.num_experts + row.redundant) // topology.num_gpus * layers * expert_mb / 1e3

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
+from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -81,11 +81,11 @@ def recommend_command(
     total = sum(candidate_runs(system, phase, resamples, tried) + (DAY_WINDOWS if drifts else 0) for phase in phases)
     answers: list[tuple[Recommendation, DayResult | None]] = []
     rows: dict[str, list[memory.MemoryRow]] = {}
-    with tqdm(total=total, desc="comparing", unit="run", leave=False, disable=None) as bar:
+    with progress(total, "comparing") as done:
         for phase in phases:
             serving = system.serving
             tokens = serving.prefill_tokens_per_gpu if phase == "prefill" else serving.decode_batch_per_gpu
-            candidates = evaluate_candidates(system, source, phase, tokens, resamples, bar.update, tried)
+            candidates = evaluate_candidates(system, source, phase, tokens, resamples, done, tried)
             if tried is not None:
                 rows[phase] = memory.memory_rows(system, candidates)
                 within = next(row.redundant for row in rows[phase] if row.knee)
@@ -93,7 +93,7 @@ def recommend_command(
             answer = decide(phase, candidates, min_gain)
             day = None
             if drifts and answer.enable:
-                day = recommend_interval(system, source, answer, tokens, bar.update)
+                day = recommend_interval(system, source, answer, tokens, done)
             answers.append((answer, day))
     head = report.header(system, source.label, command_line())
     if out is not None:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
+from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers, sampled_layers
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -65,8 +65,8 @@ def replay_command(
         load_recording(trace, (), dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
     )
     day = Day(system, source, prefill=phase == "prefill", windows=windows, tokens_per_gpu=tokens_per_gpu)
-    with tqdm(total=windows, desc="replaying", unit="window", leave=False, disable=None) as bar:
-        results = day.run(policies, bar.update)
+    with progress(windows, "replaying") as done:
+        results = day.run(policies, done)
     head = {**report.header(system, source.label, command_line()), "phase": phase, "gpus": system.cluster.gpus}
     head["window_minutes"] = 60 * HOURS / windows
     if out is not None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
+from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -125,15 +125,14 @@ def simulate_command(
     wanted_algorithms = list(dict.fromkeys(algorithms))
     results: list[PhaseResult] = []
     total = len(systems) * len(runs) * len(wanted_algorithms) * (resamples + 1)
-    with tqdm(total=total, desc="simulating", unit="batch", leave=False, disable=None) as bar:
+    with progress(total, "simulating") as done:
         source = RoutingSource(
             recording, test, system.model, sampled_layers(system, layers), seed=seed, child_spread=child_spread
         )
         for each in systems:
-            bar.set_postfix_str(f"EP{each.cluster.gpus}")
             results += simulate(
                 each, source, runs, wanted_algorithms, resamples=resamples, rule=rule, effort=effort,
-                progress=bar.update,
+                progress=done,
             )  # fmt: skip
     head = report.header(system, source.label, command_line())
     prompt = system.serving.prompt_tokens

@@ -67,6 +67,9 @@ def read_bytes(path: str | os.PathLike[str], source: str) -> bytes:
     return data
 
 
+SIMULATE = "`pip install '.[simulate]'` in the checkout brings what YAML files and simulations need"
+
+
 def parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
@@ -76,8 +79,10 @@ def parse_json(text: str, source: str) -> Any:
 
 def parse_yaml(text: str, source: str) -> Any:
     """YAML without aliases: a few lines of them can stand for any amount of memory."""
-    import yaml
-
+    try:
+        import yaml
+    except ImportError:
+        raise InputError(f"{source}: needs the package PyYAML, which is not installed; {SIMULATE}") from None
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):

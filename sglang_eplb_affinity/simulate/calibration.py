@@ -24,8 +24,8 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-import yaml
 
+from sglang_eplb_affinity.domain.content import parse_yaml
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.traffic import (
     LATENCY_LOCAL,
@@ -199,7 +199,7 @@ def _busiest(inward: np.ndarray, outward: np.ndarray, names: tuple[str, str]) ->
 @lru_cache(maxsize=1)
 def _all() -> dict[str, Any]:
     text = (resources.files("sglang_eplb_affinity.simulate") / "data" / "calibrations.yaml").read_text()
-    return dict(yaml.safe_load(text))
+    return dict(parse_yaml(text, "calibrations.yaml"))
 
 
 def load_calibration(name: str) -> Calibration:

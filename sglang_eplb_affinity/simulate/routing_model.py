@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sglang_eplb_affinity.domain.content import SIMULATE
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.routing import RoutingTrace
@@ -44,7 +45,10 @@ class LayerGroups:
 
 def fit_layer(ids: np.ndarray, num_experts: int, groups: int = GROUPS, seed: int = 0) -> LayerGroups:
     """Latent groups of one layer from ``ids`` int [tokens, k]."""
-    from scipy.cluster.vq import kmeans2
+    try:
+        from scipy.cluster.vq import kmeans2
+    except ImportError:
+        raise InputError(f"routing of a model: needs the package SciPy, which is not installed; {SIMULATE}") from None
 
     hot = np.zeros((len(ids), num_experts), np.float32)
     np.put_along_axis(hot, ids.astype(np.int64), 1.0, axis=1)

@@ -9,8 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import yaml
-
+from sglang_eplb_affinity.domain.content import parse_yaml
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
 
@@ -209,10 +208,7 @@ def load_system(name_or_path: str) -> System:
 
 
 def _parse(text: str, source: str) -> System:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{source}: not YAML ({str(error).splitlines()[0]})") from None
+    data = parse_yaml(text, source)
     if not isinstance(data, dict):
         raise InputError(f"{source}: expected a table with cluster, gpu, model and serving")
     parts = {"cluster": Cluster, "gpu": Gpu, "model": Model, "serving": Serving}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bench.calibration import calibrate
+from bench.calibration.published import Point, published_points, random_tokens
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.simulate import calibrate
 from sglang_eplb_affinity.simulate.calibration import LinkBytes, PhaseConstants, load_calibration, phase_time
-from sglang_eplb_affinity.simulate.published import Point, published_points, random_tokens
 
 MEASURED = [Path(__file__).parents[2] / "results" / "deepep" / f"h200-x{gpus}.json" for gpus in (2, 4)]
 

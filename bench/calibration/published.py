@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,8 @@ def random_tokens(
 
 
 def published_points(most_tokens: int = 1 << 15) -> Iterator[Point]:
-    """All points of data/deepep_published.yaml. Large batches are drawn thinner and scaled."""
-    text = (resources.files("sglang_eplb_affinity.simulate") / "data" / "deepep_published.yaml").read_text()
+    """All points of deepep_published.yaml. Large batches are drawn thinner and scaled."""
+    text = Path(__file__).with_name("deepep_published.yaml").read_text()
     for table in yaml.safe_load(text):
         traffic: dict[int, tuple[BatchTraffic, float]] = {}
         for row in table["rows"]:

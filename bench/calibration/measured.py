@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.calibration.published import Point
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.calibration import LinkBytes
-from sglang_eplb_affinity.simulate.published import Point
 
 # Points of this hidden size, and those with a fractional fan-out, are never fitted: they check.
 HELD_OUT_HIDDEN = 4096

@@ -1,6 +1,6 @@
-"""Fit the constants of :mod:`.calibration` and compare them with every source.
+"""Fit the constants of sglang_eplb_affinity.simulate.calibration and compare them with every source.
 
-    python -m sglang_eplb_affinity.simulate.calibrate [--write]
+    python -m bench.calibration.calibrate [--write]
         --measured results/deepep/h200-x2.json --measured results/deepep/h200-x4.json
 
 Errors are logarithms of the time, so that small and large messages count alike; the sum of their fourth powers is made
@@ -21,13 +21,14 @@ import numpy as np
 import yaml
 from scipy.optimize import least_squares
 
+from bench.calibration.measured import engine_us, load_measured, measured_points
+from bench.calibration.published import Point, published_points
+from bench.harness.engine import ROOT
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.simulate.calibration import PhaseConstants, phase_time
-from sglang_eplb_affinity.simulate.measured import engine_us, load_measured, measured_points
-from sglang_eplb_affinity.simulate.published import Point, published_points
 
-TARGET = Path(__file__).with_name("data") / "calibrations.yaml"
+TARGET = ROOT / "sglang_eplb_affinity" / "simulate" / "data" / "calibrations.yaml"
 H800, H200, GB200 = "h800-cx7", "h200-cx7", "gb200-nvl72"
 MEASURED = "h200"  # NVLink's part of H200: from points of h200-x2, h200-x4, all fitted together
 # GB/s in one direction, and the share of it that a GPU can take in. Neither two nor four GPUs load the link (at most
@@ -238,7 +239,7 @@ def main(measured: tuple[str, ...], write: bool, table: bool) -> None:
             sources: dict[str, list[str]] = {}
             for row in rows:
                 sources.setdefault(row.point.calibration, []).append(row.point.source)
-            text = "# Written by python -m sglang_eplb_affinity.simulate.calibrate; do not edit.\n"
+            text = "# Written by python -m bench.calibration.calibrate; do not edit.\n"
             text += yaml.safe_dump(calibrations(fitted, sources, engine), sort_keys=False, width=120)
             write_atomically(TARGET, text.encode())
             click.echo(f"{TARGET.name} written")
