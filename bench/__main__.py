@@ -24,7 +24,7 @@ from bench.harness.rehearsal import rehearsal
 from bench.harness.run_folder import RunFolder, RunPlan, open_run
 from bench.harness.runner import Runner
 from bench.harness.static_maps import placement_on_replay, write_maps
-from bench.publish.summary_cli import readme, summary
+from bench.publish.summary_cli import docs, summary
 from sglang_eplb_affinity.domain.errors import InputError
 
 INTERRUPTED = 130
@@ -173,7 +173,8 @@ def profiles() -> None:
 
 
 main.add_command(summary)
-main.add_command(readme)
+main.add_command(docs)
+main.add_command(docs, "readme")
 
 
 def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: float | None, hold: Path | None) -> bool:

@@ -49,10 +49,13 @@ def table_named(name: str, folder: Path) -> str:
     raise InputError(f"docs: no result named {name!r} in {folder.name}; run `python -m bench.capacity all`")
 
 
-def fill(page: Path, folder: Path) -> None:
-    """Replace what is between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    text = page.read_text()
-    new = _MARKER.sub(
+def filled(text: str, folder: Path) -> str:
+    """``text`` with what is between ``<!-- table: NAME -->`` and ``<!-- end -->`` made anew from ``folder``."""
+    return _MARKER.sub(
         lambda found: f"{found.group(1)}{table_named(found.group('name'), folder)}\n{found.group(3)}", text
     )
-    write_atomically(page, new.encode())
+
+
+def fill(page: Path, folder: Path) -> None:
+    """The same, written to ``page``."""
+    write_atomically(page, filled(page.read_text(), folder).encode())

@@ -8,9 +8,7 @@ import click
 
 from bench.harness.engine import ROOT
 from bench.harness.run_folder import RunFolder
-from bench.publish.readme_tables import update_tables
 from bench.publish.summary import dump_figures, load_figures, merge_figures
-from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 
 SUMMARY = ROOT / "results" / "summary.json"
@@ -69,22 +67,23 @@ def check(summary_file: str) -> None:
 
 
 @click.command()
-@click.option("--file", "markdown_file", default=str(ROOT / "README.md"), help="The Markdown file with markers.")
-@click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 when the tables are out of date.")
+@click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 when a file is out of date.")
 @_summary_option
-def readme(markdown_file: str, only_check: bool, summary_file: str) -> None:
-    """Make the result tables of README.md anew from the summary."""
-    path = Path(markdown_file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    new = update_tables(text, load_figures(Path(summary_file)), source=str(path))
-    if new == text:
-        click.echo(f"{path}: tables are up to date")
+def docs(only_check: bool, summary_file: str) -> None:
+    """Make README.md's table and pictures, docs/results.md, docs/flags.md and other generated parts anew."""
+    from bench.publish.pages import made_pages
+
+    stale = []
+    for path, text in made_pages(load_figures(Path(summary_file))).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not only_check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, text.encode())
+    if not stale:
+        click.echo("all generated documentation is up to date")
     elif only_check:
-        click.echo(f"{path}: tables differ from {summary_file}; run `python -m bench readme`", err=True)
+        click.echo(f"out of date: {', '.join(stale)}; run `python -m bench docs`", err=True)
         raise SystemExit(1)
     else:
-        write_atomically(path, new.encode())
-        click.echo(f"{path}: tables written")
+        click.echo(f"written: {', '.join(stale)}")
