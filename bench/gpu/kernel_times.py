@@ -29,7 +29,7 @@ from bench.harness.output_paths import result_file, write_result
 from sglang_eplb_affinity.device.launch_shape import LaunchShapes
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig, RowLayout
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import KERNEL_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
@@ -179,7 +179,7 @@ def _summary(times: np.ndarray) -> dict[str, float]:
 
 def measure_cell(tokens: int, experts: int, top_k: int) -> dict[str, Any]:
     cell = Cell(tokens, experts, top_k)
-    arms = {f"ours_{rule}": cell.ours(rule) for rule in DISPATCH_RULES}
+    arms = {f"ours_{rule}": cell.ours(rule) for rule in KERNEL_RULES}
     arms |= {f"upstream_{rule}": cell.upstream(rule) for rule in ("dynamic", "static")}
     arms |= {"matrix_product": cell.matrix_product(), "empty": empty_kernel()}
     with torch.inference_mode():
@@ -244,7 +244,7 @@ def entries(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         ratio,
         "largest ratio to SGLang's path (dynamic), in a graph",
     )
-    for rule in DISPATCH_RULES:
+    for rule in KERNEL_RULES:
         ratio = to_empty[f"ours_{rule}"]["graph"]
         add(f"kernel.{rule}.time_ratio_to_empty.max", ratio, "ratio to an empty kernel in a graph, up to 128 tokens")
     return found

@@ -19,7 +19,7 @@ from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_file, write_result
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, LaunchShapes, default_shapes
 from sglang_eplb_affinity.device.recorder import RowLayout
-from sglang_eplb_affinity.dispatch.rules import COVER_RULES, DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import COVER_RULES, KERNEL_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 
 _ITEM_SHAPES = (
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=result_file, help="result file (JSON)")
     parser.add_argument("--experts", type=int, default=256, help="a multiple of 32")
     parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--rule", action="append", choices=DISPATCH_RULES, help="this rule only; may be repeated")
+    parser.add_argument("--rule", action="append", choices=KERNEL_RULES, help="this rule only; may be repeated")
     options = parser.parse_args(arguments)
     found = []
     try:
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cell = Cell(tokens, options.experts, options.top_k)
                 empty = measure_graph(empty_kernel(), cell.restore)["median"]
                 print(f"{tokens} tokens, {options.experts} experts, top-{options.top_k}; empty {empty} us", flush=True)
-                for rule in options.rule or DISPATCH_RULES:
+                for rule in options.rule or KERNEL_RULES:
                     row = tune(cell, rule)
                     found.append({**row, "empty_us": empty})
                     print(

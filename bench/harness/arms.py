@@ -110,6 +110,10 @@ _ARMS = (
         dispatch="cover_balanced",
         redundant=32,
     ),
+    # One active slot an expert in decode, balanced cover in prefill.
+    Arm("primary", "affinity EPLB, primary slots", "affinity", dispatch="primary"),
+    Arm("primary-32", "affinity EPLB, primary slots, 32 redundant", "affinity", dispatch="primary", redundant=32),
+    Arm("vanilla-primary", "vanilla EPLB, primary slots", "deepseek", dispatch="primary"),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 # Affinity served in another way: they are compared with `affinity` too.

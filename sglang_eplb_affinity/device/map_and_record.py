@@ -68,7 +68,9 @@ class MapAndRecord:
         self.top_k, self.recorder, self.placement, self.shapes = top_k, recorder, placement, shapes
         self._kernels: dict[Any, Any] = {}
         self._balance: torch.Tensor | None = None
-        self._pointers: dict[int, tuple[LayerTables | None, tuple[Any, ...], tuple[Any, ...]]] = {}
+        self._pointers: dict[
+            tuple[int, DispatchRule | None], tuple[LayerTables | None, tuple[Any, ...], tuple[Any, ...]]
+        ] = {}
 
     def __call__(
         self,
@@ -127,12 +129,12 @@ class MapAndRecord:
     ) -> None:
         num_rows = topk_ids.shape[0]
         even = rows.is_even
-        known = self._pointers.get(layer)
+        rule = None if tables is None else tables.rule
+        known = self._pointers.get((layer, rule))
         if known is None or known[0] is not tables:
-            known = self._pointers[layer] = (tables, *self._fixed(layer, tables))
+            known = self._pointers[layer, rule] = (tables, *self._fixed(layer, tables))
         if not even and self.recorder is not None:
             self.recorder.say_uneven_rows(rows)
-        rule = None if tables is None else tables.rule
         shapes = self.shapes or default_shapes(rule)
         if rule != "cover_balanced":
             self._launch_stage(0, shapes.of(num_rows, self.top_k), known, topk_ids, rows, tables, num_valid_rows)

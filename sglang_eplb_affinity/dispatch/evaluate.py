@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots, weights_of_passes
+from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, slots_of_sources, weights_of_passes
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -39,7 +39,7 @@ DEFINITIONS = {
     "pass_load_max_over_mean": "the same in each pass; mean of the passes in which every source has all its tokens",
 }
 METRICS = tuple(DEFINITIONS)
-_STATIC, _BALANCED = int(RuleNumber.STATIC), int(RuleNumber.COVER_BALANCED)
+_BALANCED = int(RuleNumber.COVER_BALANCED)
 NOT_KEPT = np.empty((0, 0), np.int16)
 ONE_PASS = np.empty(0, np.int32)
 NO_PASS_LOAD = np.empty((0, 0), np.int64)
@@ -84,13 +84,11 @@ def measure_layer(  # type: ignore[no-untyped-def]
     slots = np.empty(k, np.int64)
     has_source = source.shape[0] > 0
     keep = chosen.shape[0] > 0
-    static = np.empty((0, 0), np.int32)
-    if rule == _STATIC and has_source:
-        static = static_slots(table, replicas, load.shape[0] // slots_per_gpu, slots_per_gpu, gpus_per_node)
+    gpus = load.shape[0] // slots_per_gpu
+    static = slots_of_sources(table, replicas, gpus, slots_per_gpu, gpus_per_node, rule, has_source)
     no_ties = np.empty(0, np.int64)
     weights = np.empty((1, 0), np.int64)
     has_pass = pass_of.shape[0] > 0
-    gpus = load.shape[0] // slots_per_gpu
     if rule == _BALANCED:
         passes = pass_of.max() + 1 if has_pass else 1
         weights = weights_of_passes(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.primaries import primary_slots
 from sglang_eplb_affinity.dispatch.rules import EVEN_WEIGHT, MOST_WEIGHT, RuleNumber
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 
 _STATIC, _COVER, _BALANCED = int(RuleNumber.STATIC), int(RuleNumber.COVER), int(RuleNumber.COVER_BALANCED)
+_PRIMARY = int(RuleNumber.PRIMARY)
 
 
 @kernel
@@ -60,6 +62,19 @@ def static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node):  # ty
 
 
 @kernel
+def slots_of_sources(table, replicas, num_gpus, slots_per_gpu, gpus_per_node, rule, has_source):  # type: ignore[no-untyped-def]
+    """int32 [gpus or 1, experts]: the slot of each expert under a rule that looks at nothing but the source, for
+    :func:`choose_slots`; [0, 0] for other rules. table int32 [experts, max_replicas]; replicas int32 [experts]."""
+    if rule == _PRIMARY:
+        out = np.empty((1, table.shape[0]), np.int32)
+        out[0] = primary_slots(table, replicas, num_gpus, slots_per_gpu)
+        return out
+    if rule == _STATIC and has_source:
+        return static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node)
+    return np.empty((0, 0), np.int32)
+
+
+@kernel
 def _drawn(candidates, count, h, weights, slots_per_gpu):  # type: ignore[no-untyped-def]
     """The candidate slot that the hash falls on if each has a share as large as its GPU's weight."""
     total = np.int64(0)
@@ -81,8 +96,8 @@ def choose_slots(  # type: ignore[no-untyped-def]
     """Write the slot of each expert of one token into out int64 [k] (-1 for padding); returns its (GPU, node) fan-out.
 
     t: the token's row number, for the hash; row int16 [k]; home: its GPU, or -1 where it is not known; table int32
-    [experts, max_replicas]; replicas int32 [experts]; static: :func:`static_slots` where that is the rule and homes are
-    known, else not read; rule: a RuleNumber. gpu_mark int64 [gpus] and
+    [experts, max_replicas]; replicas int32 [experts]; static: :func:`slots_of_sources`; rule: a RuleNumber. gpu_mark
+    int64 [gpus] and
     node_mark int64 [nodes] hold the last token that visited each (start with -1); candidates int64 [max_replicas] is
     scratch. For ``cover_balanced``: ties int64 [gpus] counts the choices that had other candidates, unless it is empty;
     weights int64 [gpus] of the candidates, empty for the first choice.
@@ -112,6 +127,8 @@ def choose_slots(  # type: ignore[no-untyped-def]
             slot = int(table[e, h % n])
             if rule == _STATIC and home >= 0:
                 slot = int(static[home, e])
+            elif rule == _PRIMARY:
+                slot = int(static[0, e])
             elif covers:
                 for step in range(4):
                     found = 0

@@ -1,7 +1,7 @@
-"""Which replica serves a (token, logical expert): ``cover``, ``cover_balanced``, ``dynamic`` and ``static``, in torch.
+"""Which replica serves a (token, logical expert), by each of the rules that there are.
 
-These are the references that kernels must equal bit for bit. All take ``topk_ids`` [tokens, k] (logical ids, -1 for
-padding) and give physical ids of the same shape and dtype (-1 stays -1).
+These are the references, in torch, that kernels must equal bit for bit. All take ``topk_ids`` [tokens, k] (logical ids,
+-1 for padding) and give physical ids of the same shape and dtype (-1 stays -1).
 
 ``cover``, per token:
 
@@ -22,6 +22,9 @@ be taken, the source GPUs that have the same choice are dealt out to them in tur
 that each replica serves as many of them as any other, or one more. SGLang deals with a seeded shuffle, and sends a
 whole node to the first of its replicas.
 
+``primary`` takes each expert's primary slot (primaries.py), from every source. A server that is asked for it does so in
+small passes, and follows LARGE_PASS_RULE in others.
+
 The hash mixes the source in, or all ranks, whose rows have the same numbers, would deviate to the same side. Without a
 source (no all-to-all backend: every rank runs all tokens and must choose alike) pass ``source_gpu=None``.
 """
@@ -40,9 +43,14 @@ from sglang_eplb_affinity.domain.topology import Topology
 if TYPE_CHECKING:
     import torch
 
-DispatchRule = Literal["cover", "cover_balanced", "static", "dynamic"]
-DISPATCH_RULES: tuple[DispatchRule, ...] = ("cover", "cover_balanced", "static", "dynamic")
+DispatchRule = Literal["cover", "cover_balanced", "static", "dynamic", "primary"]
+DISPATCH_RULES: tuple[DispatchRule, ...] = ("cover", "cover_balanced", "static", "dynamic", "primary")
+# Those that are kernels of their own; ``primary`` is a table as ``static``'s. Placements are planned for these.
+KERNEL_RULES: tuple[DispatchRule, ...] = ("cover", "cover_balanced", "static", "dynamic")
 COVER_RULES: tuple[DispatchRule, ...] = ("cover", "cover_balanced")  # those that look at the token's other experts
+# What SGLang does not have: chosen here, whichever algorithm plans.
+OWN_RULES: tuple[DispatchRule, ...] = (*COVER_RULES, "primary")
+LARGE_PASS_RULE: DispatchRule = "cover_balanced"
 EVEN_WEIGHT, MOST_WEIGHT = 4096, 65535
 
 
@@ -53,6 +61,7 @@ class RuleNumber(IntEnum):
     DYNAMIC = 2
     COVER = 3
     COVER_BALANCED = 4
+    PRIMARY = 5
 
     @staticmethod
     def of(rule: DispatchRule) -> RuleNumber:
@@ -60,6 +69,11 @@ class RuleNumber(IntEnum):
         if rule not in DISPATCH_RULES:
             raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
         return RuleNumber[rule.upper()]
+
+
+def planned_rule(rule: DispatchRule) -> DispatchRule:
+    """The rule that a placement is planned for: what load and traffic depend on, which small passes do not."""
+    return LARGE_PASS_RULE if rule == "primary" else rule
 
 
 def replica_hash(row: torch.Tensor, expert: torch.Tensor, source: torch.Tensor | None) -> torch.Tensor:
@@ -110,6 +124,11 @@ def choose_replicas(
         choice = _nth(valid, number % valid.sum(-1))
     elif rule == "static":
         choice = _choose_static(valid, table, safe, source, topology, slots_per_gpu, number)
+    elif rule == "primary":
+        from sglang_eplb_affinity.dispatch.primaries import primaries_of  # needs numba
+
+        primary = primaries_of(table[None].numpy(force=True), topology, num_slots)[0]
+        choice = (replicas == torch.from_numpy(primary).to(device)[safe][..., None]).int().argmax(-1)
     else:
         choice, tied = _choose_cover(valid, gpu, node, used, source, topology, number)
         if rule == "cover_balanced":

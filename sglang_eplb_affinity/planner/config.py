@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, planned_rule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.planner.survival import SURVIVE, Survive
@@ -30,7 +30,8 @@ class PlannerConfig:
     ``max_load_increase``: largest allowed rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).
     ``load_noise_allowance``: the cap rises by so many standard errors of a GPU's load, estimated from the window's
     blocks of time: EPLB's balance is fitted to the window and holds no closer on later tokens. 0: strict on the window.
-    ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it.
+    ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it. ``primary``
+    becomes the rule of a server's large passes.
     ``incremental``: improve the current map instead of planning anew; only experts that pay for their move are moved.
     ``warm_start``: the search starts from the current map, less hot, wherever that costs less than EPLB's: a plan then
     refines it and moves less. A layer for which that fails is planned anew.
@@ -77,6 +78,7 @@ class PlannerConfig:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"planner: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        object.__setattr__(self, "dispatch", planned_rule(self.dispatch))
         if self.prefill_share is not None and not 0.0 <= self.prefill_share <= 1.0:
             raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")
         if not self.max_load_increase >= 0.0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import static_slots
+from sglang_eplb_affinity.dispatch.primaries import primaries_of
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
@@ -21,7 +22,8 @@ class LayerPlan:
     ``slots`` int32 [slots]: the expert of each slot afterwards. ``source`` int32 [slots]: the slot whose weights it
     takes, as they are before the change; -1 where the slot keeps its own. ``replicas`` int32 [experts, max_replicas]:
     slots of each expert in rising order, padded with -1. ``static_choice`` int32 [ranks, experts]: the slot that each
-    rank sends an expert's tokens to under SGLang's ``static`` dispatch, None under other rules.
+    rank sends an expert's tokens to under SGLang's ``static`` dispatch, or under ``primary`` in small passes; None
+    under other rules.
     """
 
     layer: int
@@ -64,7 +66,11 @@ def layer_plan(
     """From the slots before and after, int32 [slots] each."""
     one = ExpertMap(new[None], num_experts)
     replicas = one.logical_to_all_physical()[0]
-    static = static_choice(replicas, topology, len(new)) if rule == "static" else None
+    static = None
+    if rule == "static":
+        static = static_choice(replicas, topology, len(new))
+    elif rule == "primary":
+        static = np.tile(primaries_of(replicas[None], topology, len(new)), (topology.num_gpus, 1))
     return LayerPlan(layer, new.astype(np.int32), choose_sources(old, new, topology), replicas, static)
 
 

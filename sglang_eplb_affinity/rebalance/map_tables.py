@@ -26,8 +26,8 @@ class StagedTables:
 
 class MapTables:
     """``physical_to_logical`` [layers, slots], ``logical_to_all_physical`` [layers, experts, slots],
-    ``num_replicas`` [layers, experts] and ``static_choice`` [layers, experts] (None unless dispatch is ``static``):
-    the tensors that dispatch reads. ``host_*`` are SGLang's copies on the CPU."""
+    ``num_replicas`` [layers, experts] and ``static_choice`` [layers, experts] (None unless dispatch is ``static`` or
+    ``primary``): the tensors that dispatch reads. ``host_*`` are SGLang's copies on the CPU."""
 
     def __init__(
         self,

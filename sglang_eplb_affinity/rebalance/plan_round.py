@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
@@ -28,7 +29,7 @@ class PlanSettings:
 
     ``planner.minimum_gain`` holds for every algorithm. ``staging_rows``: how many slots of a rank can change in a layer
     at once; a layer that needs more stays as it is. None: any number. ``nodes_of_eplb`` and ``expert_groups`` are for
-    deepseek_hierarchical.
+    deepseek_hierarchical. ``served``: the server's rule, where it is not the one that is planned for.
     """
 
     algorithm: Algorithm
@@ -37,6 +38,7 @@ class PlanSettings:
     staging_rows: int | None = None
     nodes_of_eplb: int = 1
     expert_groups: int | None = None
+    served: DispatchRule | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def plan_round(request: PlanRequest) -> PlanReply:
     layers = tuple(
         layer_plan(
             layer, current.physical_to_logical[layer], choice.planned.physical_to_logical[layer], current.num_experts,
-            settings.topology, settings.planner.dispatch,
+            settings.topology, settings.served or settings.planner.dispatch,
         )
         for layer in choice.layers
     )  # fmt: skip

@@ -17,7 +17,7 @@ from sglang_eplb_affinity.sglang_hooks.server_arguments import (
     ServerArguments,
 )
 from sglang_eplb_affinity.sglang_hooks.topk_flags import (
-    check_cover,
+    check_own_rules,
     check_schedule,
     check_top_k,
     gains_by_cover,
@@ -70,7 +70,7 @@ def resolve(args: ServerArguments) -> None:
 def check(args: ServerArguments) -> None:
     """Once parallel sizes are resolved."""
     ours, forced, loads = is_ours(args), args.ep_forced_routing, args.init_expert_location != "trivial"
-    check_cover(args)
+    check_own_rules(args)
     if replaces_counts(args):  # nothing is put into SGLang's buffer of counts
         args.expert_distribution_recorder_buffer_size = 1
     if not ours and not records_affinity(args) and not forced and not loads:

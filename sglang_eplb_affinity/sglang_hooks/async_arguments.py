@@ -54,7 +54,7 @@ def check(args: ServerArguments) -> None:
         "--ep-dispatch-algorithm": (
             args.ep_dispatch_algorithm in ("lp", "fake"),
             args.ep_dispatch_algorithm,
-            "use dynamic, static, cover or cover_balanced",
+            "use dynamic, static, cover, cover_balanced or primary",
         ),
         "--eplb-rebalance-layers-per-chunk": (
             args.eplb_rebalance_layers_per_chunk is not None,

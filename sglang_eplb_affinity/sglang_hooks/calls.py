@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sglang_eplb_affinity.dispatch.rules import COVER_RULES
+from sglang_eplb_affinity.dispatch.rules import OWN_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import process
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
@@ -85,14 +85,17 @@ def placement_in_force(model_runner: Any, rank: int) -> None:
         return
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-    from sglang_eplb_affinity.sglang_hooks import forcing, observing, topk_step
+    from sglang_eplb_affinity.sglang_hooks import forcing, location, observing, topk_step
 
     settings = process.settings()
     observing.start(settings, adapter().dp_rank(model_runner))
     if settings.forced_routing is not None:
         process.forced_routing = forcing.init(settings, rank)
+    metadata = get_global_expert_location_metadata()
+    if settings.table_rule == "primary" and metadata is not None:
+        location.with_primaries(metadata, settings.topology)
     if settings.chooses_replicas:
-        process.topk_step = topk_step.TopkStep(settings, get_global_expert_location_metadata(), None)
+        process.topk_step = topk_step.TopkStep(settings, metadata, None)
 
 
 def weights_loaded(model_runner: Any) -> None:
@@ -119,7 +122,7 @@ def weights_change(model_runner: Any) -> None:
 
 def keeps_all_replicas() -> bool:
     """Whether a rank's table must list every replica, not the nearest only, with an all-to-all too."""
-    return bool(adapter().arguments().ep_dispatch_algorithm in COVER_RULES)
+    return bool(adapter().arguments().ep_dispatch_algorithm in OWN_RULES)
 
 
 def known_dispatch_info(metadata: Any, layer: int) -> Any:

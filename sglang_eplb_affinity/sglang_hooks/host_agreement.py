@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sglang_eplb_affinity import __version__
-from sglang_eplb_affinity.dispatch.rules import COVER_RULES
+from sglang_eplb_affinity.dispatch.rules import OWN_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance import verify
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ADDED, ServerArguments
@@ -62,7 +62,7 @@ def uses_eplb(args: ServerArguments) -> bool:
         or records_affinity(args)
         or args.ep_forced_routing is not None
         or args.init_expert_location != "trivial"
-        or args.ep_dispatch_algorithm in COVER_RULES
+        or args.ep_dispatch_algorithm in OWN_RULES
     )
 
 

@@ -62,7 +62,7 @@ def load(settings: Settings, model_config: Any, ep_rank: int) -> Any | None:
     if initial:
         process.loaded_map = LoadedMap(initial[0], loaded, settings.topology, settings.rule)
         process.loaded_map.log_loaded()
-    return metadata_of(loaded, settings.topology, settings.rule, settings.device, ep_rank)
+    return metadata_of(loaded, settings.topology, settings.table_rule, settings.device, ep_rank)
 
 
 def _map_or_plan(initial: InitialMap, settings: Settings) -> ExpertMap | None:

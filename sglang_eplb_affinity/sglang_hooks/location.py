@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sglang_eplb_affinity.dispatch.primaries import primaries_of
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
@@ -20,8 +21,9 @@ def metadata_of(
     """SGLang's ExpertLocationMetadata with all replicas of each expert.
 
     ``ep_rank`` None: the global rank modulo EP size, as SGLang's own rebalance has it. Under ``static`` the replica
-    that this rank uses is the one that the planner counted with. SGLang's own table is another draw, knows no emulated
-    nodes, and is filled by a Python loop over ranks, layers and experts while every rank waits.
+    that this rank uses is the one that the planner counted with, under ``primary`` in small passes the primary slot.
+    SGLang's own table is another draw, knows no emulated nodes, and is filled by a Python loop over ranks, layers and
+    experts while every rank waits.
     """
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
@@ -35,6 +37,8 @@ def metadata_of(
         rank = dist.get_rank() % topology.num_gpus if ep_rank is None else ep_rank
         of_layers = [static_choice(layer, topology, expert_map.num_slots)[rank] for layer in table]
         static = torch.from_numpy(np.stack(of_layers).astype(np.int64)).to(device)
+    elif rule == "primary":
+        static = torch.from_numpy(primaries_of(table, topology, expert_map.num_slots).astype(np.int64)).to(device)
     return ExpertLocationMetadata(
         physical_to_logical_map=slots.to(device),
         physical_to_logical_map_cpu=slots,
@@ -44,6 +48,16 @@ def metadata_of(
         ep_size=topology.num_gpus,
         logical_to_rank_dispatch_physical_map=static,
     )
+
+
+def with_primaries(metadata: Any, topology: Topology) -> Any:
+    """SGLang's own metadata, with the table of primary slots where it has that of ``static``."""
+    if metadata.logical_to_rank_dispatch_physical_map is None:
+        replicas = map_of(metadata).logical_to_all_physical()
+        primary = primaries_of(replicas, topology, metadata.num_physical_experts).astype(np.int64)
+        device = metadata.physical_to_logical_map.device
+        metadata.logical_to_rank_dispatch_physical_map = torch.from_numpy(primary).to(device)
+    return metadata
 
 
 def map_of(metadata: Any) -> ExpertMap:

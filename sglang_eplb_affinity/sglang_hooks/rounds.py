@@ -13,7 +13,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import warm_up
 from sglang_eplb_affinity.planner.config import usable_cores
 from sglang_eplb_affinity.rebalance.first_rank import this_rank
-from sglang_eplb_affinity.rebalance.layer_moves import static_choice
+from sglang_eplb_affinity.rebalance.layer_moves import layer_plan
 from sglang_eplb_affinity.rebalance.plan_round import Algorithm, PlanSettings
 from sglang_eplb_affinity.rebalance.round_record import report
 from sglang_eplb_affinity.rebalance.synchronous import SynchronousRounds
@@ -27,7 +27,7 @@ def synchronous(settings: Settings) -> SynchronousRounds:
     """Of this rank; each worker thread has half of a process's cores at most, since all ranks wait for rank 0."""
     planner = dataclasses.replace(settings.planner, threads=max(1, usable_cores() // 2))
     return SynchronousRounds(
-        PlanSettings("affinity", planner, settings.topology),
+        PlanSettings("affinity", planner, settings.topology, served=settings.table_rule),
         settings.algorithm,
         partial(report, observers=process.observers),
         settings.device,
@@ -37,7 +37,9 @@ def synchronous(settings: Settings) -> SynchronousRounds:
 
 def plan_settings(settings: Settings, rows: int, model_config: Any) -> PlanSettings:
     """How the planner process plans; ``auto`` is resolved as SGLang does."""
-    plans = PlanSettings("affinity", settings.planner, settings.topology, rows, settings.eplb_nodes)
+    plans = PlanSettings(
+        "affinity", settings.planner, settings.topology, rows, settings.eplb_nodes, served=settings.table_rule
+    )
     if settings.ours:
         return plans
     from sglang.srt.eplb.eplb_algorithms import compute_algorithm
@@ -60,8 +62,8 @@ def warm_up_planner(settings: Settings) -> None:
     if not settings.ours or settings.asynchronous is not None:
         return  # with --eplb-async the planner process warms up by itself, and fills the tables
     try:
-        if settings.rule == "static":
-            static_choice(np.zeros((1, 1), np.int32), Topology(1), 1)
+        if settings.table_rule in ("static", "primary"):
+            layer_plan(0, np.zeros(1, np.int32), np.zeros(1, np.int32), 1, Topology(1), settings.table_rule)
         if this_rank() == 0:
             logger.info("[eplb-affinity] planner ready after %.1f s", warm_up(settings.planner_from_scratch))
     except Exception:  # the first rebalance will say it again and keep the map in force

@@ -15,6 +15,7 @@ ADDED = (
     "eplb_affinity_max_load_increase",
     "eplb_affinity_max_moves",
     "eplb_affinity_nodes",
+    "eplb_affinity_primary_tokens",
     "eplb_async",
     "eplb_async_layers_in_flight",
     "eplb_min_gain",
@@ -39,6 +40,7 @@ class ServerArguments(Protocol):
     eplb_affinity_max_load_increase: float
     eplb_affinity_max_moves: int | None
     eplb_affinity_nodes: int | None
+    eplb_affinity_primary_tokens: int | None
     eplb_async: bool
     eplb_async_layers_in_flight: int
     eplb_async_phase_limit: float

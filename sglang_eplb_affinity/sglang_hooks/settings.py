@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, planned_rule
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import Objective, PlannerConfig
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
@@ -64,21 +64,23 @@ class ReportSettings:
 class Settings:
     """Of one server, once its arguments are resolved.
 
-    ``algorithm``: of --eplb-algorithm. ``rule``: how replicas are chosen, as the planner knows it. ``served_rule``: the
-    same by SGLang's name. ``redundant``: experts. ``own_tokens``: an all-to-all backend is in force, so that each rank
-    routes tokens of its own. ``records``: the affinity recorder is on. ``chooses_replicas``: our rules make logical ids
-    physical. ``replaces_counts``: our recorder's counts stand in for SGLang's. ``initial_map``: of
-    --init-expert-location. ``shape`` None: no routed experts. ``planner``: once a planned map is in force.
-    ``eplb_nodes``: nodes of SGLang's own placements. ``asynchronous`` None: rounds stop serving.
+    ``algorithm``: of --eplb-algorithm. ``table_rule``: how replicas are chosen. ``served_rule``: the same by
+    SGLang's name. ``primary_rows``: of a rank in a pass that is small under ``primary``. ``redundant``: experts.
+    ``own_tokens``: an all-to-all backend is in force, so that each rank routes tokens of its own. ``records``: the
+    affinity recorder is on. ``chooses_replicas``: our rules make logical ids physical. ``replaces_counts``: our
+    recorder's counts stand in for SGLang's. ``initial_map``: of --init-expert-location. ``shape`` None: no routed
+    experts. ``planner``: once a planned map is in force. ``eplb_nodes``: nodes of SGLang's own placements.
+    ``asynchronous`` None: rounds stop serving.
     """
 
     algorithm: str
-    rule: DispatchRule
+    table_rule: DispatchRule
     topology: Topology
     planner: PlannerConfig
     eplb: bool = True
     served_rule: str | None = None
     redundant: int = 0
+    primary_rows: int = 0
     own_tokens: bool = False
     records: bool = True
     chooses_replicas: bool = True
@@ -100,14 +102,16 @@ class Settings:
         model = args.get_model_config()
         rules: dict[str | None, DispatchRule] = {rule: rule for rule in DISPATCH_RULES}
         rule = rules.get(args.ep_dispatch_algorithm, "dynamic")
+        shape = MoeShape.of(model.hf_text_config)
         return Settings(
             algorithm=args.eplb_algorithm,
-            rule=rule,
+            table_rule=rule,
             topology=Topology(args.ep_size, args.eplb_affinity_nodes or args.nnodes),
             planner=_planner_config(args, rule, num_groups_of(model)),
             eplb=args.enable_eplb,
             served_rule=args.ep_dispatch_algorithm,
             redundant=args.ep_num_redundant_experts,
+            primary_rows=_primary_rows(args, shape) if rule == "primary" else 0,
             own_tokens=args.moe_a2a_backend != "none",
             records=topk_flags.records_affinity(args),
             chooses_replicas=topk_flags.chooses_replicas(args),
@@ -116,13 +120,18 @@ class Settings:
             initial_map=args.init_expert_location,
             model_path=args.model_path,
             architecture=(getattr(model.hf_config, "architectures", None) or ["unknown"])[0],
-            shape=MoeShape.of(model.hf_text_config),
+            shape=shape,
             eplb_nodes=args.nnodes,
             device=args.device,
             asynchronous=async_arguments.config_of(args) if args.eplb_async else None,
             recording=RecordingSettings.of(args),
             reports=ReportSettings.of(args),
         )
+
+    @property
+    def rule(self) -> DispatchRule:
+        """As the planner knows it."""
+        return planned_rule(self.table_rule)
 
     @property
     def ours(self) -> bool:
@@ -137,6 +146,14 @@ class Settings:
     def planner_from_scratch(self) -> PlannerConfig:
         """While no planned map is in force."""
         return replace(self.planner, incremental=False, warm_start=False, max_moves=None)
+
+
+def _primary_rows(args: ServerArguments, shape: MoeShape | None) -> int:
+    from sglang_eplb_affinity.dispatch.primaries import most_tokens  # needs numba
+
+    if args.eplb_affinity_primary_tokens is not None or shape is None:
+        return args.eplb_affinity_primary_tokens or 0
+    return most_tokens(shape.num_experts, shape.top_k, args.ep_size, args.moe_a2a_backend != "none")
 
 
 def num_groups_of(model_config: Any) -> int | None:

@@ -165,25 +165,32 @@ def manager_class(base: Any) -> type:
             from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
             recorded = get_global_expert_distribution_recorder().last_window
+            settings = process.settings()
             if recorded is None:
-                self._planned = super()._compute_expert_location_metadata(logical_count, **kwargs)
-                return self._planned
+                return self._sglangs_plan(logical_count, **kwargs)
             from sglang_eplb_affinity.sglang_hooks import rounds
             from sglang_eplb_affinity.sglang_hooks.location import map_of, metadata_of
 
-            settings = process.settings()
             self._affinity_rounds = self._affinity_rounds or rounds.synchronous(settings)
             in_force = get_global_expert_location_metadata()
             self._affinity_round = self._affinity_rounds.begin(recorded.window, map_of(in_force))
             if not settings.ours:
-                self._planned = super()._compute_expert_location_metadata(logical_count, **kwargs)
-                return self._planned
+                return self._sglangs_plan(logical_count, **kwargs)
             planned = self._affinity_round.plan()
             if planned is None:
                 self._affinity_round = None
                 raise MapStays
             device = in_force.physical_to_logical_map.device
-            self._planned = metadata_of(planned, settings.topology, settings.rule, device)
+            self._planned = metadata_of(planned, settings.topology, settings.table_rule, device)
+            return self._planned
+
+        def _sglangs_plan(self, logical_count: Any, **kwargs: Any) -> Any:
+            self._planned = super()._compute_expert_location_metadata(logical_count, **kwargs)
+            settings = process.settings()
+            if settings.table_rule == "primary":
+                from sglang_eplb_affinity.sglang_hooks.location import with_primaries
+
+                with_primaries(self._planned, settings.topology)
             return self._planned
 
     return Manager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_eplb_affinity.dispatch.rules import COVER_RULES
+from sglang_eplb_affinity.dispatch.rules import OWN_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
 
@@ -27,8 +27,8 @@ def uses_package(args: ServerArguments) -> bool:
 
 
 def chooses_replicas(args: ServerArguments) -> bool:
-    """Whether ids become physical by our rules: always with those of `cover`, else where our algorithm plans."""
-    if args.ep_dispatch_algorithm in COVER_RULES:
+    """Whether ids become physical by our rules: always with those that SGLang lacks, else where our algorithm plans."""
+    if args.ep_dispatch_algorithm in OWN_RULES:
         return True
     return is_ours(args) and _our_rules_run(args)
 
@@ -105,9 +105,13 @@ def check_top_k(flag: str, args: ServerArguments) -> None:
         )
 
 
-def check_cover(args: ServerArguments) -> None:
-    """--ep-dispatch-algorithm cover or cover_balanced, with whatever else is asked for."""
-    if args.ep_dispatch_algorithm not in COVER_RULES:
+def check_own_rules(args: ServerArguments) -> None:
+    """--ep-dispatch-algorithm cover, cover_balanced or primary, with whatever else is asked for."""
+    most = args.eplb_affinity_primary_tokens
+    if most is not None and (most < 0 or args.ep_dispatch_algorithm != "primary"):
+        need = "must be 0 or more" if most < 0 else "needs --ep-dispatch-algorithm primary"
+        raise InputError(f"--eplb-affinity-primary-tokens {most}: {need}")
+    if args.ep_dispatch_algorithm not in OWN_RULES:
         return
     flag = f"--ep-dispatch-algorithm {args.ep_dispatch_algorithm}"
     check_top_k(flag, args)

@@ -8,7 +8,7 @@ import torch
 
 from sglang_eplb_affinity.device.map_and_record import LayerTables, MapAndRecord, Placement
 from sglang_eplb_affinity.device.recorder import one_group
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, planned_rule
 from sglang_eplb_affinity.sglang_hooks.recording import ServerRecorder
 from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
@@ -23,6 +23,7 @@ class TopkStep:
         from sglang.srt.runtime_context import get_parallel
 
         self.chooses = settings.chooses_replicas
+        self._primary_rows = settings.primary_rows
         self._recorder = recorder
         placement = None
         if metadata is not None:
@@ -45,7 +46,7 @@ class TopkStep:
         """
         tables = None
         if self.chooses and info is not None and info.ep_dispatch_algorithm in DISPATCH_RULES:
-            tables = _tables_of(info)
+            tables = _tables_of(info, small=topk_ids.shape[0] <= self._primary_rows)
         rows = None
         if layer is not None and self._recorder is not None:
             rows = self._recorder.rows_to_record(layer, topk_ids.shape[0])
@@ -64,16 +65,19 @@ class TopkStep:
             metadata.__dict__.setdefault(_INFOS, {})[layer] = info
 
 
-def _tables_of(info: Any) -> LayerTables:
-    tables = getattr(info, _TABLES, None)
+def _tables_of(info: Any, small: bool) -> LayerTables:
+    """``small``: of a pass with few rows, which a CUDA graph knows when it is captured."""
+    tables: tuple[LayerTables, LayerTables] | None = getattr(info, _TABLES, None)
     if tables is None:
+        of_rank = LayerTables("static", info.partial_logical_to_rank_dispatch_physical_map)
         if info.ep_dispatch_algorithm == "static":
-            tables = LayerTables("static", info.partial_logical_to_rank_dispatch_physical_map)
+            tables = of_rank, of_rank
         else:
-            tables = LayerTables(
-                info.ep_dispatch_algorithm,
+            replicas = LayerTables(
+                planned_rule(info.ep_dispatch_algorithm),
                 info.partial_logical_to_all_physical_map,
                 info.partial_logical_to_all_physical_map_num_valid,
             )
+            tables = replicas, of_rank if info.ep_dispatch_algorithm == "primary" else replicas
         setattr(info, _TABLES, tables)
-    return tables
+    return tables[small]

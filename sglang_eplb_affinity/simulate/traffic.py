@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, static_slots, weights_of_passes
+from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, slots_of_sources, weights_of_passes
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
@@ -23,7 +23,7 @@ LATENCY_NVLINK_OUT, LATENCY_NVLINK_IN, LATENCY_RDMA_OUT, LATENCY_RDMA_IN = range
 OWN_NODE_TOKENS, NORMAL_FORWARDED, LATENCY_LOCAL = 9, 10, 11
 NUM_COUNTERS = 12
 
-_STATIC, _BALANCED = int(RuleNumber.STATIC), int(RuleNumber.COVER_BALANCED)
+_BALANCED = int(RuleNumber.COVER_BALANCED)
 _ONE_PASS = np.empty(0, np.int32)
 
 
@@ -74,9 +74,7 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
     seen_node = np.full(num_nodes, -1, np.int64)
     free = np.empty(table.shape[1], np.int64)
     slots = np.empty(k, np.int64)
-    static = np.empty((0, 0), np.int32)
-    if rule == _STATIC:
-        static = static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node)
+    static = slots_of_sources(table, replicas, num_gpus, slots_per_gpu, gpus_per_node, rule, True)
     no_ties = np.empty(0, np.int64)
     weights = np.empty((num_gpus, 0), np.int64)
     if rule == _BALANCED:

@@ -5,7 +5,7 @@ import pytest
 from bench.gpu import kernel_times, kernel_tuning
 from bench.publish.summary import parse_figures
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, default_shapes
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
+from sglang_eplb_affinity.dispatch.rules import KERNEL_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 
 
@@ -62,7 +62,7 @@ def test_a_size_that_cannot_be_is_named(text, tmp_path, capsys) -> None:
     assert not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.parametrize("rule", DISPATCH_RULES)
+@pytest.mark.parametrize("rule", KERNEL_RULES)
 def test_every_shape_to_try_can_be_launched_and_has_its_own_label(rule) -> None:
     shapes = kernel_tuning.shapes_to_try(rule)
     for shape in shapes:

@@ -92,6 +92,9 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "pdmux": [*ASYNC, "--enable-pdmux"],
         "elastic": [*ASYNC, "--elastic-ep-backend", "mooncake"],
         "cover_balanced": [*EP2, "--ep-dispatch-algorithm", "cover_balanced"],
+        "primary": [*EP2, "--ep-dispatch-algorithm", "primary"],
+        "primary tokens": [*EP2, "--ep-dispatch-algorithm", "cover", "--eplb-affinity-primary-tokens", "64"],
+        "primary tokens negative": [*EP2, "--ep-dispatch-algorithm", "primary", "--eplb-affinity-primary-tokens", "-1"],
         "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
         "normal": [*AFFINITY, *REPLICAS, *NORMAL],
         "normal asked": [*AFFINITY, *REPLICAS, *NORMAL, "--ep-dispatch-algorithm", "static"],
@@ -138,7 +141,7 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         },
     }
     assert results["good map"]["code"] == results["ascend map"]["code"] == 0
-    for rule in ("cover", "cover_balanced"):
+    for rule in ("cover", "cover_balanced", "primary"):
         assert results[rule] == {
             "code": 0,
             "errors": [],
@@ -176,6 +179,8 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("a2a", "works with --moe-a2a-backend none, deepep, mooncake, nixl, mori, flashinfer, megamoe, pplx"),
         ("cover a2a", "so --ep-dispatch-algorithm cover finds none; works with"),
         ("runner", "--moe-runner-backend triton_kernel: chooses experts inside its kernel"),
+        ("primary tokens", "--eplb-affinity-primary-tokens 64: needs --ep-dispatch-algorithm primary"),
+        ("primary tokens negative", "--eplb-affinity-primary-tokens -1: must be 0 or more"),
         ("every", "--expert-affinity-record-every 0: must be at least 1"),
         (
             "every too large",

@@ -38,7 +38,8 @@ def abort_storm(server: RunningServer, seconds: float) -> None:
 
 def test_faults_cost_their_round_and_no_output(models: Path, tmp_path: Path, port: int) -> None:
     # The first outputs come from the server before its first rebalance: 3 requests of 20 passes.
-    case = ServerCase("qwen3moe", algorithm="affinity", redundant=4, iterations=70, extra=FLAGS)
+    primary = ("--ep-dispatch-algorithm", "primary", "--eplb-affinity-primary-tokens", "4")
+    case = ServerCase("qwen3moe", algorithm="affinity", redundant=4, iterations=70, extra=(*FLAGS, *primary))
     settings = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(tmp_path), "EPLB_AFFINITY_VERIFY": "1"}
     plugin = (str(HERE / "fault_plugin"),)
     log = tmp_path / "log"

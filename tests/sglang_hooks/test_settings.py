@@ -42,6 +42,14 @@ def test_eplbs_own_algorithm_beside_the_forward_passes() -> None:
     assert found.asynchronous is not None and found.asynchronous.warm_up == 7
 
 
+def test_the_size_of_small_passes() -> None:
+    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary")).primary_rows == 64 * 4 // 2
+    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary", moe_a2a_backend="deepep")).primary_rows == 64
+    flags = {"ep_dispatch_algorithm": "primary", "eplb_affinity_primary_tokens": 0}
+    assert Settings.of(server_arguments(**flags)).primary_rows == 0
+    assert Settings.of(server_arguments()).primary_rows == 0
+
+
 def test_labels_of_metrics() -> None:
     flags = {"enable_metrics": True, "extra_metric_labels": {"zone": 3}, "served_model_name": "m", "dp_size": 2}
     reports = Settings.of(server_arguments(**flags)).reports

@@ -1,0 +1,103 @@
+"""The primary slot of each expert: the one that small passes use, so that every expert's weights are read once.
+
+In a pass of few tokens a GPU's experts cost what reading the weights of its active slots costs, whatever the tokens
+(docs/design.md). With one active slot an expert there are experts / GPUs of them on each GPU, if the map allows it.
+
+It does not always. SGLang's start placement of 256 experts on 8 GPUs of 36 slots has the first 32 experts twice, on the
+first and the last GPU, so the six GPUs between keep 36 experts of their own each and the other two share 40 (Hall's
+theorem). So the numbers are those of an optimal semi-matching (Harvey, Ladner, Lovasz and Tamir, "Semi-matchings for
+bipartite graphs and load balancing", 2006): no other choice has a smaller maximum, nor a smaller sum of any convex
+function of the GPUs' numbers. On 2 GPUs with no expert twice on one GPU they are even: each GPU's experts without a
+replica on the other are at most half of all.
+
+A function of the map alone: ranks agree, and a map that is recorded or loaded brings its primaries along.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_eplb_affinity.domain.numba_kernel import kernel
+from sglang_eplb_affinity.domain.topology import Topology
+
+# Rows of a block of a grouped product: up to so many tokens a slot takes as long as its weights take to read.
+TOKENS_PER_SLOT = 64
+
+
+@kernel
+def primary_slots(table, replicas, num_gpus, slots_per_gpu):  # type: ignore[no-untyped-def]
+    """int32 [experts]: the primary slot of each.
+
+    table int32 [experts, max_replicas], slots in rising order; replicas int32 [experts].
+    """
+    experts = table.shape[0]
+    chosen = np.zeros(experts, np.int64)  # column of table
+    count = np.zeros(num_gpus, np.int64)
+    for fewest in range(1, table.shape[1] + 1):  # those with the fewest slots to choose from first
+        for e in range(experts):
+            if replicas[e] != fewest:
+                continue
+            best = 0
+            for i in range(1, replicas[e]):
+                if count[table[e, i] // slots_per_gpu] < count[table[e, best] // slots_per_gpu]:
+                    best = i
+            chosen[e] = best
+            count[table[e, best] // slots_per_gpu] += 1
+    # Until no chain of moves from a GPU to one with at least two fewer is left, which is optimal (Harvey et al.).
+    came_from = np.empty(num_gpus, np.int64)
+    by_expert = np.empty(num_gpus, np.int64)
+    by_column = np.empty(num_gpus, np.int64)
+    queue = np.empty(num_gpus, np.int64)
+    improved = True
+    while improved:
+        improved = False
+        for start in range(num_gpus):
+            came_from[:] = -1
+            came_from[start] = start
+            queue[0] = start
+            first, last = 0, 1
+            end = -1
+            while first < last and end < 0:
+                gpu = queue[first]
+                first += 1
+                for e in range(experts):
+                    if table[e, chosen[e]] // slots_per_gpu != gpu:
+                        continue
+                    for i in range(replicas[e]):
+                        to = table[e, i] // slots_per_gpu
+                        if came_from[to] >= 0:
+                            continue
+                        came_from[to], by_expert[to], by_column[to] = gpu, e, i
+                        queue[last] = to
+                        last += 1
+                        if end < 0 and count[to] <= count[start] - 2:
+                            end = to
+            if end < 0:
+                continue
+            improved = True
+            count[start] -= 1
+            count[end] += 1
+            while end != start:
+                chosen[by_expert[end]] = by_column[end]
+                end = came_from[end]
+    out = np.empty(experts, np.int32)
+    for e in range(experts):
+        out[e] = table[e, chosen[e]]
+    return out
+
+
+def primaries_of(replicas: np.ndarray, topology: Topology, num_slots: int) -> np.ndarray:
+    """int32 [layers, experts]: primary slots. ``replicas`` [layers, experts, max_replicas]: see ExpertMap."""
+    table = np.ascontiguousarray(replicas, dtype=np.int32)
+    count = (table >= 0).sum(2).astype(np.int32)
+    slots_per_gpu = topology.slots_per_gpu(num_slots)
+    of_layers = [primary_slots(table[n], count[n], topology.num_gpus, slots_per_gpu) for n in range(len(table))]
+    return np.stack(of_layers) if of_layers else np.empty(table.shape[:2], np.int32)
+
+
+def most_tokens(num_experts: int, top_k: int, num_gpus: int, own_tokens: bool) -> int:
+    """Rows of a rank up to which a pass is small: TOKENS_PER_SLOT a slot on average, with as many on every rank.
+
+    ``own_tokens``: each rank routes tokens of its own (an all-to-all backend), else every rank all tokens.
+    """
+    return TOKENS_PER_SLOT * num_experts // (top_k * (num_gpus if own_tokens else 1))
