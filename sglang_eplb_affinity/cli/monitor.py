@@ -23,7 +23,7 @@ TIMEOUT = 10.0
 
 @click.command("monitor")
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--once", is_flag=True, help="One reading, and end; always so where stdout is no terminal.")
+@click.option("--once", is_flag=True, help="One reading, and end; as text always so where stdout is no terminal.")
 @click.option(
     "--format",
     "form",

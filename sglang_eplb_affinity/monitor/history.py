@@ -50,7 +50,8 @@ class PlacementHistory:
 
 @dataclass
 class ServerHistory:
-    """``latest``: the last reading, with the latencies of the last minute; ``error``: why there is no newer one."""
+    """``latest``: the last reading, with the latencies of the last minute; the first one has those since the start of
+    the server. ``error``: why there is no newer one. ``ttft``, ``tpot``: seconds, one of each later reading."""
 
     url: str
     latest: Reading | None = None
@@ -68,9 +69,10 @@ class ServerHistory:
         self._recent.append(found)
         while len(self._recent) > 2 and found.time - self._recent[1].time >= LATENCY_SECONDS:
             self._recent.popleft()
-        self.latest = _since(found, self._recent[0]) if len(self._recent) > 1 else found
+        first = len(self._recent) == 1
+        self.latest = found if first else _since(found, self._recent[0])
         for values, value in ((self.ttft, self.latest.ttft_p99), (self.tpot, self.latest.tpot_mean)):
-            if value is not None:
+            if value is not None and not first:
                 values.append(value)
         for placement in found.placements:
             self.placements.setdefault(placement.dp_rank, PlacementHistory()).add(placement)
