@@ -5,6 +5,7 @@ Served by ``cover_balanced`` in prefill, by ``static`` in decode (low latency).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def replica_gains(plan: RoutingTrace, test: RoutingTrace) -> list[dict[str, Any]
         system = load_system(preset)
         layers = np.unique(np.linspace(0, system.model.moe_layers - 1, LAYERS).astype(int))
         source = RoutingSource(plan, test, system.model, layers)
+        source.batch = lru_cache(RESAMPLES)(source.batch)  # type: ignore[assignment, method-assign]
         serving = system.serving
         tokens = serving.prefill_tokens_per_gpu if phase == "prefill" else serving.decode_batch_per_gpu
 
