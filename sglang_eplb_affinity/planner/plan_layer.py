@@ -85,6 +85,13 @@ def plan_layer(
     def result(slots: np.ndarray, fallback: str, judged: Judgement) -> LayerPlan:
         return LayerPlan(slots, fallback, by_eplb, judged, in_use, limit)
 
+    def unless_in_use_is_better(slots: np.ndarray, fallback: str, judged: Judgement) -> LayerPlan:
+        survives = config.survive == "none"  # what is in force may not
+        if survives and in_use is not None and in_use.cost <= judged.cost and in_use.load <= judged.load:
+            assert current is not None
+            return result(current, IN_USE_BETTER, in_use)
+        return result(slots, fallback, judged)
+
     if kept is eplb:
         parted = with_survivors(without_duplicates(eplb, counts, topology), counts, topology, config.survive)
         by_parted = judge(parted, counts, tokens, topology, config)
@@ -126,7 +133,7 @@ def plan_layer(
         warm = replace(problem, start=current, hot_share=WARM_HOT_SHARE, adapts_replicas=True)
         refined = search(warm, ATTEMPTS + 1 if config.keeps_current else 1)
         if not isinstance(refined, str):
-            return result(refined[0], "", refined[1])
+            return unless_in_use_is_better(refined[0], "", refined[1])
         if config.keeps_current:
             return result(kept, refined, by_kept)
     if scattered is None or config.keeps_current:
@@ -143,11 +150,7 @@ def plan_layer(
     if usable:
         slots, judged = min(usable, key=lambda outcome: outcome[1].cost)
         reason = ""
-    survives = config.survive == "none"  # what is in force may not
-    if survives and in_use is not None and in_use.cost <= judged.cost and in_use.load <= judged.load:
-        assert current is not None
-        return result(current, IN_USE_BETTER, in_use)
-    return result(slots, reason, judged)
+    return unless_in_use_is_better(slots, reason, judged)
 
 
 def _settle(

@@ -80,10 +80,12 @@ def test_served_tokens_agree_with_the_rule(gpus, nodes):  # type: ignore[no-unty
     assert (served.load >> LOAD_UNIT) == pytest.approx(traffic.gpu_load[0], rel=0.06)
 
 
-def test_a_plan_is_not_worse_than_the_map_in_force_on_both_traffic_and_load():
+@pytest.mark.parametrize("slots", [20, 32, 48])
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_plan_is_not_worse_than_the_map_in_force_on_both_traffic_and_load(warm, slots):  # type: ignore[no-untyped-def]
     window, topology = window_of(hot_tokens(5, 3), 16), Topology(4)
-    best = plan(window, topology, 32, PlannerConfig(effort="thorough", seed=7)).expert_map
-    report = plan(window, topology, 32, PlannerConfig(), best).report
+    best = plan(window, topology, slots, PlannerConfig(search_scale=2, seed=7)).expert_map
+    report = plan(window, topology, slots, PlannerConfig(warm_start=warm), best).report
     assert report.current is not None
     worse = report.planned.cost > report.current.cost + 1e-9
     heavier = report.planned.load_max_over_mean > report.current.load_max_over_mean + 1e-9
