@@ -121,7 +121,8 @@ def v2_command(out: Path) -> None:
     """Decode with DeepEP V2 beside V1's low-latency mode; a quarter of an hour on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
-    rows = v2_rows(*(RoutingTrace.load(ROOT / path) for path in (PLAN, TEST)), done=lambda row: click.echo(row))
+    plan, test = (RoutingTrace.load(ROOT / path) for path in (PLAN, TEST))
+    rows = v2_rows(plan, test, done=click.echo)
     write_atomically(folder / "deepep-v2.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.3f").encode())
     write_atomically(folder / "deepep-v2.md", (v2_table(rows) + "\n").encode())
     first, source = rows[0], provenance()

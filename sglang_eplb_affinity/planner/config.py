@@ -26,7 +26,7 @@ class PlannerConfig:
 
     ``objective``: what dispatch pays for. ``normal`` (DeepEP normal mode, prefill): one copy per token and destination.
     ``low_latency`` (decode): one copy per token and expert. ``mixed`` weighs them by ``prefill_share``.
-    ``v2`` (DeepEP V2, prefill and decode): as ``normal``, one copy per token and rank, and one per scale-out rank (node).
+    ``v2`` (DeepEP V2, prefill and decode): as ``normal``, one copy per token and rank, one per scale-out rank (node).
     ``prefill_share``: of all tokens. None: as the window recorded it (a half where it did not).
     ``max_load_increase``: largest allowed rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).
     ``load_noise_allowance``: the cap rises by so many standard errors of a GPU's load, estimated from the window's

@@ -96,8 +96,8 @@ def redundancy_choices(system: System) -> list[int]:
 
 
 def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
-    """Modes of DeepEP V1 to compare, or the topology's. Between nodes nobody has published normal mode's latency for the
-    few tokens of a decode step, and a guess would decide; so there decode stays in the topology's mode."""
+    """Modes of DeepEP V1 to compare, or the topology's. Between nodes nobody has published normal mode's latency for
+    the few tokens of a decode step, and a guess would decide; so there decode stays in the topology's mode."""
     if phase == "prefill":
         return (system.serving.prefill_mode,)
     if system.topology.num_nodes > 1 or system.serving.decode_mode == "v2":
