@@ -202,12 +202,13 @@ def assumed_v2(normal: PhaseConstants, low_latency: PhaseConstants) -> PhaseCons
 
     What V2 moves is what normal mode moves (impls/{hybrid_,}{dispatch,combine}.cuh: one copy for each scale-out rank,
     from there one for each rank of it), at normal mode's rates; every warp takes tokens to any destination, so there
-    are no channels and no pipeline to fill. Its latency is low-latency mode's, and over RDMA that of one NVLink hop
+    are no channels, no pipeline to fill and no cost of each peer but low-latency mode's. Its latency is low-latency mode's, and over RDMA that of one NVLink hop
     more. In decode nobody waits for counts on the CPU; what prefill waits is normal mode's.
     """
     hop = min(low_latency.base_us, normal.base_us)
     return replace(
-        normal, base_us=hop, rdma_base_us=low_latency.base_us + low_latency.rdma_base_us, fill_tokens=0.0,
+        normal, base_us=hop, rdma_base_us=low_latency.base_us + low_latency.rdma_base_us,
+        per_peer_us=low_latency.per_peer_us, fill_tokens=0.0,
         channel_gb_per_s=0.0, channel_copy_ns=0.0, channel_buffer_copies=0.0, channel_local_share=1.0,
     )  # fmt: skip
 

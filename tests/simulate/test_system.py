@@ -36,7 +36,7 @@ def test_divisible_redundancy():
         ("hidden: 4096", "hidden: wide", "model.hidden: 'wide'"),
         ("  hidden: 4096\n", "", "model.hidden: missing"),
         ("gpus: 8", "gpus: 6", "cluster.gpus is 6"),
-        ("prefill_mode: normal", "prefill_mode: fast", "'fast' is not one of normal, low_latency"),
+        ("prefill_mode: normal", "prefill_mode: fast", "'fast' is not one of normal, low_latency, v2"),
         ("dispatch_dtype: fp8", "dispatch_dtype: fp8\n  depth: 3", "model.depth: unknown"),
         ("redundant_experts: 0", "redundant_experts: 3", "19 physical experts"),
         ("hbm_gb_per_s: 3350", "hbm_gb_per_s: -1", "hbm_gb_per_s is -1"),
