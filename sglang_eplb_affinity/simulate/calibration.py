@@ -202,8 +202,9 @@ def assumed_v2(normal: PhaseConstants, low_latency: PhaseConstants) -> PhaseCons
 
     What V2 moves is what normal mode moves (impls/{hybrid_,}{dispatch,combine}.cuh: one copy for each scale-out rank,
     from there one for each rank of it), at normal mode's rates; every warp takes tokens to any destination, so there
-    are no channels, no pipeline to fill and no cost of each peer but low-latency mode's. Its latency is low-latency mode's, and over RDMA that of one NVLink hop
-    more. In decode nobody waits for counts on the CPU; what prefill waits is normal mode's.
+    are no channels, no pipeline to fill and no cost of each peer but low-latency mode's. Its latency is low-latency
+    mode's, and over RDMA that of one NVLink hop more. In decode nobody waits for counts on the CPU; what prefill waits
+    is normal mode's.
     """
     hop = min(low_latency.base_us, normal.base_us)
     return replace(
