@@ -13,7 +13,7 @@ def test_every_preset_loads_and_its_calibration_has_all_phases():
         system = load_system(name)
         assert system.name == name
         phases = load_calibration(system.cluster.calibration).phases
-        assert set(phases) == {f"{m}.{p}" for m in ("normal", "low_latency") for p in ("dispatch", "combine")}
+        assert set(phases) == {f"{m}.{p}" for m in ("normal", "low_latency", "v2") for p in ("dispatch", "combine")}
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64, 144, 320])
