@@ -68,7 +68,7 @@ def recommend_command(
         system = system.resized(gpus)
     for path in (out, plot):
         if path is not None:
-            check_output(path)
+            check_output(path, standard_output=False)
     if plot is not None and memory_gb is None:
         raise InputError(f"--plot {plot}: needs --memory-gb")
     tried = None if memory_gb is None else memory.redundancies(system, _gigabytes(memory_gb, system))

@@ -54,7 +54,7 @@ def replay_command(
     system = configured(topology, None, None, None)
     system = system.resized(gpus or system.cluster.gpus, redundant)
     if out is not None:
-        check_output(out)
+        check_output(out, standard_output=False)
     if plots is not None and not plots.is_dir():
         raise InputError(f"--plots {plots}: no such folder")
     if max_moves < 1 or rounds < 1 or min_gain < 0 or tokens_per_gpu < 1:

@@ -13,9 +13,12 @@ import numpy as np
 from sglang_eplb_affinity.domain.content import array_of, read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.reading import name_of
 
 MAX_EXPERTS = 4096
-"""Most logical experts in a layer that files may name; co-activation takes their square."""
+"""Most logical experts in a layer that files may name."""
+MAX_PAIRS = 1 << 28
+"""Most elements of a file's co-activation, layers x experts x experts."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class RoutingTrace:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> RoutingTrace:
         """Read a .npz trace file (or its .gz); raises InputError that names the file and what is wrong."""
-        source = str(path)
+        source = name_of(path)
         arrays = read_content(path, source)
         if not isinstance(arrays, dict):
             raise InputError(f"{source}: holds a {type(arrays).__name__}, but a trace is an .npz file")
@@ -99,6 +102,11 @@ class RoutingTrace:
             _names(arrays.get("domain_names"), source),
             source,
         )
+        if trace.num_layers * trace.num_experts**2 > MAX_PAIRS:
+            raise InputError(
+                f"{source}: has {trace.num_layers} layers of {trace.num_experts} experts; their co-activation is too "
+                f"large ({MAX_PAIRS} elements at most)"
+            )
         check_distinct(trace.topk_ids, f"{source}: topk_ids", ("token", "layer"))
         if trace.domain is not None and trace.domain_names and trace.domain.max() >= len(trace.domain_names):
             raise InputError(
