@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-pytest.importorskip("torch", reason="SGLang's dumps are torch files")
-
 from sglang_eplb_affinity.cli import cli
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -109,7 +107,11 @@ def test_packed_files_give_what_the_files_give(name: str, folder: Path, tmp_path
 def test_what_is_converted_is_what_was_given(folder: Path, tmp_path: Path) -> None:
     start = ExpertMap.contiguous(LAYERS, EXPERTS, SLOTS).physical_to_logical
     ids = RoutingTrace.load(folder / "trace.npz").topk_ids
-    for command, name in (("convert sglang", "OUT.pt"), ("convert ascend", "OUT.json"), ("convert tensorrt", "OUT.yaml")):
+    for command, name in (
+        ("convert sglang", "OUT.pt"),
+        ("convert ascend", "OUT.json"),
+        ("convert tensorrt", "OUT.yaml"),
+    ):
         for given in ("map.json", "map.pt", "ascend.json", "trt.yaml"):
             assert run(COMMANDS[command][0], folder, given, tmp_path).exit_code == 0
             assert (load_map(tmp_path / name).physical_to_logical == start).all()

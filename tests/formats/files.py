@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace
@@ -19,6 +19,8 @@ from sglang_eplb_affinity.formats.affinity_entry import window_to_dump
 from sglang_eplb_affinity.formats.maps import save_map
 from tests.formats.test_dumps import per_token
 from tests.planner.test_plan import skewed_tokens, window_of
+
+torch = pytest.importorskip("torch", reason="SGLang's dumps are torch files")
 
 LAYERS, EXPERTS, K, TOKENS, SLOTS, GPUS = 3, 16, 4, 120, 20, 4
 KINDS = {
@@ -79,3 +81,57 @@ def write_all(folder: Path) -> dict[str, bytes]:
     for name, data in files.items():
         (folder / f"{name}.gz").write_bytes(gzip.compress(data))
     return {name: (folder / name).read_bytes() for name in ALL}
+
+
+def broken(data: bytes, rng: np.random.Generator) -> bytes:
+    """``data`` with one to three bytes changed; sometimes also cut short or with its start once more at its end."""
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        changed[rng.integers(len(changed))] = rng.integers(256)
+    if rng.random() < 0.2:
+        del changed[rng.integers(len(changed)) :]
+    elif rng.random() < 0.1:
+        changed += changed[: rng.integers(len(changed))]
+    return bytes(changed)
+
+
+ODD = (
+    "3",
+    1.5,
+    float("nan"),
+    float("inf"),
+    -1,
+    -(10**30),
+    10**30,
+    1 << 40,
+    [],
+    {},
+    None,
+    True,
+    "",
+    [[]],
+    "NaN",
+    0,
+    10**9,
+)
+"""What stands where a number or a list should: texts, floats, NaN, negative or huge numbers, nothing at all."""
+
+
+def with_odd_value(content: Any, rng: np.random.Generator) -> Any:
+    """A copy of JSON ``content`` in which one node, at any depth, is one of ODD, twice there, or gone."""
+    copied = json.loads(json.dumps(content))
+    node = copied
+    while isinstance(node, (list, dict)) and node:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        key = keys[rng.integers(len(keys))]
+        if not isinstance(node[key], (list, dict)) or not node[key] or rng.random() < 0.25:
+            what = rng.random()
+            if what < 0.1:
+                del node[key]
+            elif what < 0.2 and isinstance(node, list):
+                node.append(node[key])
+            else:
+                node[key] = ODD[rng.integers(len(ODD))]
+            break
+        node = node[key]
+    return copied

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import resource
@@ -14,24 +13,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace
-from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import read_dumps
-from sglang_eplb_affinity.formats.maps import load_map, save_map
-from tests.formats.test_dumps import per_token
-from tests.planner.test_plan import skewed_tokens, window_of
+from sglang_eplb_affinity.formats.maps import load_map
+from sglang_eplb_affinity.formats.responses import read_responses
+from tests.formats.files import EXPERTS, KINDS, K, broken, with_odd_value, write_all
 
 torch = pytest.importorskip("torch", reason="SGLang's dumps are torch files")
 
 READERS: tuple[Callable[[Path], object], ...] = (
-    RoutingTrace.load, load_map, lambda path: read_dumps([path], note=lambda _: None),
-)  # fmt: skip
-FLIPS_PER_FILE = 150
+    RoutingTrace.load,
+    load_map,
+    lambda path: read_dumps([path], note=lambda _: None),
+    lambda path: read_responses(path, EXPERTS, K),
+)
+PACKED = ("trace.npz.gz", "map.json.gz", "trt.yaml.gz", "ours.pt.gz", "vllm.jsonl.gz")
+FLIPS_PER_FILE = 85
 
 
 def read_by_all(path: Path) -> int:
@@ -48,27 +50,8 @@ def read_by_all(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """One small valid file of every format."""
-    folder = tmp_path_factory.mktemp("valid")
-    tokens = skewed_tokens(np.random.default_rng(0), 3, 40, 8, 2)
-    window = window_of(tokens, 8)
-    start = ExpertMap.contiguous(3, 8, 12)
-    RoutingTrace(
-        tokens.transpose(1, 0, 2).copy(), 8, np.arange(40, dtype=np.int32) // 9, np.zeros(40, np.int8), ("code",)
-    ).save(folder / "trace.npz")
-    save_map(start, folder / "map.json", "sglang")
-    save_map(start, folder / "map.pt", "sglang")
-    save_map(start, folder / "ascend.json", "vllm-ascend", Topology(4))
-    save_map(start, folder / "trt.yaml", "tensorrt-llm")
-    counts = torch.from_numpy(window.counts)
-    torch.save({"rank": 0, "logical_count": counts[None]}, folder / "stat.pt")
-    (folder / "stat.json").write_text(json.dumps({"logical_count": counts.tolist()}))
-    torch.save(per_token(tokens, start), folder / "detail.pt")
-    entry = {"version": 1, "counts": counts, "coactivation": torch.from_numpy(window.coactivation),
-             "tokens": torch.from_numpy(tokens)}  # fmt: skip
-    torch.save({"rank": 0, "logical_count": counts[None], "affinity": entry}, folder / "ours.pt")
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    return files | {f"{name}.gz": gzip.compress(files[name]) for name in ("trace.npz", "map.json", "trt.yaml")}
+    files = write_all(tmp_path_factory.mktemp("valid"))
+    return {name: data for name, data in files.items() if name in KINDS or name in PACKED}
 
 
 def test_valid_files_are_read(valid: dict[str, bytes], tmp_path: Path) -> None:
@@ -84,14 +67,7 @@ def test_flipped_cut_and_joined_bytes_are_a_result_or_one_line(valid: dict[str, 
     for name, data in valid.items():
         path = tmp_path / name
         for _ in range(FLIPS_PER_FILE):
-            broken = bytearray(data)
-            for _ in range(rng.integers(1, 4)):
-                broken[rng.integers(len(broken))] = rng.integers(256)
-            if rng.random() < 0.2:
-                del broken[rng.integers(len(broken)) :]
-            elif rng.random() < 0.1:
-                broken += broken[: rng.integers(len(broken))]
-            path.write_bytes(broken)
+            path.write_bytes(broken(data, rng))
             read_by_all(path)
             inputs += 1
     assert inputs >= 1500
@@ -100,6 +76,22 @@ def test_flipped_cut_and_joined_bytes_are_a_result_or_one_line(valid: dict[str, 
     assert time.monotonic() - start < 240
 
 
+def test_odd_values_in_valid_files(valid: dict[str, bytes], tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    refused = 0
+    for name in ("map.json", "ascend.json", "trt.yaml", "steps.json", "counts.json", "sglang.jsonl", "vllm.jsonl"):
+        lines = [json.loads(line) for line in valid[name].decode().split("\n") if line] if "jsonl" in name else None
+        content = lines or yaml.safe_load(valid[name])
+        for _ in range(40):
+            odd = with_odd_value(content, rng)
+            text = "".join(f"{json.dumps(line)}\n" for line in odd) if lines else (
+                yaml.safe_dump(odd) if name.endswith("yaml") else json.dumps(odd))  # fmt: skip
+            (tmp_path / name).write_text(text)
+            refused += not read_by_all(tmp_path / name)
+    assert refused > 100
+
+
+# numbers as texts, floats, NaN, negative, too large; empty lists; rows of different lengths
 NUMBERS = st.one_of(st.integers(-3, 20), st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=3))
 LISTS = st.recursive(NUMBERS, lambda inner: st.lists(inner, max_size=4), max_leaves=12)
 DEVICES = st.lists(st.fixed_dictionaries({"device_id": NUMBERS, "device_expert": LISTS}) | LISTS, max_size=3)
