@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.text import Text
 
@@ -14,7 +13,7 @@ from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey
 from bench.publish.report import build_report, load_run, plot_figures, write_plots
 from bench.publish.routing_plots import inside
-from bench.publish.table import CPU_NOTE, over_blocks, tidy, write_tables
+from bench.publish.table import CPU_NOTE, over_blocks, read_table, tidy, write_tables
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
@@ -24,12 +23,12 @@ from tests.bench.conftest import make_record
 from tests.bench.loads import closed_loop
 
 
-def test_csv_and_parquet_hold_the_same_table(run_folder: RunFolder) -> None:
+def test_the_csv_file_holds_the_table(run_folder: RunFolder) -> None:
     frame = write_tables(run_folder, run_folder.plan())
-    parquet = pd.read_parquet(run_folder.path / "cells.parquet")
-    csv = pd.read_csv(run_folder.path / "cells.csv")
-    assert len(frame) == len(parquet) == len(csv) == 5
-    assert list(parquet["p50_ttft_ms"].dropna()) == pytest.approx(list(csv["p50_ttft_ms"].dropna()))
+    csv = read_table(run_folder.path)
+    assert len(frame) == len(csv) == 5 and not any(csv["load"])
+    assert list(csv["void"]) == list(frame["void"]) and list(csv["valid"]) == list(frame["valid"])
+    assert list(csv["p50_ttft_ms"].dropna()) == pytest.approx(list(frame["p50_ttft_ms"].dropna()))
     assert list(frame["arm"]) == ["none", "vanilla", "affinity", "none", "affinity"]
 
 
