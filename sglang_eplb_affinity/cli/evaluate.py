@@ -22,6 +22,7 @@ from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.maps import load_map
 
@@ -78,10 +79,10 @@ def evaluate_command(
             experts, current = recorded.num_experts, None
             if current_map is not None:
                 read = load_map(current_map, dense_layers, experts, gpus)
-                current = recorded.restrict(read, dense_layers, str(current_map))
+                current = recorded.restrict(read, dense_layers, name_of(current_map))
             for map_path in maps:
                 expert_map = load_map(map_path, dense_layers, experts, gpus)
-                expert_map = recorded.restrict(expert_map, dense_layers, str(map_path))
+                expert_map = recorded.restrict(expert_map, dense_layers, name_of(map_path))
                 for rule in rules:
                     results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens))
                     done(1)
@@ -103,7 +104,7 @@ def _load_result(
     known = load.max(1) / load.mean(1)
     return {
         "trace": recorded.path,
-        "map": str(map_path),
+        "map": name_of(map_path),
         "dispatch": rule,
         "gpus": topology.num_gpus,
         "nodes": topology.num_nodes,
@@ -129,12 +130,12 @@ def _result(
             raise InputError(f"{recorded.path}: holds counts only; --without-rank and --without-node need token sets")
         return _load_result(recorded, map_path, expert_map, topology, rule, current)
     trace, trace_path = recorded.trace, recorded.path
-    traffic = measure_trace(trace, expert_map, topology, rule, str(map_path), pass_tokens)
+    traffic = measure_trace(trace, expert_map, topology, rule, name_of(map_path), pass_tokens)
     moved = None if current is None else moved_experts(current, expert_map, topology)
-    loss = without_gpus(trace, expert_map, topology, rule, gone, str(map_path)) if gone else None
+    loss = without_gpus(trace, expert_map, topology, rule, gone, name_of(map_path)) if gone else None
     return {
         "trace": str(trace_path),
-        "map": str(map_path),
+        "map": name_of(map_path),
         "dispatch": rule,
         "gpus": topology.num_gpus,
         "nodes": topology.num_nodes,

@@ -15,6 +15,7 @@ from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import dense_rows, read_dumps
@@ -63,16 +64,16 @@ def inspect_command(
         return
     trace = None if trace_path is None else RoutingTrace.load(trace_path)
     window = read_dumps(dumps, note=say) if trace is None else RoutingWindow.from_trace(trace, 2048)
-    dense_rows(window, dense_layers, str(trace_path or dumps[0]))
+    dense_rows(window, dense_layers, name_of(trace_path or dumps[0]))
     if not window.counts.any():
-        raise InputError(f"{dumps[0]}: empty, no tokens were recorded")
+        raise InputError(f"{name_of(dumps[0])}: empty, no tokens were recorded")
     expert_map = None
     if map_path is not None:
         if topology is None:
             raise InputError("--map with routing needs --gpus")
-        name = str(trace_path or dumps[0])
+        name = name_of(trace_path or dumps[0])
         expert_map = load_map(map_path, dense_layers, window.num_experts, gpus)
-        expert_map = expert_map.aligned(window.num_layers, dense_layers, str(map_path), name)
+        expert_map = expert_map.aligned(window.num_layers, dense_layers, name_of(map_path), name)
     elif topology is not None:
         slots = -(-window.num_experts // topology.num_gpus) * topology.num_gpus
         say(f"no --map: GPUs hold SGLang's start placement, {slots} slots")
@@ -85,9 +86,9 @@ def _inspect_only_map(
 ) -> None:
     data = read_content(map_path)
     if topology is not None:
-        check_devices(data, topology.num_gpus, str(map_path))
-    expert_map = parse_map(data, str(map_path), dense_layers)
-    origin = origin_of(data, expert_map, str(map_path))
+        check_devices(data, topology.num_gpus, name_of(map_path))
+    expert_map = parse_map(data, name_of(map_path), dense_layers)
+    origin = origin_of(data, expert_map, name_of(map_path))
     if topology is None and origin is not None:
         topology = origin.topology
     chosen = _pick_layer(layer, int(expert_map.replica_counts().max(1).argmax()), expert_map.num_layers)
@@ -156,9 +157,10 @@ def _describe(trace: RoutingTrace) -> None:
     )
     if trace.sequence is not None:
         click.echo(f"{len(np.unique(trace.sequence))} sequences")
-    for index, name in enumerate(trace.domain_names):
-        if trace.domain is not None:
-            click.echo(f"domain {name}: {int((trace.domain == index).sum())} tokens")
+    if trace.domain is not None:
+        for index, count in zip(*np.unique(trace.domain, return_counts=True), strict=True):
+            name = trace.domain_names[index] if trace.domain_names else index
+            click.echo(f"domain {name}: {count} tokens")
 
 
 def _inspect_origin(origin: MapOrigin) -> None:

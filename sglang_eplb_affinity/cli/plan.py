@@ -13,6 +13,7 @@ from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import dense_rows, read_dumps
@@ -122,7 +123,7 @@ def plan_command(
         if path is not None:
             check_output(path)
     window = _window(trace, dumps, seed)
-    added = dense_layers - dense_rows(window, dense_layers, str(trace or dumps[0]))
+    added = dense_layers - dense_rows(window, dense_layers, name_of(trace or dumps[0]))
     if redundant == "auto":
         assert memory_gb is not None and expert_mb is not None
         slots = window.num_experts + _auto_redundant(window, topology, config, memory_gb, expert_mb)
@@ -134,7 +135,7 @@ def plan_command(
     current = None
     if current_map is not None:
         read = load_map(current_map, dense_layers, window.num_experts, gpus)
-        current = read.aligned(window.num_layers, dense_layers, str(current_map), "the routing")
+        current = read.aligned(window.num_layers, dense_layers, name_of(current_map), "the routing")
     if algorithm != "affinity":
         if report is not None or max_moves is not None:
             raise InputError(f"--report and --max-moves need --algorithm affinity, not {algorithm}")
@@ -185,5 +186,5 @@ def _window(trace: Path | None, dumps: tuple[Path, ...], seed: int) -> RoutingWi
         return RoutingWindow.from_trace(RoutingTrace.load(trace), SAMPLE_TOKENS, seed)
     window = read_dumps(dumps, SAMPLE_TOKENS, seed, note=say)
     if window.tokens is None:
-        say(f"{dumps[0]}: holds counts only: planned for load; fan-out is unknown")
+        say(f"{name_of(dumps[0])}: holds counts only: planned for load; fan-out is unknown")
     return window

@@ -11,6 +11,7 @@ import numpy as np
 from sglang_eplb_affinity.cli.options import say
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.formats.dumps import dense_rows, read_dumps
 
@@ -39,12 +40,12 @@ class Recorded:
 
 def of_trace(path: Path) -> Recorded:
     trace = RoutingTrace.load(path)
-    return Recorded(str(path), trace.num_experts, trace.num_layers, trace)
+    return Recorded(name_of(path), trace.num_experts, trace.num_layers, trace)
 
 
 def of_dumps(paths: Sequence[Path], dense_layers: int) -> Recorded:
     """One dump, or several as one, weighed by their tokens."""
-    name = str(paths[0]) if len(paths) == 1 else f"all {len(paths)} dumps"
+    name = name_of(paths[0]) if len(paths) == 1 else f"all {len(paths)} dumps"
     window = read_dumps(paths, note=say)
     dense_rows(window, dense_layers, name)
     layers = np.flatnonzero(window.counts.any(1))

@@ -123,8 +123,8 @@ class RoutingTrace:
         if self.sequence is not None:
             arrays["sequence"] = self.sequence.astype(np.int32)
         if self.domain is not None:
-            arrays["domain"] = self.domain.astype(np.int8)
-            arrays["domain_names"] = np.array(self.domain_names)
+            arrays["domain"] = self.domain.astype(np.int8 if self.domain.max(initial=0) < 128 else np.int32)
+            arrays["domain_names"] = np.array(self.domain_names, dtype=np.str_)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_atomically(Path(path), buffer.getvalue())
@@ -135,9 +135,10 @@ def _of_tokens(value: Any, source: str, name: str) -> np.ndarray | None:
     if value is None:
         return None
     array = np.asarray(value)
-    if array.dtype.kind not in "iu" or (array.size and array.min() < 0):
-        held = array.dtype if array.dtype.kind not in "iu" else array.min()
-        raise InputError(f"{source}: {name} holds {held}, but must be numbers from 0, one for each token")
+    most = np.iinfo(np.int32).max
+    if array.dtype.kind not in "iu" or (array.size and not 0 <= array.min() <= array.max() <= most):
+        held = array.dtype if array.dtype.kind not in "iu" else f"{array.min()} to {array.max()}"
+        raise InputError(f"{source}: {name} holds {held}, but must be numbers 0 to {most}, one for each token")
     return array
 
 
@@ -145,6 +146,8 @@ def _names(value: Any, source: str) -> tuple[str, ...]:
     if value is None:
         return ()
     array = np.asarray(value)
+    if array.shape == (0,):
+        return ()
     if array.dtype.kind != "U" or array.ndim != 1:
         raise InputError(f"{source}: domain_names is {array.dtype} of shape {array.shape}, but must be a list of texts")
     return tuple(array.tolist())

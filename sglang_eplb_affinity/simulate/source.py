@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.simulate.routing_model import CHILD_SPREAD, RoutingModel
 from sglang_eplb_affinity.simulate.system import Model
@@ -31,15 +32,17 @@ def load_recording(trace: Path | None, dumps: tuple[Path, ...], dense_layers: in
 
     window = read_dumps(dumps, 1 << 16)
     if window.tokens is None or not window.tokens.size:
-        raise InputError(f"{dumps[0]}: holds counts only, but simulating needs token sets (affinity or per_token)")
-    dense_rows(window, dense_layers, str(dumps[0]))
+        raise InputError(
+            f"{name_of(dumps[0])}: holds counts only, but simulating needs token sets (affinity or per_token)"
+        )
+    dense_rows(window, dense_layers, name_of(dumps[0]))
     layers = np.flatnonzero(window.counts.any(1))
     tokens = window.tokens[layers]
     used = (tokens[:, :, 0] >= 0).all(0)
     if not used.any():
-        raise InputError(f"{dumps[0]}: no token was recorded in all layers")
+        raise InputError(f"{name_of(dumps[0])}: no token was recorded in all layers")
     return RoutingTrace(
-        np.ascontiguousarray(tokens[:, used].transpose(1, 0, 2)), window.num_experts, source=str(dumps[0])
+        np.ascontiguousarray(tokens[:, used].transpose(1, 0, 2)), window.num_experts, source=name_of(dumps[0])
     )
 
 
