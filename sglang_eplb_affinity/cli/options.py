@@ -31,8 +31,8 @@ def dense_layers_option(command: Command) -> Command:
     """``--dense-layers``, the same in every command."""
     return click.option(
         "--dense-layers", type=click.IntRange(0, 1000), default=0, show_default=True,
-        help="Leading dense layers of the model (3 for DeepSeek-V3). SGLang's maps and dumps have a row for each; "
-        "traces, vllm-ascend's and TensorRT-LLM's maps leave them out.",
+        help="Leading dense layers of the model (3 for DeepSeek-V3). SGLang's maps, dumps and responses "
+        "have a row for each; traces, vllm-ascend's and TensorRT-LLM's maps leave them out.",
     )(command)  # fmt: skip
 
 
