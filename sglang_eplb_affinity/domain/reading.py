@@ -22,6 +22,7 @@ MAX_BYTES = 4 << 30
 """Largest content that is read, after unpacking."""
 MAX_TEXT = 1 << 28
 """Largest text that is parsed as a whole; Python's lists take up to 20 times as much."""
+_ARCHIVES = (b"PK", b"\x1f\x8b")
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
@@ -46,22 +47,30 @@ def _is_inline(path: str) -> bool:
 @lru_cache(maxsize=1)
 def _all_of(stream: IO[bytes]) -> bytes:
     """Kept, since a stream gives its bytes once and some commands look at an input twice."""
-    return stream.read(MAX_BYTES + 1)
+    return _bounded(stream)
+
+
+def _bounded(stream: IO[bytes]) -> bytes:
+    """At most one byte more than may be: of text MAX_TEXT, of archives MAX_BYTES."""
+    start = stream.read(MAX_TEXT + 1)
+    return start + stream.read(MAX_BYTES + 1 - len(start)) if start[:2] in _ARCHIVES else start
 
 
 def read_bytes(path: str | os.PathLike[str], source: str) -> bytes:
-    """The bytes of a file, unpacked if it is gzip; raises InputError above MAX_BYTES."""
+    """The bytes of a file, unpacked if it is gzip; raises InputError if they are more than may be."""
     if _is_inline(str(path)):
         return str(path).encode()
     data = _all_of(sys.stdin.buffer) if str(path) == "-" else _of_file(path, source)
     if data[:2] == b"\x1f\x8b":
         try:
             with gzip.open(io.BytesIO(data)) as packed:
-                data = packed.read(MAX_BYTES + 1)
+                data = _bounded(io.BufferedReader(packed))
         except (OSError, EOFError, zlib.error):
             raise InputError(f"{source}: a broken gzip file") from None
     if len(data) > MAX_BYTES:
         raise InputError(f"{source}: larger than {MAX_BYTES >> 30} GiB")
+    if len(data) > MAX_TEXT and data[:2] not in _ARCHIVES:
+        raise InputError(f"{source}: more than {MAX_TEXT >> 20} MiB of text; write so much as .pt or .npz")
     return data
 
 
@@ -91,6 +100,8 @@ def lines_of(path: str | os.PathLike[str], source: str) -> Iterator[str]:
 
 
 def _opened(path: str | os.PathLike[str], source: str, opened: ExitStack) -> io.BufferedReader:
+    if str(path) == "-" and isinstance(sys.stdin.buffer, io.BufferedReader):
+        return sys.stdin.buffer
     if str(path) == "-" or _is_inline(str(path)):
         return io.BufferedReader(io.BytesIO(read_bytes(path, source)))
     if os.path.isdir(path):
@@ -103,7 +114,7 @@ def _of_file(path: str | os.PathLike[str], source: str) -> bytes:
         if os.path.isdir(path):
             raise InputError(f"{source}: is a folder, but must be a file")
         with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+            return _bounded(file)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
 import json
 import resource
@@ -17,6 +19,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglang_eplb_affinity.domain import reading
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.formats.dumps import read_dumps
@@ -136,6 +139,32 @@ def test_any_arrays_in_a_trace_are_a_result_or_one_line(
     read_by_all(path)
 
 
+def test_files_that_ask_for_tables_larger_than_they_are(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    np.savez(tmp_path / "wide.npz", topk_ids=np.zeros((1, 1000, 1), np.int16), num_experts=4096)
+    with pytest.raises(InputError, match="1000 layers of 4096 experts; their co-activation is too large"):
+        RoutingTrace.load(tmp_path / "wide.npz")
+    detail = {"records": [{"topk_ids_of_layer": torch.zeros(1000, 1, 8, dtype=torch.int32)}],
+              "last_physical_to_logical_map": torch.full((1000, 1), 4095)}  # fmt: skip
+    torch.save(detail, tmp_path / "wide.pt")
+    with pytest.raises(InputError, match="names expert 4095, but 1 slots"):
+        read_dumps([tmp_path / "wide.pt"])
+    ids = torch.zeros(1, 100_000, dtype=torch.int16)
+    ids[0, :4096] = torch.arange(4096)
+    torch.save({"physical_to_logical_map": ids}, tmp_path / "wide_map.pt")
+    with pytest.raises(InputError, match="replicas of an expert in a layer, too many"):
+        load_map(tmp_path / "wide_map.pt")
+    coded = io.BytesIO()
+    np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
+        coded, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 48, 8)}
+    )
+    response = {"choices": [{"routed_experts": base64.b64encode(coded.getvalue()).decode()}]}
+    (tmp_path / "claims.jsonl").write_text(json.dumps(response))
+    with pytest.raises(InputError, match=r"line 1: routed_experts claims shape \(1000000000000, 48, 8\)"):
+        read_responses(tmp_path / "claims.jsonl", 16)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
+
+
 def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocation(tmp_path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
@@ -156,10 +185,19 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocat
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
 
 
-def test_yaml_aliases_and_zeros_packed_a_thousand_to_one_do_not_fill_memory(tmp_path: Path) -> None:
+def test_yaml_aliases_and_zeros_packed_a_thousand_to_one_do_not_fill_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bomb.yaml").write_text("a: &a [0, 0]\ninitial_global_assignments: {0: [*a, *a], 1: [*a, *a]}\n")
     with pytest.raises(InputError, match="aliases"):
         load_map(tmp_path / "bomb.yaml")
+    monkeypatch.setattr(reading, "MAX_TEXT", 1 << 20)
+    (tmp_path / "zeros.json.gz").write_bytes(gzip.compress(bytes(1 << 24)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in READERS:
+        with pytest.raises(InputError, match="MiB"):
+            read(tmp_path / "zeros.json.gz")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 13  # KiB
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="not JSON"):
         load_map(tmp_path / "deep.json")
