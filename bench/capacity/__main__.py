@@ -100,12 +100,13 @@ def replicas_command(out: Path) -> None:
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
     figures = replica_gains(*(RoutingTrace.load(ROOT / path) for path in (PLAN, TEST)))
-    write_atomically(folder / "replicas.csv", pd.DataFrame(figures).to_csv(index=False, float_format="%.3f").encode())
+    table = pd.DataFrame(figures).drop(columns=["hardware", "unit"])
+    write_atomically(folder / "replicas.csv", table.to_csv(index=False, float_format="%.3f").encode())
     source = provenance()
     entries = [
         {
             "name": figure["name"], "value": figure["gain %"], "lower": figure["lower"], "upper": figure["upper"],
-            "unit": "% shorter step than EPLB's best", "kind": "simulated", "hardware": source["hardware"],
+            "unit": figure["unit"], "kind": "simulated", "hardware": figure["hardware"],
             "versions": versions(), "commit": source["commit"], "date": now(),
             "command": "python -m bench.capacity replicas",
         }

@@ -47,11 +47,15 @@ def replica_gains(plan: RoutingTrace, test: RoutingTrace) -> list[dict[str, Any]
         ours = run(redundant, "affinity")
         gain = Interval.of(100 * (1 - np.array(ours.step_ms_samples) / np.array(eplb.step_ms_samples)))
         sized = system.resized(gpus, redundant)
+        gb, of_best = expert_gb(sized, redundant), expert_gb(sized, eplb.redundant)
         rows.append({
-            "name": f"simulate.replicas.{name}_gain_pct", "redundant": redundant, "rule": ours.dispatch_rule,
+            "name": f"simulate.replicas.{name}_gain_pct",
+            "hardware": f"simulated {gpus} x {system.gpu.name}, routing fitted to the tiny MoE's recording",
+            "redundant": redundant, "rule": ours.dispatch_rule,
             "EPLB's best": eplb.redundant, "gain %": gain.value, "lower": gain.lower, "upper": gain.upper,
             "GPU fan-out": ours.gpu_fanout, "node fan-out": ours.node_fanout, "load": ours.load_max_over_mean,
-            "GB of experts a GPU": expert_gb(sized, redundant), "more than EPLB's best": expert_gb(sized, redundant)
-            - expert_gb(sized, eplb.redundant),
+            "GB of experts a GPU": gb, "more than EPLB's best": gb - of_best,
+            "unit": f"% shorter step, {redundant} redundant and `{ours.dispatch_rule}` ({gb:.1f} GB of experts a GPU) "
+            f"against EPLB's best, {eplb.redundant} ({of_best:.1f} GB)",
         })  # fmt: skip
     return rows
