@@ -23,6 +23,7 @@ from sglang_eplb_affinity.simulate.scenario import (
 )
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import load_system
+from sglang_eplb_affinity.simulate.v2_comparison import compare_v2, comparison_runs
 from tests.simulate.conftest import make_trace
 
 
@@ -204,3 +205,29 @@ def test_decode_modes_are_compared_within_a_node_only(system):
     assert modes_of(one_node, "decode") == ("low_latency", "normal")
     assert modes_of(system, "decode") == ("low_latency",)
     assert modes_of(system, "prefill") == ("normal",)
+    v2 = dataclasses.replace(one_node, serving=dataclasses.replace(one_node.serving, decode_mode="v2"))
+    assert modes_of(v2, "decode") == ("v2",)
+
+
+def test_v2_pays_for_fanout_in_decode(system, source):
+    v1 = simulate(system, source, [("decode", 64)], ["eplb", "affinity"], resamples=2)
+    v2 = dataclasses.replace(system, serving=dataclasses.replace(system.serving, decode_mode="v2"))
+    eplb, affinity = simulate(v2, source, [("decode", 64)], ["eplb", "affinity"], resamples=2)
+    assert (eplb.dispatch_rule, affinity.dispatch_rule, affinity.mode) == ("static", "cover", "v2")
+    assert v1[1].dispatch_rule == "static"
+    assert affinity.gpu_fanout < 0.95 * eplb.gpu_fanout
+    assert affinity.dispatch_us.value < eplb.dispatch_us.value
+    assert affinity.combine_us.value < eplb.combine_us.value
+    with pytest.raises(InputError, match=r"serving\.overlap is 'two_batch', but must be none with mode v2"):
+        with_overlap(v2, "two_batch")
+
+
+def test_v2_is_compared_on_the_same_batches(system, source):
+    candidates = evaluate_candidates(system, source, "decode", 64, 2, redundancies=[0])
+    v1 = min(candidates, key=lambda c: float(c.step_ms().mean()))
+    reported: list[int] = []
+    found = compare_v2(system, source, v1, 64, 2, reported.append, [0])
+    assert sum(reported) == comparison_runs(system, 2, [0])
+    assert {found.eplb.result.mode, found.affinity.result.mode} == {"v2"} and found.v1 is v1
+    assert found.over_eplb == gain(found.affinity, found.eplb) and found.over_v1 == gain(found.affinity, v1)
+    assert found.to_json()["constants"] == "assumed" and "assumed constants" in found.text
