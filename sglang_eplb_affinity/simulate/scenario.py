@@ -65,6 +65,7 @@ class Interval:
 class PhaseResult:
     """One arm, phase and batch size on one system. Times in us (layer) and ms (step); one entry per resampled batch.
 
+    ``active_slots``: of a pass, those that have tokens on the GPU that has most of them, mean of layers and batches.
     ``slowest``: which link or GPU was slowest in dispatch, experts and combine, and in how many of the layers.
     """
 
@@ -85,6 +86,7 @@ class PhaseResult:
     gpu_fanout: float
     node_fanout: float
     load_max_over_mean: float
+    active_slots: float
     slowest: dict[str, str]
 
     @property
@@ -192,7 +194,7 @@ def _result(
         system.cluster.gpus, phase, mode, tokens_per_gpu, arm.algorithm, system.serving.redundant_experts, arm.rule,
         stage("dispatch_us"), stage("experts_us"), stage("combine_us"), stage("rest_us"), Interval.of(steps), steps,
         tuple((float(row[0]), float(row[1]), float(row[2])) for row in layers),
-        float(figures[0]), float(figures[1]), float(figures[2]),
+        float(figures[0]), float(figures[1]), float(figures[2]), float(np.mean([x.active_slots for x in every])),
         {
             "dispatch": _most_common([x.dispatch_link for x in every]),
             "experts": _most_common([f"GPU {x.experts_gpu}" for x in every]),
