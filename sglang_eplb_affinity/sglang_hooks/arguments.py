@@ -18,6 +18,7 @@ from sglang_eplb_affinity.sglang_hooks.server_arguments import (
 )
 from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_own_rules,
+    check_phase,
     check_schedule,
     check_top_k,
     gains_by_cover,
@@ -71,6 +72,7 @@ def check(args: ServerArguments) -> None:
     """Once parallel sizes are resolved."""
     ours, forced, loads = is_ours(args), args.ep_forced_routing, args.init_expert_location != "trivial"
     check_own_rules(args)
+    check_phase(args)
     if replaces_counts(args):  # nothing is put into SGLang's buffer of counts
         args.expert_distribution_recorder_buffer_size = 1
     if not ours and not records_affinity(args) and not forced and not loads:

@@ -104,6 +104,9 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "a2a": [*AFFINITY, "--moe-a2a-backend", "ascend_fuseep"],
         "cover a2a": [*EP2, "--ep-dispatch-algorithm", "cover", "--moe-a2a-backend", "ascend_fuseep"],
         "runner": [*AFFINITY, "--moe-runner-backend", "triton_kernel"],
+        "phase": [*AFFINITY, "--eplb-affinity-phase", "decode"],
+        "phase without a recorder": [*EP2, "--eplb-affinity-phase", "decode"],
+        "phase of another role": [*AFFINITY, "--disaggregation-mode", "prefill", "--eplb-affinity-phase", "decode"],
         "every": [*AFFINITY, "--expert-affinity-record-every", "0"],
         "every too large": [*AFFINITY, "--expert-affinity-record-every", "2000"],
         "last": [*AFFINITY, "--expert-affinity-record-last-passes", "1001"],
@@ -182,6 +185,8 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("primary tokens", "--eplb-affinity-primary-tokens 64: needs --ep-dispatch-algorithm primary"),
         ("primary tokens negative", "--eplb-affinity-primary-tokens -1: must be 0 or more"),
         ("every", "--expert-affinity-record-every 0: must be at least 1"),
+        ("phase without a recorder", "--eplb-affinity-phase decode: nothing is recorded; leave it out or give"),
+        ("phase of another role", "with --disaggregation-mode prefill the server runs prefill passes only"),
         (
             "every too large",
             "--expert-affinity-record-every 2000: records nothing of the 1000 passes before a rebalance",

@@ -56,3 +56,9 @@ def test_labels_of_metrics() -> None:
     assert reports.labels == {"model_name": "m", "zone": "3"} and reports.own_map
     assert not Settings.of(server_arguments(**flags, enable_dp_attention=True)).reports.own_map
     assert Settings.of(server_arguments()).reports.labels is None
+
+
+def test_the_phase_that_is_recorded_follows_the_role() -> None:
+    for mode, phase in (("null", "both"), ("prefill", "prefill"), ("decode", "decode")):
+        assert Settings.of(server_arguments(disaggregation_mode=mode)).recording.phase == phase
+    assert Settings.of(server_arguments(eplb_affinity_phase="decode")).recording.phase == "decode"
