@@ -1,6 +1,6 @@
 """From a recording and a topology to a setting with its predicted gain, or to "do not enable it, here is why".
 
-Every candidate (algorithm x redundant experts x DeepEP mode) runs on the same held-out batches. A candidate is
+Every candidate (algorithm x redundant experts x DeepEP mode x affinity's dispatch rules) runs on the same held-out batches. A candidate is
 recommended over a simpler one only if even the pessimistic end of its gain exceeds ``min_gain_pct``. That end joins the
 resampling interval with the calibration's error: dispatch and combine times scaled by 0.85 and by 1.15.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sglang_eplb_affinity.simulate.replay import HOURS, Day, DayResult, Policy, PolicyName, best_interval
-from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval, Phase, PhaseResult, simulate
+from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval, Phase, PhaseResult, arms_of, simulate
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System, divisible_redundancy
 
@@ -82,7 +82,10 @@ class Recommendation:
             "gain_pct_over_best_eplb": None if self.over_eplb is None else dataclasses.asdict(self.over_eplb),
             "reasons": list(self.reasons),
             "candidates": [
-                {"name": c.name, "step_ms": float(c.step_ms().mean()), "load": c.result.load_max_over_mean}
+                {
+                    "name": c.name, "step_ms": float(c.step_ms().mean()), "load": c.result.load_max_over_mean,
+                    "active_slots": c.result.active_slots,
+                }  # fmt: skip
                 for c in self.candidates
             ],
         }
@@ -125,12 +128,8 @@ def evaluate_candidates(
 
 def candidate_runs(system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None) -> int:
     """How often ``evaluate_candidates`` reports progress."""
-    return (
-        len(redundancies or redundancy_choices(system))
-        * len(modes_of(system, phase))
-        * len(ALGORITHMS)
-        * (resamples + 1)
-    )
+    arms = sum(len(arms_of(ALGORITHMS, mode)) for mode in modes_of(system, phase))
+    return len(redundancies or redundancy_choices(system)) * arms * (resamples + 1)
 
 
 def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:
@@ -180,7 +179,8 @@ def _why_affinity(affinity: Candidate, eplb: Candidate) -> str:
     a, e = affinity.result, eplb.result
     return (
         f"GPU fan-out {e.gpu_fanout:.2f} to {a.gpu_fanout:.2f}, node fan-out {e.node_fanout:.2f} to "
-        f"{a.node_fanout:.2f}, load {e.load_max_over_mean:.2f} to {a.load_max_over_mean:.2f}"
+        f"{a.node_fanout:.2f}, load {e.load_max_over_mean:.2f} to {a.load_max_over_mean:.2f}, active slots of the busiest "
+        f"GPU {e.active_slots:.1f} to {a.active_slots:.1f}"
     )
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.dispatch.primaries import most_tokens
+from sglang_eplb_affinity.dispatch.rules import LARGE_PASS_RULE, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
@@ -46,6 +47,34 @@ def default_arm(algorithm: Algorithm, mode: DeepEPMode, rule: DispatchRule | Non
     if algorithm != "affinity":
         return Arm(algorithm, "static")
     return Arm(algorithm, rule or ("cover" if mode == "normal" else "static"))
+
+
+def arms_of(algorithms: Sequence[Algorithm], mode: DeepEPMode, rules: Sequence[DispatchRule] = ()) -> list[Arm]:
+    """One of each algorithm; affinity with each of ``rules``, without any in low latency with ``primary`` too."""
+    arms = []
+    for algorithm in algorithms:
+        arms += [default_arm(algorithm, mode, rule) for rule in (rules if algorithm == "affinity" else ()) or (None,)]
+        if algorithm == "affinity" and not rules and mode == "low_latency":
+            arms.append(Arm(algorithm, "primary"))
+    return arms
+
+
+def runs_of(
+    system: System, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], resamples: int,
+    rules: Sequence[DispatchRule] = (),
+) -> int:  # fmt: skip
+    """How often :func:`simulate` reports progress: after each map and each batch."""
+    return sum(len(arms_of(algorithms, mode_of(system, phase), rules)) for phase, _ in phases) * (resamples + 1)
+
+
+def mode_of(system: System, phase: Phase) -> DeepEPMode:
+    return system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
+
+
+def rule_of_pass(rule: DispatchRule, system: System, tokens_per_gpu: float) -> DispatchRule:
+    """What a server that is asked for ``rule`` follows in a pass of so many tokens on each GPU."""
+    most = most_tokens(system.model.experts, system.model.top_k, system.cluster.gpus, own_tokens=True)
+    return LARGE_PASS_RULE if rule == "primary" and tokens_per_gpu > most else rule
 
 
 @dataclass(frozen=True)
@@ -119,6 +148,7 @@ def run_batch(
 ) -> tuple[list[LayerTime], np.ndarray]:  # fmt: skip
     """Times of every layer, and float64 [layers, 3]: GPU fan-out, node fan-out, load max/mean."""
     times, figures = [], []
+    rule = rule_of_pass(rule, model.system, tokens_per_gpu)
     for layer in range(len(tokens)):
         traffic = batch_traffic(tokens[layer], source, expert_map, layer, model.system.topology, rule)
         times.append(model.layer(traffic, scale, mode, prefill, tokens_per_gpu))
@@ -128,13 +158,12 @@ def run_batch(
 
 def simulate(
     system: System, source: RoutingSource, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], *,
-    resamples: int = 8, rule: DispatchRule | None = None, effort: Effort = "fast",
+    resamples: int = 8, rules: Sequence[DispatchRule] = (), effort: Effort = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> list[PhaseResult]:  # fmt: skip
     """All algorithms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
 
-    ``rule`` and ``effort`` are affinity's. ``progress`` is called with 1 after each map and each batch:
-    ``len(phases) * len(algorithms) * (resamples + 1)`` times.
+    ``rules`` (:func:`arms_of`) and ``effort`` are affinity's. ``progress`` is called with 1 :func:`runs_of` times.
     """
     if resamples < 2:
         raise InputError(f"--resamples {resamples}: must be at least 2")
@@ -143,8 +172,8 @@ def simulate(
     maps: dict[tuple[Arm, DeepEPMode], ExpertMap] = {}
     results = []
     for phase, tokens_per_gpu in phases:
-        mode = system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
-        arms = [dataclasses.replace(default_arm(name, mode, rule), effort=effort) for name in algorithms]
+        mode = mode_of(system, phase)
+        arms = [dataclasses.replace(arm, effort=effort) for arm in arms_of(algorithms, mode, rules)]
         collected: dict[Arm, list[tuple[list[LayerTime], np.ndarray, float]]] = {arm: [] for arm in arms}
         for arm in arms:
             if (arm, mode) not in maps:
