@@ -77,5 +77,5 @@ def entry(times: Sequence[ExpertTime], common: dict[str, Any]) -> dict[str, Any]
     return {
         "name": "simulate.decode.expert_time_error_pct.max", "value": error, "lower": error, "upper": error,
         "unit": "%", "kind": "simulated", **common,
-        "hardware": "time model against DeepGEMM's masked products on 1 x H200, DeepSeek-V3's experts, the points fitted",
+        "hardware": "time model against DeepGEMM on 1 x H200, DeepSeek-V3's experts, on the points fitted",
     }  # fmt: skip

@@ -52,8 +52,8 @@ class Traffic:
 
     ``gpu_fanout``, ``node_fanout``, ``extra_nodes``, ``remote_gpu_copies``, ``remote_node_copies`` and
     ``expert_node_copies`` (see DEFINITIONS) are float64 [layers] means per token; ``gpu_load`` is int64 [layers, gpus]
-    and ``load_max_over_mean`` float64 [layers]. ``pass_load_max_over_mean`` and ``pass_active_slots`` float64 [layers]: of
-    the mean pass.
+    and ``load_max_over_mean`` float64 [layers]. ``pass_load_max_over_mean`` and ``pass_active_slots`` float64
+    [layers]: of the mean pass.
     """
 
     gpu_fanout: np.ndarray

@@ -1,8 +1,9 @@
 """From a recording and a topology to a setting with its predicted gain, or to "do not enable it, here is why".
 
-Every candidate (algorithm x redundant experts x DeepEP mode x affinity's dispatch rules) runs on the same held-out batches. A candidate is
-recommended over a simpler one only if even the pessimistic end of its gain exceeds ``min_gain_pct``. That end joins the
-resampling interval with the calibration's error: dispatch and combine times scaled by 0.85 and by 1.15.
+Every candidate (algorithm x redundant experts x DeepEP mode x affinity's dispatch rules) runs on the same held-out
+batches. A candidate is recommended over a simpler one only if even the pessimistic end of its gain exceeds
+``min_gain_pct``. That end joins the resampling interval with the calibration's error: dispatch and combine times scaled
+by 0.85 and by 1.15.
 """
 
 from __future__ import annotations
@@ -83,9 +84,11 @@ class Recommendation:
             "reasons": list(self.reasons),
             "candidates": [
                 {
-                    "name": c.name, "step_ms": float(c.step_ms().mean()), "load": c.result.load_max_over_mean,
+                    "name": c.name,
+                    "step_ms": float(c.step_ms().mean()),
+                    "load": c.result.load_max_over_mean,
                     "active_slots": c.result.active_slots,
-                }  # fmt: skip
+                }
                 for c in self.candidates
             ],
         }
@@ -179,8 +182,8 @@ def _why_affinity(affinity: Candidate, eplb: Candidate) -> str:
     a, e = affinity.result, eplb.result
     return (
         f"GPU fan-out {e.gpu_fanout:.2f} to {a.gpu_fanout:.2f}, node fan-out {e.node_fanout:.2f} to "
-        f"{a.node_fanout:.2f}, load {e.load_max_over_mean:.2f} to {a.load_max_over_mean:.2f}, active slots of the busiest "
-        f"GPU {e.active_slots:.1f} to {a.active_slots:.1f}"
+        f"{a.node_fanout:.2f}, load {e.load_max_over_mean:.2f} to {a.load_max_over_mean:.2f}, "
+        f"active slots of the busiest GPU {e.active_slots:.1f} to {a.active_slots:.1f}"
     )
 
 
