@@ -108,7 +108,7 @@ def simulate_command(
     """
     system = configured(topology, prefill_mode, decode_mode, overlap)
     if out is not None:
-        check_output(out)
+        check_output(out, standard_output=False)
     if plots is not None and not plots.is_dir():
         raise InputError(f"--plots {plots}: no such folder")
     if child_spread < 0:

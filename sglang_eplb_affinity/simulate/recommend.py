@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.simulate.replay import HOURS, Day, DayResult, Policy, PolicyName, best_interval
 from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval, Phase, PhaseResult, arms_of, simulate
 from sglang_eplb_affinity.simulate.source import RoutingSource
@@ -78,6 +79,8 @@ class Recommendation:
             "redundant_experts": self.chosen.result.redundant,
             "deepep_mode": self.chosen.result.mode,
             "dispatch_rule": self.chosen.result.dispatch_rule,
+            "pass_tokens": self.chosen.result.tokens_per_gpu,
+            "pass_load_max_over_mean": self.chosen.result.load_max_over_mean,
             "step_ms": float(self.chosen.step_ms().mean()),
             "gain_pct_over_none": dataclasses.asdict(self.over_none),
             "gain_pct_over_best_eplb": None if self.over_eplb is None else dataclasses.asdict(self.over_eplb),
@@ -88,6 +91,7 @@ class Recommendation:
                     "step_ms": float(c.step_ms().mean()),
                     "load": c.result.load_max_over_mean,
                     "active_slots": c.result.active_slots,
+                    "pass_load_max_over_mean": c.result.load_max_over_mean,
                 }
                 for c in self.candidates
             ],
@@ -114,8 +118,10 @@ def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
 def evaluate_candidates(
     system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
     progress: Callable[[int], object] | None = None, redundancies: Sequence[int] | None = None,
+    rules: Sequence[DispatchRule] = (),
 ) -> list[Candidate]:  # fmt: skip
-    """Every candidate of one phase, with each of ``redundancies`` (:func:`redundancy_choices` without)."""
+    """Every candidate of one phase, with each of ``redundancies`` (:func:`redundancy_choices` without), affinity under
+    each of ``rules`` (:func:`arms_of` without). ``tokens`` of each GPU are one pass, which load is judged on."""
     out = []
     for redundant in redundancies or redundancy_choices(system):
         for mode in modes_of(system, phase):
@@ -124,14 +130,19 @@ def evaluate_candidates(
             sized = dataclasses.replace(system, serving=serving)
             eager = phase == "decode" and mode == "normal"
             eager_ms = system.model.layers * EAGER_US_PER_LAYER / 1e3 if eager else 0.0
-            found = simulate(sized, source, [(phase, tokens)], ALGORITHMS, resamples=resamples, progress=progress)
+            found = simulate(
+                sized, source, [(phase, tokens)], ALGORITHMS, resamples=resamples, rules=rules, progress=progress
+            )
             out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
     return out
 
 
-def candidate_runs(system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None) -> int:
+def candidate_runs(
+    system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None,
+    rules: Sequence[DispatchRule] = (),
+) -> int:  # fmt: skip
     """How often ``evaluate_candidates`` reports progress."""
-    arms = sum(len(arms_of(ALGORITHMS, mode)) for mode in modes_of(system, phase))
+    arms = sum(len(arms_of(ALGORITHMS, mode, rules)) for mode in modes_of(system, phase))
     return len(redundancies or redundancy_choices(system)) * arms * (resamples + 1)
 
 
@@ -212,13 +223,13 @@ def recommend_interval(
     progress: Callable[[int], object] | None = None,
 ) -> DayResult:  # fmt: skip
     """The best rebalance interval for the recommended algorithm on a day of drifting domains."""
-    name: PolicyName = "affinity-async" if recommendation.chosen.result.algorithm == "affinity" else "vanilla"
-    serving = dataclasses.replace(system.serving, redundant_experts=recommendation.chosen.result.redundant)
+    chosen = recommendation.chosen.result
+    name: PolicyName = "affinity-async" if chosen.algorithm == "affinity" else "vanilla"
+    serving = dataclasses.replace(system.serving, redundant_experts=chosen.redundant)
     sized = dataclasses.replace(system, serving=serving)
-    day = Day(
-        sized, source, prefill=recommendation.phase == "prefill", windows=DAY_WINDOWS, tokens_per_gpu=min(tokens, 512)
-    )
-    results = day.run([Policy("none", 0), *(Policy(name, every) for every in (1, 2, 4, 8, -1))], progress)
+    day = Day(sized, source, prefill=recommendation.phase == "prefill", windows=DAY_WINDOWS, tokens_per_gpu=tokens)
+    rule = chosen.dispatch_rule if chosen.algorithm == "affinity" else None
+    results = day.run([Policy("none", 0), *(Policy(name, every, rule=rule) for every in (1, 2, 4, 8, -1))], progress)
     return best_interval(results, name)
 
 

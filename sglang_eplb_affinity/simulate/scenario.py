@@ -71,10 +71,12 @@ def mode_of(system: System, phase: Phase) -> DeepEPMode:
     return system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
 
 
-def rule_of_pass(rule: DispatchRule, system: System, tokens_per_gpu: float) -> DispatchRule:
-    """What a server that is asked for ``rule`` follows in a pass of so many tokens on each GPU."""
-    most = most_tokens(system.model.experts, system.model.top_k, system.cluster.gpus, own_tokens=True)
-    return LARGE_PASS_RULE if rule == "primary" and tokens_per_gpu > most else rule
+def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int) -> DispatchRule:
+    """The rule that a server asked for ``rule`` follows in a pass of so many tokens on each GPU."""
+    if rule != "primary":
+        return rule
+    most = most_tokens(system.model.experts, system.model.top_k, system.cluster.gpus, True)
+    return rule if tokens_per_gpu <= most else LARGE_PASS_RULE
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Interval:
 class PhaseResult:
     """One arm, phase and batch size on one system. Times in us (layer) and ms (step); one entry per resampled batch.
 
-    ``active_slots``: of a pass, those that have tokens on the GPU that has most of them, mean of layers and batches.
+    ``load_max_over_mean`` is of single passes of ``tokens_per_gpu``, the mean of them (what ``evaluate`` calls
+    ``pass_load_max_over_mean``), and ``active_slots`` those that have tokens on the GPU that has most of them.
     ``slowest``: which link or GPU was slowest in dispatch, experts and combine, and in how many of the layers.
     """
 
@@ -148,7 +151,6 @@ def run_batch(
 ) -> tuple[list[LayerTime], np.ndarray]:  # fmt: skip
     """Times of every layer, and float64 [layers, 3]: GPU fan-out, node fan-out, load max/mean."""
     times, figures = [], []
-    rule = rule_of_pass(rule, model.system, tokens_per_gpu)
     for layer in range(len(tokens)):
         traffic = batch_traffic(tokens[layer], source, expert_map, layer, model.system.topology, rule)
         times.append(model.layer(traffic, scale, mode, prefill, tokens_per_gpu))
@@ -173,8 +175,11 @@ def simulate(
     results = []
     for phase, tokens_per_gpu in phases:
         mode = mode_of(system, phase)
-        arms = [dataclasses.replace(arm, effort=effort) for arm in arms_of(algorithms, mode, rules)]
-        collected: dict[Arm, list[tuple[list[LayerTime], np.ndarray, float]]] = {arm: [] for arm in arms}
+        arms = [
+            dataclasses.replace(arm, effort=effort, rule=served_rule(arm.rule, system, tokens_per_gpu))
+            for arm in arms_of(algorithms, mode, rules)
+        ]
+        collected: list[list[tuple[list[LayerTime], np.ndarray, float]]] = [[] for _ in arms]
         for arm in arms:
             if (arm, mode) not in maps:
                 maps[arm, mode] = make_map(arm, window, system, mode)
@@ -182,13 +187,14 @@ def simulate(
                 progress(1)
         for number in range(resamples):
             batch = source.batch(tokens_per_gpu, system.cluster.gpus, phase == "prefill", number)
-            for arm in arms:
-                collected[arm].append(
-                    _one(batch, maps[arm, mode], arm, model, mode, phase == "prefill", tokens_per_gpu)
-                )
+            for arm, samples in zip(arms, collected, strict=True):
+                samples.append(_one(batch, maps[arm, mode], arm, model, mode, phase == "prefill", tokens_per_gpu))
                 if progress is not None:
                     progress(1)
-        results += [_result(system, phase, mode, tokens_per_gpu, arm, collected[arm]) for arm in arms]
+        results += [
+            _result(system, phase, mode, tokens_per_gpu, arm, samples)
+            for arm, samples in zip(arms, collected, strict=True)
+        ]
     return results
 
 

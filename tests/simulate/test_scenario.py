@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from sglang_eplb_affinity.simulate.scenario import (
     default_arm,
     gain_pct,
     make_map,
-    rule_of_pass,
     runs_of,
+    served_rule,
     simulate,
     with_overlap,
 )
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import load_system
+from tests.simulate.conftest import make_trace
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def results(system, source):
 
 def test_every_arm_and_phase_is_reported_and_adds_up(system, results):
     affinity = [(r.phase, r.dispatch_rule) for r in results if r.algorithm == "affinity"]
-    assert affinity == [("prefill", "cover"), ("decode", "static"), ("decode", "primary")] and len(results) == 7
+    assert affinity == [("prefill", "cover"), ("decode", "static"), ("decode", "cover_balanced")] and len(results) == 7
     for r in results:
         assert 0 < r.active_slots <= system.num_slots / system.cluster.gpus
         layer_us = r.dispatch_us.value + r.experts_us.value + r.combine_us.value + r.rest_us.value
@@ -66,8 +68,6 @@ def test_primary_has_one_active_slot_an_expert_in_small_passes_only(system, sour
     static, primary = simulate(wide, source, [("decode", 16)], ["affinity"], resamples=2, rules=rules)
     assert primary.active_slots == 16 / system.cluster.gpus < static.active_slots
     assert primary.experts_us.value < static.experts_us.value
-    assert rule_of_pass("primary", wide, 32) == "primary" and rule_of_pass("primary", wide, 10**6) == "cover_balanced"
-    assert rule_of_pass("static", wide, 10**6) == "static"
     assert runs_of(wide, [("decode", 64)], ["eplb", "affinity"], 2) == 9
 
 
@@ -108,6 +108,57 @@ def test_recommend_enables_what_gains(system, source):
     assert answer.enable
     assert answer.over_none.lower >= 1.0
     assert answer.to_json()["algorithm"] in ("eplb", "affinity")
+
+
+def made(algorithm, step_ms, results):
+    """A candidate of that algorithm whose every batch takes so long, with no calibration error."""
+    like = next(r for r in results if r.phase == "prefill" and r.algorithm == algorithm)
+    still = Interval(0.0, 0.0, 0.0)
+    return Candidate(replace(like, step_ms_samples=(step_ms,) * 3, dispatch_us=still, combine_us=still), 3, 0.0)
+
+
+def test_the_comparison_that_decides_is_printed(results):
+    cases = {  # step times of no EPLB, EPLB and affinity; what is chosen, and what must be said
+        (100.0, 104.0, 100.2): ("none", "but affinity against no EPLB: -0.2 %"),
+        (100.0, 90.0, 89.5): ("eplb", "affinity against EPLB: +0.6 % [+0.6, +0.6]; not surely 1 % or more"),
+        (100.0, 99.5, 99.3): ("none", "EPLB against no EPLB: +0.5 %"),
+        (100.0, 97.0, 94.0): ("affinity", "GPU fan-out"),
+    }
+    for times, (chosen, said) in cases.items():
+        candidates = [made(*pair, results) for pair in zip(ALGORITHMS, times, strict=True)]
+        answer = decide("prefill", candidates, 1.0)
+        assert answer.chosen.result.algorithm == chosen
+        assert any(said in reason for reason in answer.reasons), (said, answer.reasons)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_routing_of_other_layers_is_not_called_the_models(system, layers):
+    trace = make_trace(layers=layers)
+    label = RoutingSource(trace, None, system.model, np.arange(3)).label
+    assert f"another model or of some layers (made.npz: {layers} layers), stretched over 3 MoE layers" in label
+    assert RoutingSource(make_trace(), None, system.model, np.arange(3)).label == "recorded routing (made.npz)"
+
+
+def test_rules_of_recommend_and_day(system, source):
+    """Affinity under each rule against the same EPLB; cover_balanced sees the pass, so its load is the lower one."""
+    sized = replace(system, serving=replace(system.serving, redundant_experts=8))
+    rules = ("cover", "cover_balanced")
+    found = evaluate_candidates(sized, source, "prefill", 256, 2, None, [8], rules)
+    assert [c.result.algorithm for c in found] == ["none", "eplb", "affinity", "affinity"]
+    assert [c.result.dispatch_rule for c in found] == ["static", "static", *rules]
+    assert found[3].result.load_max_over_mean < found[2].result.load_max_over_mean
+    entry = decide("prefill", found, 0.0).to_json()
+    assert entry["pass_tokens"] == 256 and entry["pass_load_max_over_mean"] >= 1
+    loads = {}
+    for rule in rules:
+        day = Day(sized, source, windows=4, tokens_per_gpu=256, plan_tokens=1024)
+        loads[rule] = day.run([Policy("affinity", -1, rule=rule)])[0].mean("pass_load_max_over_mean")
+    assert 1 <= loads["cover_balanced"] < loads["cover"]
+
+
+def test_primary_is_served_in_small_passes_only(system):
+    assert served_rule("primary", system, 1) == "primary" and served_rule("primary", system, 4096) == "cover_balanced"
+    assert served_rule("cover", system, 4096) == "cover"
 
 
 def test_gain_interval_includes_the_calibration_error(results):
