@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -55,7 +56,7 @@ SAMPLE_TOKENS = 16384
     help="Expert groups of the model's routing (DeepSeek-V3: 8). affinity: a further start of the search; "
     "deepseek_hierarchical: placed on nodes as a whole.  [default: none; hierarchical: one per node]",
 )  # fmt: skip
-@click.option("--objective", type=click.Choice(["normal", "low_latency", "mixed"]), default="normal", show_default=True)
+@click.option("--objective", type=click.Choice(get_args(Objective)), default="normal", show_default=True)
 @click.option(
     "--prefill-share", type=float, default=None, help="Weight of normal mode in mixed (default: of the dump, else 0.5)."
 )

@@ -31,6 +31,7 @@ from sglang_eplb_affinity.simulate.replay import DayResult
 from sglang_eplb_affinity.simulate.scenario import PHASES, Interval, Phase
 from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
 from sglang_eplb_affinity.simulate.system import System, preset_names
+from sglang_eplb_affinity.simulate.v2_comparison import V2Comparison, compare_v2, comparison_runs
 
 
 @click.command("recommend")
@@ -48,8 +49,8 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 )  # fmt: skip
 @click.option(
     "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True,
-    help="Affinity's replica choice; may repeat: the best is taken.  [default: cover in normal mode, static and primary "
-    "in low latency]",
+    help="Affinity's replica choice; may repeat: the best is taken.  [default: static and primary in low latency, "
+    "else cover]",
 )  # fmt: skip
 @click.option("--min-gain", default=1.0, show_default=True, help="Least sure gain in % that is worth a switch.")
 @click.option("--layers", default=4, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")
@@ -92,7 +93,10 @@ def recommend_command(
     drifts = domains is not None and len(np.unique(domains)) > 1
     of_day = DAY_WINDOWS if drifts else 0
     total = sum(candidate_runs(system, phase, resamples, tried, rules) + of_day for phase in phases)
+    compares_v2 = "decode" in phases and system.serving.decode_mode != "v2"
+    total += comparison_runs(system, resamples, tried) if compares_v2 else 0
     answers: list[tuple[Recommendation, DayResult | None]] = []
+    with_v2: V2Comparison | None = None
     rows: dict[str, list[memory.MemoryRow]] = {}
     with progress(total, "comparing") as done:
         for phase in phases:
@@ -109,10 +113,14 @@ def recommend_command(
             if drifts and answer.enable:
                 day = recommend_interval(system, source, answer, tokens, done)
             answers.append((answer, day))
+            if phase == "decode" and compares_v2:
+                with_v2 = compare_v2(system, source, answer.chosen, tokens, resamples, done, tried)
     head = report.header(system, source.label, command_line())
     if out is not None:
         entries = [_entry(answer, day) for answer, day in answers]
         table = {phase: [row.to_json() for row in found] for phase, found in rows.items()}
+        if with_v2 is not None:
+            entries[phases.index("decode")]["deepep_v2"] = with_v2.to_json()
         full = {**head, "recommendations": entries, **({"memory": table} if rows else {})}
         write_atomically(out, (json.dumps(full, indent=1) + "\n").encode())
     if plot is not None:
@@ -120,6 +128,8 @@ def recommend_command(
     click.echo(f"SIMULATED. {system.name}, {system.cluster.gpus} GPUs. Routing: {source.label}.")
     for answer, day in answers:
         click.echo(_text(system, answer, day, drifts))
+        if answer.phase == "decode" and with_v2 is not None:
+            click.echo(f"  - {with_v2.text}")
         if answer.phase in rows:
             click.echo(
                 "  affinity by memory for experts; the knee is taken:\n" + memory.memory_table(rows[answer.phase])

@@ -106,11 +106,11 @@ def redundancy_choices(system: System) -> list[int]:
 
 
 def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
-    """DeepEP modes to compare. Between nodes nobody has published normal mode's latency for the few tokens of a decode
-    step, and a guess would decide; so there decode stays in the topology's mode."""
+    """Modes of DeepEP V1 to compare, or the topology's. Between nodes nobody has published normal mode's latency for
+    the few tokens of a decode step, and a guess would decide; so there decode stays in the topology's mode."""
     if phase == "prefill":
         return (system.serving.prefill_mode,)
-    if system.topology.num_nodes > 1:
+    if system.topology.num_nodes > 1 or system.serving.decode_mode == "v2":
         return (system.serving.decode_mode,)
     return ("low_latency", "normal")
 
@@ -118,13 +118,14 @@ def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
 def evaluate_candidates(
     system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
     progress: Callable[[int], object] | None = None, redundancies: Sequence[int] | None = None,
-    rules: Sequence[DispatchRule] = (),
+    rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Every candidate of one phase, with each of ``redundancies`` (:func:`redundancy_choices` without), affinity under
-    each of ``rules`` (:func:`arms_of` without). ``tokens`` of each GPU are one pass, which load is judged on."""
+    """Every candidate of one phase, with each of ``redundancies`` and ``modes`` (without: :func:`redundancy_choices`,
+    :func:`modes_of`), affinity under each of ``rules`` (:func:`arms_of` without). ``tokens`` of each GPU are one pass,
+    which load is judged on."""
     out = []
     for redundant in redundancies or redundancy_choices(system):
-        for mode in modes_of(system, phase):
+        for mode in modes or modes_of(system, phase):
             field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
             serving = dataclasses.replace(system.serving, redundant_experts=redundant, **{field: mode})  # type: ignore[arg-type]
             sized = dataclasses.replace(system, serving=serving)

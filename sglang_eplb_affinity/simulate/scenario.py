@@ -40,13 +40,13 @@ class Arm:
 
 
 def default_arm(algorithm: Algorithm, mode: DeepEPMode, rule: DispatchRule | None = None) -> Arm:
-    """SGLang's ``static`` for all but affinity in normal mode: ``cover`` joins copies, which low latency cannot use.
+    """SGLang's ``static`` for all but affinity: there ``cover`` joins copies, which low latency cannot use.
 
     ``rule`` replaces affinity's own.
     """
     if algorithm != "affinity":
         return Arm(algorithm, "static")
-    return Arm(algorithm, rule or ("cover" if mode == "normal" else "static"))
+    return Arm(algorithm, rule or ("static" if mode == "low_latency" else "cover"))
 
 
 def arms_of(algorithms: Sequence[Algorithm], mode: DeepEPMode, rules: Sequence[DispatchRule] = ()) -> list[Arm]:

@@ -68,7 +68,8 @@ class TimeModel:
             constants = self.calibration.phases[f"{mode}.{phase}"]
             load = link_bytes(counters, mode, phase, size, tokens, peers, constants)
             time = phase_time(constants, load, self._nvlink_scale, self._rdma_scale)
-            times.append(PhaseTime(time.us + constants.engine_us, time.slowest_link))
+            waits = mode == "normal" or prefill  # DeepEP V2's decode does not wait for counts on the CPU
+            times.append(PhaseTime(time.us + constants.engine_us * waits, time.slowest_link))
         slot_load = traffic.slot_load * scale
         experts_us, gpu = self.experts(slot_load)
         active = int(active_slots(slot_load.reshape(topology.num_gpus, -1)).max())
