@@ -14,11 +14,12 @@ from sglang_eplb_affinity.domain.errors import InputError
 
 HEAD = """# Model classes
 
-Made by `python -m bench docs` from the source of the {count} classes with experts in patched SGLang {version}: {supported}
-can be served with EPLB and maps, {redundant} of them with redundant experts; the others are refused at start-up. Draft
-models are not in the list: their experts stay in their own order, beside any target. Served and rebalanced in tests, with
-outputs that must not change: `Qwen3MoeForCausalLM`, `DeepseekV3ForCausalLM`, `Glm4MoeForCausalLM`, `Qwen2MoeForCausalLM`;
-of the others this says what their source says, and a server checks slots and weights again once they are loaded.
+Made by `python -m bench docs` from the source of the {count} classes with experts in patched SGLang {version}:
+{supported} can be served with EPLB and maps, {redundant} of them with redundant experts; the others are refused at
+start-up. Draft models are not in the list: their experts stay in their own order, beside any target. Served and
+rebalanced in tests, with outputs that must not change: `Qwen3MoeForCausalLM`, `DeepseekV3ForCausalLM`, `Glm4MoeForCausalLM` and
+`Qwen2MoeForCausalLM`; of the others this is what their source says, and a server checks slots and weights again once
+they are loaded.
 
 | class | EPLB and maps | redundant experts | why not |
 |---|---|---|---|
@@ -47,7 +48,8 @@ def models_page(version: str, classes: Sequence[ModelClass]) -> str:
 
 def _row(one: ModelClass) -> str:
     placed, redundant = ("no" if one.refusal else "yes"), ("yes" if one.redundant else "no")
-    return f"| `{one.architecture}` | {placed} | {redundant} | {one.refusal or ('' if one.redundant else NO_REDUNDANT)} |\n"
+    why = one.refusal or ("" if one.redundant else NO_REDUNDANT)
+    return f"| `{one.architecture}` | {placed} | {redundant} | {why} |\n"
 
 
 def figures_of_models() -> list[Figure]:

@@ -218,7 +218,8 @@ class AffinityRecorder:
         """Add one layer's choices.
 
         ``topk_ids`` [rows, >= top_k] LOGICAL ids of any integer type; columns beyond ``top_k`` (fused shared experts)
-        are left out, as are ids that are no expert's: -1, or LongCat-Flash's zero experts behind the others. ``num_valid_rows`` is a device scalar where only the device knows the number.
+        are left out, as are ids that are no expert's: -1, or LongCat-Flash's zero experts behind the others.
+        ``num_valid_rows`` is a device scalar where only the device knows the number.
         """
         if topk_ids.shape[0] == 0:
             return

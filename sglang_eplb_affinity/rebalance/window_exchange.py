@@ -39,7 +39,7 @@ class WindowShare(Protocol):
     """What this rank recorded, on its way from the device to the host."""
 
     def wait(self) -> tuple[int, np.ndarray, torch.Tensor]:
-        """Blocks. (tokens seen; int64 [phases, layers, experts]; int16 [layers, sampled of them, k] in random order)."""
+        """Blocks. (tokens seen; int64 [phases, layers, experts]; int16 [layers, rows sampled, k] in random order)."""
 
 
 class WindowSource(Protocol):

@@ -95,7 +95,7 @@ def check(args: ServerArguments) -> None:
         check_placed(args, "EPLB" if args.enable_eplb else INITIAL_MAP)
         if shape.zero_experts:
             raise InputError(
-                f"{args.model_path}: its router also chooses {shape.zero_experts} zero experts, which no map can place; "
+                f"{args.model_path}: its router also chooses {shape.zero_experts} zero experts, which no map has; "
                 "leave out EPLB and --init-expert-location"
             )
     if ours or args.eplb_async:

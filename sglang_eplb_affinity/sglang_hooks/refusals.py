@@ -32,8 +32,8 @@ def check_moving(args: ServerArguments, flag: str) -> None:
     for name in ("moe_runner_backend", "moe_a2a_backend"):
         if getattr(args, name) == "flashinfer_megamoe":
             raise InputError(
-                f"--{name.replace('_', '-')} flashinfer_megamoe: keeps the experts' weights in objects of its own, where "
-                f"{flag} cannot move them; use another backend, such as deepep with deep_gemm"
+                f"--{name.replace('_', '-')} flashinfer_megamoe: keeps experts' weights in objects of its own, "
+                f"where {flag} cannot move them; use another backend, such as deepep with deep_gemm"
             )
     if not args.eplb_async and args.ep_size != args.tp_size:
         raise InputError(

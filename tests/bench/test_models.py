@@ -82,6 +82,6 @@ def test_classes_with_experts_are_judged_by_what_they_and_their_bases_define(sgl
 
 def test_the_page_counts_and_says_why(sglang: Path) -> None:
     page = models_page("1.2.3", model_classes(sglang))
-    assert "the 5 classes with experts in patched SGLang 1.2.3: 3\ncan be served" in page and "2 of them with" in page
+    assert "the 5 classes with experts in patched SGLang 1.2.3:\n3 can be served" in page and "2 of them with" in page
     assert "| `FewForCausalLM` | yes | no | makes no slots for redundant experts |" in page
     assert "| `ZeroForCausalLM` | no | no | zero experts cannot be placed |" in page

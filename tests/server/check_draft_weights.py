@@ -58,7 +58,9 @@ def update(model: Model, way: str) -> tuple[bool, str]:
         tp_rank=0,
         device="cpu",
         gpu_id=0,
-        model_config=SimpleNamespace(model_path="", revision=None, dtype=torch.float32, quantization=None, hf_config=SimpleNamespace()),
+        model_config=SimpleNamespace(
+            model_path="", revision=None, dtype=torch.float32, quantization=None, hf_config=SimpleNamespace()
+        ),
         custom_weight_loaders={},
         get_model=lambda: model,
         update_model_fields=lambda *args, **kwargs: None,

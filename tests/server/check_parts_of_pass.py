@@ -18,7 +18,14 @@ BUCKETS = (8, 16, 32, 64)  # token counts of captured graphs; larger passes run 
 
 
 def parallel_of(rank: int) -> dict[str, int]:
-    sizes = {"tp_size": RANKS, "attn_tp_size": RANKS, "moe_ep_size": RANKS, "attn_cp_size": 1, "attn_dp_size": 1, "num_dp_ranks": 1}
+    sizes = {
+        "tp_size": RANKS,
+        "attn_tp_size": RANKS,
+        "moe_ep_size": RANKS,
+        "attn_cp_size": 1,
+        "attn_dp_size": 1,
+        "num_dp_ranks": 1,
+    }
     ranks = {"tp_rank": rank, "attn_tp_rank": rank, "moe_ep_rank": rank, "attn_cp_rank": 0, "attn_dp_rank": 0}
     return {**sizes, **ranks, "moe_tp_rank": 0, "attn_dp_enabled": False}
 

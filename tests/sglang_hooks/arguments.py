@@ -8,7 +8,8 @@ TEXT = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3, "fir
 
 def server_arguments(**flags: Any) -> Any:
     config = SimpleNamespace(
-        hf_config=SimpleNamespace(n_group=2, architectures=["Model"]), hf_text_config=SimpleNamespace(**TEXT),
+        hf_config=SimpleNamespace(n_group=2, architectures=["Model"]),
+        hf_text_config=SimpleNamespace(**TEXT),
         context_len=4096,
     )
     defaults = dict(

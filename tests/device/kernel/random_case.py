@@ -108,7 +108,9 @@ def run(case: Case, device: str, passes: int = 3) -> None:
     for number in range(passes):
         for side in (ours, reference):
             if side.recorder is not None:
-                side.recorder.begin_pass([tokens + case.first_token for tokens, _ in case.groups], phase=number % 2, record=number != 1)
+                side.recorder.begin_pass(
+                    [tokens + case.first_token for tokens, _ in case.groups], phase=number % 2, record=number != 1
+                )
         for layer in range(case.layers):
             ids = random_ids(random, rows.num_rows, case).to(device)
             valid = torch.tensor(int(random.integers(0, rows.num_rows + 1)), device=device) if case.valid else None
