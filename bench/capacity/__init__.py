@@ -1,1 +1,1 @@
-"""The tables and figures of docs/capacity_planning.md, all simulated, from one command."""
+"""The tables and figures of docs/capacity_results.md, all simulated, from one command."""

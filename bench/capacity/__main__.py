@@ -1,4 +1,4 @@
-"""`python -m bench.capacity`: every simulated table of docs/capacity_planning.md, and its headline figures."""
+"""`python -m bench.capacity`: every simulated table of docs/capacity_results.md, and its headline figures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
-PAGE = "docs/capacity_planning.md"
+PAGE = "docs/capacity_results.md"
 DEEPEP = ("results/deepep/h200-x2.json", "results/deepep/h200-x4.json")
 FULL, SMALL = ("--layers", "6", "--resamples", "8"), ("--layers", "4", "--resamples", "5")
 RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -124,7 +124,7 @@ def calibration_command(out: Path) -> None:
 @main.command("docs")
 @click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder with results.")
 def docs_command(out: Path) -> None:
-    """Put the tables of the last run into docs/capacity_planning.md."""
+    """Put the tables of the last run into docs/capacity_results.md."""
     fill(ROOT / PAGE, ROOT / out)
 
 

@@ -1,4 +1,4 @@
-"""Put the tables into docs/capacity_planning.md, between markers, so that the page always shows the last run."""
+"""Put the tables into docs/capacity_results.md, between markers, so that the page always shows the last run."""
 
 from __future__ import annotations
 
@@ -34,8 +34,31 @@ def compact_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gains_table(folder: Path) -> str:
+    """Markdown: the gain over EPLB of each preset and size of ``folder``, a column for each phase and DeepEP mode."""
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for file in sorted(folder.glob("*.json")):
+        data = json.loads(file.read_text())
+        for r in data.get("results", ()) if "system" in data else ():
+            gain = r.get("gain_pct_over_eplb") if r["algorithm"] == "affinity" else None
+            if gain is not None:
+                cell = f"{gain['value']:+.1f} % [{gain['lower']:+.1f}, {gain['upper']:+.1f}]"
+                title = f"{r['phase']}, {r['mode'].replace('_', ' ')}"
+                rows.setdefault((file.stem, r["gpus"]), {})[title] = f"{cell}, +{r['redundant']}"
+    if not rows:
+        raise InputError(f"docs: no simulated results in {folder.name}; run `python -m bench.capacity all`")
+    columns = list(dict.fromkeys(title for cells in rows.values() for title in cells))
+    lines = ["| cluster | GPUs | " + " | ".join(columns) + " |", "|---|---:|" + "---|" * len(columns)]
+    for (name, gpus), cells in sorted(rows.items()):
+        values = " | ".join(cells.get(column, "") for column in columns)
+        lines.append(f"| [{name}](../results/simulate/{name}.md) | {gpus} | {values} |")
+    return "\n".join(lines)
+
+
 def table_named(name: str, folder: Path) -> str:
-    """A result of ``folder`` as Markdown: NAME.json of `simulate`, else NAME.md or NAME.txt as it is."""
+    """A result of ``folder`` as Markdown: `gains` of all, NAME.json of `simulate`, else NAME.md or NAME.txt."""
+    if name == "gains":
+        return gains_table(folder)
     path = folder / f"{name}.json"
     if path.is_file() and not name.startswith("day-"):
         return compact_table(json.loads(path.read_text()))

@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.harness.profile import ServerConfig
 from sglang_eplb_affinity.dispatch.evaluate import NO_PASS_LOAD, ONE_PASS, dealt_sources, measure_layer
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, RuleNumber
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, RuleNumber, planned_rule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow, coactivation_of
 from sglang_eplb_affinity.domain.topology import Topology
@@ -93,7 +93,7 @@ def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology
 def dispatch_rule(config: ServerConfig) -> DispatchRule:
     """The profile's; without one the server picks replicas as `dynamic` does."""
     value = flag_value(config, "--ep-dispatch-algorithm")
-    return value if value in DISPATCH_RULES else "dynamic"
+    return planned_rule(value) if value in DISPATCH_RULES else "dynamic"
 
 
 def flag_value(config: ServerConfig, flag: str) -> str | None:

@@ -58,6 +58,8 @@ ITERATIONS = 100
 # A mean error after rebalances over that before. There are about 1300 values a prefill and 32 a decode of 8 prompts.
 TOLERANCE = {"prefill": 1.25, "decode": 1.5}
 EXACT = 1e-5  # a float32 server's error is rounding, whatever the placement
+# What low-latency mode is asked for, of a rank.
+DISPATCH_TOKENS = {"auto": 128, "normal": 128, "low_latency": 1024}
 INTERVAL = ("--eplb-rebalance-num-iterations", str(ITERATIONS))
 CPU_SIZES = MoeSizes(layers=3, hidden=64, expert_width=32, heads=2, kv_heads=1, head_dim=32)
 Differences = dict[str, np.ndarray]  # of prefill and decode, one dimension each
@@ -73,7 +75,9 @@ def server_flags(gpus: int, cpu: bool = False, mode: str = "auto") -> list[str]:
     if cpu:
         return [*cpu_flags(), "--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", *INTERVAL]
     flags = [*deepep_flags(gpus), "--deepep-mode", mode, "--cuda-graph-max-bs-decode", "32"]
-    flags += [*SHARED_MEMORY, "--max-total-tokens", "50000", "--chunked-prefill-size", "4096"]
+    # Low latency prefills in that mode too, each rank its share of a chunk.
+    chunk = str(gpus * DISPATCH_TOKENS[mode]) if mode == "low_latency" else "4096"
+    flags += [*SHARED_MEMORY, "--max-total-tokens", "50000", "--chunked-prefill-size", chunk]
     flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
     return [*flags, *INTERVAL]
 
@@ -241,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = (
         cpu_environment(2) | own_models_only()
         if options.cpu
-        else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "128"}
+        else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(DISPATCH_TOKENS[options.mode])}
     )
     command = "python -m bench.gpu.rebalance_check --out FILE.json" + (" --cpu" if options.cpu else "")
     command += (f" --mode {options.mode}" if options.mode != "auto" else "") + str(hosts)

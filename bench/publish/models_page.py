@@ -16,8 +16,8 @@ HEAD = """# Model classes
 
 Made by `python -m bench docs` from the source of the {count} classes with experts in patched SGLang {version}:
 {supported} can be served with EPLB and maps, {redundant} of them with redundant experts; the others are refused at
-start-up. Draft models are not in the list: their experts stay in their own order, beside any target. Served and
-rebalanced in tests, with outputs that must not change: `Qwen3MoeForCausalLM`, `DeepseekV3ForCausalLM`, `Glm4MoeForCausalLM` and
+start-up. Draft models are not in the list: their experts stay in their own order, beside any target. Served in tests,
+with rebalances that must not change outputs: `Qwen3MoeForCausalLM`, `DeepseekV3ForCausalLM`, `Glm4MoeForCausalLM` and
 `Qwen2MoeForCausalLM`; of the others this is what their source says, and a server checks slots and weights again once
 they are loaded.
 

@@ -14,7 +14,7 @@ from bench.publish.result_blocks import update_blocks
 from bench.publish.results_page import results_page
 from bench.publish.summary import Figure
 
-TABLES = {"capacity_planning.md": "simulate"}
+TABLES = {"capacity_results.md": "simulate"}
 """Pages with tables of a folder of results/."""
 _SHOWN = "gpus, window ="  # where the part of the example begins that the README shows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ PLACEMENT_TITLES = {
     "node_fanout": "node fan-out",
     "remote_node_copies": "copies to other nodes",
 }
+_TEXTS = ("arm", "load", "void", "finished", "commit", "hardware", "sglang", "sitting", "link", "kind")
 CPU_NOTE = "Measured on a CPU with a small model: these speeds say nothing about a GPU."
 
 
@@ -76,13 +76,10 @@ def _row(record: CellRecord) -> dict[str, Any]:
 
 
 def write_tables(folder: RunFolder, plan: RunPlan) -> pd.DataFrame:
-    """Write cells.csv, cells.parquet and table.md of a run; returns the tidy table."""
+    """Write cells.csv and table.md of a run; returns the tidy table."""
     latest = folder.store.latest()
     frame = tidy(latest[cell] for cell in plan.cells() if cell in latest)
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
     write_atomically(folder.path / "cells.csv", frame.to_csv(index=False).encode())
-    write_atomically(folder.path / "cells.parquet", buffer.getvalue())
     missing = [cell for cell in plan.cells() if cell not in latest]
     markdown = render(frame, plan, folder.environment(), missing)
     write_atomically(folder.path / "table.md", markdown.encode())
@@ -96,7 +93,8 @@ def main_load(frame: pd.DataFrame) -> pd.DataFrame:
 
 def read_table(folder: Path) -> pd.DataFrame:
     """The rows of the main load."""
-    return main_load(pd.read_parquet(folder / "cells.parquet"))
+    frame = pd.read_csv(folder / "cells.csv", dtype=dict.fromkeys(_TEXTS, "str"), keep_default_na=True)
+    return main_load(frame.fillna({name: "" for name in ("load", "void") if name in frame}))
 
 
 def over_blocks(frame: pd.DataFrame) -> pd.DataFrame:

@@ -9,18 +9,16 @@ import click
 import pandas as pd
 from tqdm import tqdm
 
-from bench.harness.engine import ROOT
 from bench.harness.environment import describe_environment
 from bench.harness.output_paths import ResultFolder, write_result
 from bench.requests.joint import Search
-from bench.requests.report import entries, fill_page
+from bench.requests.report import entries, write_tables
 from bench.requests.study import Case, CaseStudy, cases_for
 from bench.requests.workload import StudyTraces
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.simulate.system import load_system, preset_names
 
-PAGE = "docs/request_routing.md"
 _out = click.option(
     "--out", type=ResultFolder(), default="results/requests", show_default=True, help="Folder for results."
 )
@@ -64,9 +62,9 @@ def run(trace: str, topology: str, labels: tuple[str, ...], search: bool, out: P
 @main.command()
 @_out
 def report(out: Path) -> None:
-    """Tables of the results into docs/request_routing.md, and entries for `bench summary add`."""
+    """Tables of the results beside them, and entries for `bench summary add`."""
     write_result(out / "summary_entries.json", {"entries": entries(out)})
-    fill_page(ROOT / PAGE, out)
+    write_tables(out)
     click.echo(json.dumps({e["name"]: e["value"] for e in entries(out)}))
 
 

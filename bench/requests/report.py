@@ -16,7 +16,10 @@ COLUMNS = (
     "case", "phase", "remote copies to GPUs / nodes", "load", "queue", "step ms", "gain", "gain within the rule",
     "gain if all links and GPUs were level", "same prompt met again",
 )  # fmt: skip
-BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
+HEAD = (
+    "The fastest row that does not look at experts -> the fastest dealt by experts; docs/request_routing.md says what "
+    "each column means. Copies are per token: of tokens in prefill, of (token, expert) in decode."
+)
 ENTRY_CASE = ("olmoe", 8, 2, "decode", "planned, normal", "nearest, band 2%")
 
 
@@ -61,14 +64,11 @@ def _cells(found: Verdict, rows: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
-def fill_page(page: Path, folder: Path) -> None:
-    """Put the tables between the page's markers; traces without a marker have no table there."""
-    text = page.read_text()
+def write_tables(folder: Path) -> None:
+    """NAME.md beside each NAME.csv."""
     for name, (rows, _) in load_results(folder).items():
-        head, found, tail = text.partition(BEGIN.format(name) + "\n")
-        if found:
-            text = f"{head}{found}{table(rows)}\n{END}{tail.partition(END)[2]}"
-    write_atomically(page, text.encode())
+        text = f"# {name}, simulated\n\n{HEAD}\n\n{table(rows)}\n"
+        write_atomically(folder / f"{name}.md", text.encode())
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

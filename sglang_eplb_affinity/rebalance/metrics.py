@@ -16,6 +16,8 @@ from sglang_eplb_affinity.dispatch.evaluate import moved_experts
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.layer_figures import FIGURES, LayerFigures
+from sglang_eplb_affinity.rebalance.delivery import OF_MAP, Delivery
 from sglang_eplb_affinity.rebalance.round_record import Result, RoundRecord
 
 PREFIX = "eplb_affinity_"
@@ -40,6 +42,19 @@ class Metric:
         return PREFIX + self.name + ("_total" if self.kind == "counter" else "")
 
 
+_FIGURES = {
+    "load": "Most loaded GPU over mean",
+    "gpu_fanout": "Distinct GPUs per token and layer",
+    "node_fanout": "Distinct nodes per token and layer",
+    "cost": "The plan's objective, in copies to another GPU per token and layer,",
+}
+_OF_MAP = {
+    "promised": "of the map in force on the window that it was planned on.",
+    "delivered": "of the map in force on the last window.",
+    "previous_map": "of the map before it on the last window.",
+    "best_map": "of the best map that each layer has had on the last window.",
+}
+
 METRICS: tuple[Metric, ...] = (
     Metric("rebalances", "counter", "Rebalance rounds by result.", ("result",)),
     Metric("phase_seconds", "histogram", "Seconds of a round by phase; total is the whole.", ("phase",), _SECONDS),
@@ -52,6 +67,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("node_fanout", "gauge", "Distinct nodes per token and layer on the last window.", ("map",)),
     Metric("remote_gpu_copies", "gauge", "Copies of a token to other GPUs per layer on the last window.", ("map",)),
     Metric("remote_node_copies", "gauge", "Copies of a token to other nodes per layer on the last window.", ("map",)),
+    *(Metric(f"{of}_{name}", "gauge", f"{_FIGURES[name]} {_OF_MAP[of]}") for of in OF_MAP for name in FIGURES),
+    Metric("layer_regret", "gauge", "By what fraction the map in force is worse than the layer's best.", ("layer",)),
+    Metric("regret", "gauge", "Mean over layers of layer_regret."),
+    Metric("returned_layers", "counter", "Layers that went back to their best map."),
     Metric("window_tokens", "gauge", "Token-expert assignments of the last window, layer that has most."),
     Metric("relocated_experts", "gauge", "Slots whose expert is not on the GPU of SGLang's start placement."),
     Metric("last_round_timestamp_seconds", "gauge", "Unix time of the end of the last round."),
@@ -88,7 +107,7 @@ class PlacementMetrics:
             self._metrics[metric.name] = classes[metric.kind](PREFIX + metric.name, metric.help, names, **options)
         for result in RESULTS:  # so that rates see the first failure as a change from 0
             self._of("rebalances", result=result).inc(0)
-        for name in ("moved_experts", "moved_bytes", "committed_layers"):
+        for name in ("moved_experts", "moved_bytes", "committed_layers", "returned_layers"):
             self._of(name).inc(0)
         self._of("commit_seconds")
         self._of("last_commit_timestamp_seconds").set(time.time())
@@ -108,6 +127,8 @@ class PlacementMetrics:
         for name, figures in (("contiguous", record.contiguous), ("before", record.before), ("after", record.after)):
             if figures is not None:
                 self.set_figures(name, figures)
+        if record.delivery is not None:
+            self._set_delivery(record.delivery)
         self._of("window_tokens").set(record.tokens)
         self._of("last_round_timestamp_seconds").set(now)
         if record.committed_layers:
@@ -118,6 +139,20 @@ class PlacementMetrics:
         """Of the map ``name``: contiguous, before or after."""
         for key in MapFigures.__dataclass_fields__:
             self._of(key, map=name).set(getattr(figures, key))
+
+    def set_means(self, of: str, figures: LayerFigures) -> None:
+        """``of``: a name of OF_MAP."""
+        for name, value in figures.means().items():
+            self._of(f"{of}_{name}").set(value)
+
+    def _set_delivery(self, delivery: Delivery) -> None:
+        for of, figures in delivery.figures():
+            self.set_means(of, figures)
+        for layer, value in enumerate(delivery.regret):
+            if value == value:  # nan without traffic
+                self._of("layer_regret", layer=str(layer)).set(value)
+        self._of("regret").set(delivery.mean_regret)
+        self._of("returned_layers").inc(len(delivery.returned))
 
     def _of(self, name: str, **labels: str) -> Any:
         values = {**self.labels, **labels}

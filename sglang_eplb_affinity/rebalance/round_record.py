@@ -14,6 +14,7 @@ import numpy as np
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.rebalance.delivery import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class RoundRecord:
     ``phase_seconds``: wall time by phase.
     ``commit_ms``: for each committed layer the time that the forward passes stood still for it on this rank.
     ``passes``: forward passes from the trigger to the end of the round. ``routing_checksum``: SHA-256 of the window's
-    counts and token sample.
+    counts and token sample. ``delivery``: what the map in force gave on that window, beside what was promised.
     """
 
     result: Result
@@ -54,6 +55,7 @@ class RoundRecord:
     seconds: float = 0.0
     reason: str | None = None
     routing_checksum: str | None = None
+    delivery: Delivery | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The log line: flat, figures as ``NAME_contiguous``, ``NAME_before`` and ``NAME_after``, phases as
@@ -73,6 +75,8 @@ class RoundRecord:
             if figures is not None:
                 for name in MapFigures.__dataclass_fields__:
                     line[f"{name}_{when}"] = round(getattr(figures, name), 4)
+        if self.delivery is not None:
+            line |= self.delivery.to_json()
         for phase, seconds in self.phase_seconds.items():
             line[f"{phase}_seconds"] = round(seconds, 4)
         if self.commit_ms:

@@ -51,6 +51,11 @@ def server_info(record: Any) -> dict[str, Any]:
     return info
 
 
+def internal_state() -> dict[str, Any]:
+    """What a scheduler's entry in /server_info's ``internal_states`` says besides SGLang's own: the last round."""
+    return {} if process.last_round is None else {"eplb_affinity": process.last_round}
+
+
 def recorder_class(base: type) -> type:
     from sglang_eplb_affinity.sglang_hooks import sglang_classes
 

@@ -12,9 +12,11 @@ from sglang_eplb_affinity.sglang_hooks.location import map_of
 from sglang_eplb_affinity.sglang_hooks.settings import Settings
 
 if TYPE_CHECKING:
+    from sglang_eplb_affinity.domain.expert_map import ExpertMap
     from sglang_eplb_affinity.domain.routing import RoutingWindow
     from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
     from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
+    from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ def start(settings: Settings, dp_rank: int | None) -> None:
     metadata = get_global_expert_location_metadata()
     if metadata is None:
         return
+    process.observers.append(_LastRound())
     if process.loaded_map is not None:
         process.observers.append(process.loaded_map)
     if settings.reports.labels is not None:
@@ -39,6 +42,13 @@ def start(settings: Settings, dp_rank: int | None) -> None:
             logger.exception("[eplb-affinity] no metrics of placement")
     if settings.reports.record_map is not None:
         process.observers.append(_map_recorder(settings, settings.reports.record_map))
+
+
+class _LastRound:
+    """For /server_info, which the scheduler's thread answers: one assignment, nothing is computed there."""
+
+    def round_finished(self, record: RoundRecord, in_force: ExpertMap) -> None:
+        process.last_round = record.to_json()
 
 
 def window_recorded(window: RoutingWindow) -> None:

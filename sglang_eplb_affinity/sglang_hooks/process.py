@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang_eplb_affinity.device.forced_routing import ForcedRouting
@@ -20,6 +20,9 @@ forced_routing: ForcedRouting | None = None
 
 observers: list[RoundObserver] = []
 """Told on rank 0 after every round."""
+
+last_round: dict[str, Any] | None = None
+"""On rank 0, the record of the last round with the keys of its log line."""
 
 loaded_map: LoadedMap | None = None
 """Set on rank 0 once a map is loaded."""

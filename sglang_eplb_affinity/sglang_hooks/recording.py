@@ -50,6 +50,7 @@ class ServerRecorder:
         self.records_from_start = bool(recording.log_passes)
         self._owner = owner
         self._schedule = RecordSchedule(recording.every, recording.last_passes, recording.interval)
+        self._records_phase = recording.records_phase
         self._passes = 0
         self._records_pass = True
         self._on_cuda = settings.device.startswith("cuda")
@@ -82,7 +83,7 @@ class ServerRecorder:
         if self._reduction.contributes:
             mode = forward_batch.forward_mode  # a speculative decode step verifies several tokens, as a short extend
             phase = 0 if mode.is_extend() and not mode.is_target_verify() else 1
-            self._records_pass = self._schedule.records(self._passes)
+            self._records_pass = self._schedule.records(self._passes) and self._records_phase(phase)
             self.recorder.begin_pass(self._tokens_of_groups(forward_batch), phase, self._records_pass)
         self._passes += 1
 

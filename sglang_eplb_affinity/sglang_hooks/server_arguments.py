@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 ALGORITHM = "affinity"
 INITIAL_MAP = "--init-expert-location"
@@ -15,7 +15,9 @@ ADDED = (
     "eplb_affinity_max_load_increase",
     "eplb_affinity_max_moves",
     "eplb_affinity_nodes",
+    "eplb_affinity_phase",
     "eplb_affinity_primary_tokens",
+    "eplb_affinity_survive",
     "eplb_async",
     "eplb_async_layers_in_flight",
     "eplb_min_gain",
@@ -40,7 +42,9 @@ class ServerArguments(Protocol):
     eplb_affinity_max_load_increase: float
     eplb_affinity_max_moves: int | None
     eplb_affinity_nodes: int | None
+    eplb_affinity_phase: Literal["prefill", "decode", "both"] | None
     eplb_affinity_primary_tokens: int | None
+    eplb_affinity_survive: Literal["none", "rank", "node"]
     eplb_async: bool
     eplb_async_layers_in_flight: int
     eplb_async_phase_limit: float
@@ -56,6 +60,7 @@ class ServerArguments(Protocol):
     chunked_prefill_size: int | None
     deepep_mode: str
     device: str
+    disaggregation_mode: str
     dp_size: int
     elastic_ep_backend: str | None
     enable_dp_attention: bool

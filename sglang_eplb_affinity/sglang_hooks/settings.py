@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from sglang_eplb_affinity.device.recorder import PHASES
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, planned_rule
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import Objective, PlannerConfig
@@ -18,9 +19,11 @@ from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, Server
 class RecordingSettings:
     """Passes and tokens of the affinity recorder. ``max_pass_tokens``: that a pass of one data-parallel group can have.
 
-    ``interval``: passes from one rebalance to the next. ``log_passes``: of the load log, 0: off.
+    ``phase``: of the passes that are recorded, and so planned for. ``interval``: passes from one rebalance to the next.
+    ``log_passes``: of the load log, 0: off.
     """
 
+    phase: Literal["prefill", "decode", "both"] = "both"
     every: int = 1
     last_passes: int | None = None
     interval: int = 1000
@@ -30,9 +33,14 @@ class RecordingSettings:
     log_passes: int = 0
     speculative: bool = False
 
+    def records_phase(self, phase: int) -> bool:
+        """``phase``: index into PHASES of the recorder."""
+        return self.phase in ("both", PHASES[phase])
+
     @staticmethod
     def of(args: ServerArguments) -> RecordingSettings:
         return RecordingSettings(
+            phase=topk_flags.recorded_phase(args),
             every=args.expert_affinity_record_every,
             last_passes=args.expert_affinity_record_last_passes,
             interval=args.eplb_rebalance_num_iterations,
@@ -184,4 +192,5 @@ def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int |
         max_moves=args.eplb_affinity_max_moves,
         minimum_gain=args.eplb_min_gain or None,
         num_groups=num_groups,
+        survive=args.eplb_affinity_survive,
     )

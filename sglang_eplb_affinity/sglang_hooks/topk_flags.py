@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sglang_eplb_affinity.dispatch.rules import OWN_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
@@ -65,6 +67,31 @@ def replaces_counts(args: ServerArguments) -> bool:
     """
     plans_on_ours = is_ours(args) or (args.enable_eplb and args.eplb_async)
     return plans_on_ours and not args.enable_expert_distribution_metrics
+
+
+def recorded_phase(args: ServerArguments) -> Literal["prefill", "decode", "both"]:
+    """Of --eplb-affinity-phase; a server of prefill-decode disaggregation runs passes of its role only."""
+    if args.eplb_affinity_phase is not None:
+        return args.eplb_affinity_phase
+    roles: dict[str, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
+    return roles.get(args.disaggregation_mode, "both")
+
+
+def check_phase(args: ServerArguments) -> None:
+    """--eplb-affinity-phase must name passes that the server runs, and something must be recorded."""
+    phase, role = args.eplb_affinity_phase, args.disaggregation_mode
+    if phase is None:
+        return
+    if not records_affinity(args):
+        raise InputError(
+            f"--eplb-affinity-phase {phase}: nothing is recorded; leave it out or give --eplb-algorithm affinity or "
+            "--enable-expert-affinity-recorder"
+        )
+    if {phase, role} == {"prefill", "decode"}:
+        raise InputError(
+            f"--eplb-affinity-phase {phase}: with --disaggregation-mode {role} the server runs {role} passes only; "
+            "leave it out"
+        )
 
 
 def check_schedule(args: ServerArguments) -> None:

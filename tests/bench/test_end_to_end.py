@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from bench.engines.emulated_hosts import NAMES, emulation_missing
 from bench.harness.engine import ROOT, check_sglang
 from bench.harness.profile import PROFILE_DIR
 from bench.harness.side_by_side import free_port
+from bench.publish.table import read_table
 from sglang_eplb_affinity.domain.errors import InputError
 
 pytestmark = pytest.mark.server
@@ -64,7 +64,7 @@ def test_affinity_arm_from_prompts_to_report(tmp_path: Path) -> None:
     done = bench_run(tmp_path, "one", *options)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    (row,) = pd.read_parquet(tmp_path / "one" / "cells.parquet").to_dict("records")
+    (row,) = read_table(tmp_path / "one").to_dict("records")
     # The first of the two slots begins with half a request.
     assert row["valid"] and row["completed"] == 10 and row["output_tokens"] == 8 + 9 * 16
     assert row["rebalances"] >= 1 and row["rebalances_failed"] == 0

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
+import jupytext
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.text import Text
 
@@ -12,9 +12,9 @@ from bench.harness.engine import ROOT
 from bench.harness.probe import save_window
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey
-from bench.publish.report import build_report, load_run, plot_figures, write_plots
+from bench.publish.report import NOTEBOOK, build_report, caveats, load_run, plot_figures, write_plots
 from bench.publish.routing_plots import inside
-from bench.publish.table import CPU_NOTE, over_blocks, tidy, write_tables
+from bench.publish.table import CPU_NOTE, over_blocks, read_table, tidy, write_tables
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
@@ -24,12 +24,12 @@ from tests.bench.conftest import make_record
 from tests.bench.loads import closed_loop
 
 
-def test_csv_and_parquet_hold_the_same_table(run_folder: RunFolder) -> None:
+def test_the_csv_file_holds_the_table(run_folder: RunFolder) -> None:
     frame = write_tables(run_folder, run_folder.plan())
-    parquet = pd.read_parquet(run_folder.path / "cells.parquet")
-    csv = pd.read_csv(run_folder.path / "cells.csv")
-    assert len(frame) == len(parquet) == len(csv) == 5
-    assert list(parquet["p50_ttft_ms"].dropna()) == pytest.approx(list(csv["p50_ttft_ms"].dropna()))
+    csv = read_table(run_folder.path)
+    assert len(frame) == len(csv) == 5 and not any(csv["load"])
+    assert list(csv["void"]) == list(frame["void"]) and list(csv["valid"]) == list(frame["valid"])
+    assert list(csv["p50_ttft_ms"].dropna()) == pytest.approx(list(frame["p50_ttft_ms"].dropna()))
     assert list(frame["arm"]) == ["none", "vanilla", "affinity", "none", "affinity"]
 
 
@@ -172,6 +172,25 @@ def test_an_emulated_link_is_named_in_every_table_and_plot(run_folder: RunFolder
     assert "50 GB/s" in run.note and set(run.cells["kind"]) == {"measured"}  # as the records say
     for figure in plot_figures(run).values():
         assert "emulated link" in " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+
+
+def test_the_notebook_opens_with_the_first_screen_and_says_what_stands_against_it(run_folder: RunFolder) -> None:
+    cpu = caveats(replace(run_folder.plan(), blocks=1))
+    write_tables(run_folder, gpu_run(run_folder, "emulated50"))
+    run = load_run(run_folder.path)
+    assert run.opening.startswith("Every server got the same requests") and "## " not in run.opening
+    assert any("50 GB/s" in caveat for caveat in run.caveats) and not run.on_cpu
+    assert CPU_NOTE in cpu and any("a difference cannot be told from noise" in caveat for caveat in cpu)
+    cells = [cell.source for cell in jupytext.read(NOTEBOOK).cells]
+    shown = [
+        "run.opening",
+        "ratio_plot",
+        "run.caveats",
+        "latency_plot",
+        "run.markdown",
+    ]  # question, table, plot, caveat
+    at = [next(i for i, cell in enumerate(cells) if part in cell) for part in shown]
+    assert at == sorted(at) and "Does placing experts by affinity help?" in cells[0]
 
 
 @pytest.mark.parametrize("rule", ["static", "dynamic", "cover"])

@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.layer_figures import LayerFigures
+from sglang_eplb_affinity.rebalance.delivery import METRIC_NAMES, Delivery
 from sglang_eplb_affinity.rebalance.metrics import METRICS, PREFIX, PlacementMetrics
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 
@@ -19,11 +21,20 @@ ROOT = Path(__file__).parents[2]
 LABELS = {"model_name": "m"}
 HOME = ExpertMap.contiguous(2, 4, 4)
 SWAPPED = ExpertMap(np.array([[0, 1, 2, 3], [2, 1, 0, 3]]), 4)
+NAN = float("nan")
+
+
+def figures(load: float) -> LayerFigures:
+    """Of two layers, of which the second has no traffic."""
+    return LayerFigures(*(np.array([load + step, NAN]) for step in range(4)))
+
+
+DELIVERY = Delivery(figures(1.25), np.array([0.25, NAN]), figures(1.0), figures(1.5), figures(0.5), returned=(0,))
 RECORD = RoundRecord(
     "applied", "affinity", 1, tokens=120, moved_experts=2, moved_bytes=2048, committed_layers=(1,),
     contiguous=MapFigures(0.5, 2, 1.5, 1.0, 0.75), before=MapFigures(0.6, 1.9, 1.4, 0.95, 0.7),
     after=MapFigures(0.9, 1.5, 1.1, 0.75, 0.55), phase_seconds={"plan": 0.2, "move": 0.05}, seconds=0.3,
-    commit_ms=(2.0, 4.0),
+    commit_ms=(2.0, 4.0), delivery=DELIVERY,
 )  # fmt: skip
 
 
@@ -60,6 +71,18 @@ def test_an_applied_round(metrics: PlacementMetrics, registry: CollectorRegistry
     assert value(registry, "commit_seconds_count") == 2
     assert value(registry, "commit_seconds_sum") == pytest.approx(0.006)
     assert value(registry, "relocated_experts") == 2 and value(registry, "window_tokens") == 120
+
+
+def test_promise_and_delivery(metrics: PlacementMetrics, registry: CollectorRegistry) -> None:
+    metrics.round_finished(RECORD, SWAPPED)
+    loads = [value(registry, f"{of}_load") for of in ("promised", "delivered", "previous_map", "best_map")]
+    assert loads == [1.0, 1.25, 1.5, 0.5]
+    assert value(registry, "delivered_cost") == 4.25  # means leave the layer without traffic out
+    assert value(registry, "layer_regret", layer="0") == value(registry, "regret") == 0.25
+    assert value(registry, "layer_regret", layer="1") is None and value(registry, "returned_layers_total") == 1
+    line = RECORD.to_json()
+    assert {name: line[name] for name in METRIC_NAMES} == {name: value(registry, name) for name in METRIC_NAMES}
+    assert (line["regret"], line["regret_by_layer"], line["returned_layers"]) == (0.25, {"0": 0.25}, [0])
 
 
 def test_a_failed_round_changes_no_commit_time(metrics: PlacementMetrics, registry: CollectorRegistry) -> None:
@@ -105,6 +128,6 @@ def test_the_documentation_explains_every_metric_and_log_key() -> None:
     figures = set(MapFigures.__dataclass_fields__)
     for key in RoundRecord(
         "failed", "a", 1, moved_bytes=1, commit_ms=(1.0,), passes=1, reason="r", phase_seconds={"plan": 1.0}
-    ).to_json():
+    ).to_json() | {"regret": 0, "regret_by_layer": {}, "returned_layers": []}:
         assert f"| `{key}`" in text, key
     assert all(f"`{name}" in text for name in figures)

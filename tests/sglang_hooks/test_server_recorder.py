@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
 from sglang_eplb_affinity.device.recorder import RecordSchedule, one_group
 from sglang_eplb_affinity.sglang_hooks import recording
+from sglang_eplb_affinity.sglang_hooks.settings import RecordingSettings
 
 
 class Passes:
@@ -32,6 +34,7 @@ def server_recorder() -> recording.ServerRecorder:
     found._schedule, found._passes, found._num_groups, found._part = RecordSchedule(every=2), 0, 1, 0
     found.recorder = Passes()  # type: ignore[assignment]
     found._records_pass, found._on_cuda = True, False
+    found._records_phase = RecordingSettings().records_phase
     return found
 
 
@@ -49,6 +52,19 @@ def test_a_pass_that_does_not_count_launches_nothing(server_recorder: recording.
         launched.append(server_recorder.rows_to_record(0, 3))
     assert server_recorder.recorder.begun == [True, False, True, False]  # type: ignore[attr-defined]
     assert launched == [one_group(3), None, one_group(3), None]
+
+
+@pytest.mark.parametrize(("phase", "recorded"), [("prefill", [True, False]), ("decode", [False, True])])
+def test_passes_of_another_phase_launch_nothing(
+    server_recorder: recording.ServerRecorder, phase: Literal["prefill", "decode"], recorded: list[bool]
+) -> None:
+    server_recorder._schedule = RecordSchedule()
+    server_recorder._records_phase = RecordingSettings(phase=phase).records_phase
+    launched = []
+    for extend in (True, False):
+        begin(server_recorder, extend=extend)
+        launched.append(server_recorder.rows_to_record(0, 3) is not None)
+    assert launched == server_recorder.recorder.begun == recorded  # type: ignore[attr-defined]
 
 
 def test_a_captured_pass_always_records(server_recorder: recording.ServerRecorder, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.capacity.docs import compact_table, fill, table_named
+from bench.capacity.docs import compact_table, fill, gains_table, table_named
 from sglang_eplb_affinity.domain.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,20 @@ def test_compact_table_has_one_row_a_result_and_no_gain_for_the_baseline():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_gains_have_a_row_for_each_size_and_a_column_for_each_phase(tmp_path):
+    baseline = result(algorithm="eplb")
+    del baseline["gain_pct_over_eplb"]
+    prefill = result(phase="prefill", mode="normal", gpus=16)
+    (tmp_path / "one.json").write_text(json.dumps({"system": "one", "results": [result(), baseline, prefill]}))
+    (tmp_path / "day-one.json").write_text(json.dumps({"days": []}))
+    assert gains_table(tmp_path).splitlines() == [
+        "| cluster | GPUs | decode, low latency | prefill, normal |",
+        "|---|---:|---|---|",
+        "| [one](../results/simulate/one.md) | 8 | +10.0 % [+9.0, +11.0], +8 |  |",
+        "| [one](../results/simulate/one.md) | 16 |  | +10.0 % [+9.0, +11.0], +8 |",
+    ]
+
+
 def test_fill_replaces_between_markers_only(tmp_path):
     (tmp_path / "x.md").write_text("title\n| a |\n|---|\n")
     page = tmp_path / "page.md"
@@ -54,9 +68,9 @@ def test_page_is_up_to_date_and_entries_are_valid(tmp_path):
     from bench.publish.summary import load_figures
 
     page = tmp_path / "page.md"
-    page.write_text((ROOT / "docs" / "capacity_planning.md").read_text())
+    page.write_text((ROOT / "docs" / "capacity_results.md").read_text())
     fill(page, RESULTS)
-    assert page.read_text() == (ROOT / "docs" / "capacity_planning.md").read_text()
+    assert page.read_text() == (ROOT / "docs" / "capacity_results.md").read_text()
     names = {figure.name for figure in load_figures(RESULTS / "summary_entries.json")}
     assert names == {
         "simulate.calibration_error_pct.max", "simulate.ep320.seconds",

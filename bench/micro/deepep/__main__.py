@@ -18,11 +18,13 @@ from bench.gpu.flags import need_gpus
 from bench.harness.environment import now, provenance
 from bench.micro.deepep.cases import (
     DTYPES,
+    ELASTIC_TOKENS,
     LOW_LATENCY_HIDDEN,
     LOW_LATENCY_TOKENS,
     NORMAL_HIDDEN,
     NORMAL_TOKENS,
     copies,
+    elastic_cases,
     low_latency_cases,
     normal_cases,
     topk_ids,
@@ -30,7 +32,9 @@ from bench.micro.deepep.cases import (
 from bench.micro.deepep.worker import worker_main
 from sglang_eplb_affinity.domain.errors import InputError
 
-SECTIONS = ("normal", "experts", "low_latency")
+SECTIONS = ("normal", "experts", "low_latency", "v2")
+# DeepEP V2 needs another build of deep_ep than V1, and another NCCL (bench/gpu/deepep_v2.sh).
+DEFAULT_SECTIONS = SECTIONS[:3]
 GRACE_SECONDS = 25
 
 
@@ -50,10 +54,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="result file (JSON); written again and again while it runs")
     parser.add_argument("--gpus", type=int, help="GPUs of this host, 2, 4 or 8; default: all")
     parser.add_argument("--seconds", type=float, default=125.0, help="no new point starts after so many seconds")
-    parser.add_argument("--sections", type=listed(str, SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--sections", type=listed(str, SECTIONS), default=list(DEFAULT_SECTIONS))
     parser.add_argument("--hidden", type=listed(int, LOW_LATENCY_HIDDEN), default=list(NORMAL_HIDDEN))
     parser.add_argument("--tokens", type=listed(int), default=list(NORMAL_TOKENS), help="per GPU, normal mode")
     parser.add_argument("--low-latency-tokens", type=listed(int), default=list(LOW_LATENCY_TOKENS), help="per GPU")
+    parser.add_argument("--v2-tokens", type=listed(int), default=list(ELASTIC_TOKENS), help="per GPU, DeepEP V2")
     parser.add_argument("--dtypes", type=listed(str, DTYPES), default=list(DTYPES), help="of dispatch")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=8)
@@ -90,14 +95,15 @@ def dry_run(settings: dict[str, Any]) -> dict[str, int]:
     gpus, experts, top_k = settings["gpus"], settings["experts"], settings["top_k"]
     normal = list(normal_cases(gpus, settings["hidden"], settings["tokens"], settings["dtypes"]))
     low = list(low_latency_cases(gpus, settings["hidden"], settings["low_latency_tokens"], settings["dtypes"]))
-    for case in {(c.routing, c.tokens): c for c in [*normal, *low]}.values():
+    elastic = list(elastic_cases(gpus, settings["hidden"], settings["v2_tokens"], settings["dtypes"]))
+    for case in {(c.routing, c.tokens): c for c in [*normal, *low, *elastic]}.values():
         for rank in range(gpus):
             ids = topk_ids(case, rank, gpus, experts, top_k)
             if any(len(set(row)) != top_k for row in ids.tolist()):
                 raise InputError(f"{case}: an expert twice in one token")
             if case.tokens % 2 == 0 and not np.isclose(sum(copies(ids, rank, gpus, experts)), case.fanout):
                 raise InputError(f"{case}: fan-out is not {case.fanout}")
-    return {"normal": len(normal), "low_latency": len(low)}
+    return {"normal": len(normal), "low_latency": len(low), "v2": len(elastic)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,9 @@ from sglang_eplb_affinity.domain.errors import InputError
 NORMAL_HIDDEN = (7168, 4096, 2048)
 NORMAL_TOKENS = (4096, 1024, 8192, 256, 2048, 512)
 LOW_LATENCY_TOKENS = (128, 32, 64, 8)
+ELASTIC_TOKENS = (128, 8, 1, 64, 256, 32, 4096, 1024, 8192, 512, 2048)
+# Tokens per GPU that a decode server's buffer is made for; what is above needs one as large as prefill's.
+ELASTIC_DECODE_TOKENS = 256
 DTYPES = ("fp8", "bf16")
 # Sizes that DeepEP 1.2.1 compiles its low-latency kernels for (SWITCH_HIDDEN in csrc/kernels/launch.cuh).
 LOW_LATENCY_HIDDEN = (2048, 2560, 4096, 5120, 6144, 7168, 8192)
@@ -62,6 +65,16 @@ def low_latency_cases(
     kinds = ("spread", str(num_gpus), "local") if num_gpus > 1 else ("local",)
     for size, count, dtype, routing in itertools.product(hidden, tokens, dtypes, kinds):
         yield Case("low_latency", size, dtype, count, routing)
+
+
+def elastic_cases(num_gpus: int, hidden: Sequence[int], tokens: Sequence[int], dtypes: Sequence[str]) -> Iterator[Case]:
+    """Points of DeepEP V2, in a graph and eagerly; if time runs out the first ones cover what decode does."""
+    kinds = routings(num_gpus)
+    for part in (("spread", str(num_gpus)), tuple(k for k in kinds if k not in ("spread", str(num_gpus)))):
+        for mode, count, size, dtype, routing in itertools.product(
+            ("v2_graph", "v2_eager"), tokens, hidden, dtypes, part
+        ):
+            yield Case(mode, size, dtype, count, routing)
 
 
 def topk_ids(case: Case, rank: int, num_gpus: int, num_experts: int, top_k: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bench.micro.deepep.cases import Case, copies, topk_ids
-from bench.micro.deepep.timing import Repeats, time_stages
+from bench.micro.deepep.timing import Repeats, time_graph, time_stages
 
 
 def open_buffer(group: Any, hidden: int, max_tokens: int, num_experts: int) -> Any:
@@ -23,7 +23,10 @@ def open_buffer(group: Any, hidden: int, max_tokens: int, num_experts: int) -> A
 def measure(
     case: Case, buffer: Any, plan: Repeats, num_experts: int, top_k: int, max_tokens: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """us [2, repeats, iterations] of dispatch and combine; and the copies per token that stay and that travel."""
+    """us [3, repeats, iterations] of dispatch, combine and both in a CUDA graph; and the copies per token.
+
+    Copies are told apart by whether they stay on the GPU or travel.
+    """
     import deep_ep
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -44,7 +47,7 @@ def measure(
         buffer.low_latency_combine(output, index, weights, state["handle"])
 
     dist.barrier()
-    times = time_stages([dispatch, combine], plan)
+    times = np.concatenate([time_stages([dispatch, combine], plan), time_graph([dispatch, combine], plan)])
     extra = {
         "copies_local": local,
         "copies_remote": remote,

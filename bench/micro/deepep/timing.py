@@ -49,6 +49,20 @@ def time_stages(stages: Sequence[Callable[[], Any]], plan: Repeats, head_start: 
     return out[:, :, SKIP:]
 
 
+def time_graph(stages: Sequence[Callable[[], Any]], plan: Repeats, rounds: int = 4) -> np.ndarray:
+    """float64 [1, repeats, iterations - SKIP] in us: all ``stages`` once, in a CUDA graph of ``rounds`` of them."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    # NCCL's watchdog asks for events in a thread of its own meanwhile, which capture in global mode does not allow.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(rounds):
+            for stage in stages:
+                stage()
+    return time_stages([graph.replay], plan) / rounds
+
+
 def summarise(times: np.ndarray) -> dict[str, float]:
     """Median, spread and the range of the repeats' medians of us [repeats, iterations]."""
     medians = np.median(times, axis=1)

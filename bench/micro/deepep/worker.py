@@ -15,12 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.micro.deepep.cases import Case, low_latency_cases, normal_cases
+from bench.micro.deepep.cases import ELASTIC_DECODE_TOKENS, Case, elastic_cases, low_latency_cases, normal_cases
 from bench.micro.deepep.timing import Repeats, summarise
 from sglang_eplb_affinity.domain.files import write_atomically
 
 MAX_FAILURES = 2
-STAGES = {"normal": ("dispatch_us", "combine_us", "full_dispatch_us"), "low_latency": ("dispatch_us", "combine_us")}
+# full_dispatch: with the layout and the wait on the CPU. round_trip: dispatch and combine, replayed in a CUDA graph.
+STAGES = {
+    "normal": ("dispatch_us", "combine_us", "full_dispatch_us"),
+    "low_latency": ("dispatch_us", "combine_us", "round_trip_us"),
+    "v2_graph": ("dispatch_us", "combine_us", "round_trip_us"),
+    "v2_eager": ("dispatch_us", "combine_us"),
+}
 
 
 class Worker:
@@ -53,7 +59,7 @@ class Worker:
             section: dict[str, Any] = {"status": "running", "rows": rows}
             self.result["sections"][name] = section
             try:
-                {"normal": self._normal, "low_latency": self._low_latency, "experts": self._experts}[name](rows)
+                getattr(self, f"_{name}")(rows)
                 section["status"] = "complete" if not self._late() else "stopped at the time limit"
             except Exception as error:
                 section["status"] = f"failed: {type(error).__name__}: {error}"
@@ -93,6 +99,25 @@ class Worker:
                 lambda case: low_latency.measure(case, buffer, self.plan, s["experts"], s["top_k"], most),
                 rows,
             )
+
+    def _v2(self, rows: list[dict[str, Any]]) -> None:
+        from bench.micro.deepep import elastic
+
+        s = self.settings
+        most, decode = max(s["v2_tokens"]), min(ELASTIC_DECODE_TOKENS, max(s["v2_tokens"]))
+        buffer = elastic.open_buffer(self.group, max(s["hidden"]), most, s["top_k"])
+        self._measure_all(
+            elastic_cases(self.world, s["hidden"], s["v2_tokens"], s["dtypes"]),
+            lambda case: elastic.measure(
+                case,
+                buffer,
+                self.plan,
+                s["experts"],
+                s["top_k"],
+                decode if case.mode == "v2_graph" and case.tokens <= decode else most,
+            ),
+            rows,
+        )
 
     def _experts(self, rows: list[dict[str, Any]]) -> None:
         import torch.distributed as dist

@@ -11,7 +11,7 @@ from bench.requests.__main__ import main
 from bench.requests.dealing import InFlight
 from bench.requests.joint import Search, anneal, spread_map
 from bench.requests.labels import CopyCost
-from bench.requests.report import entries, fill_page
+from bench.requests.report import entries, write_tables
 from bench.requests.steps import measure_steps, tokens_of_step
 from bench.requests.study import Case, cases_for, decision, system_for, verdict, verdicts
 from bench.requests.workload import Requests, StudyTraces
@@ -154,18 +154,16 @@ def test_decision_needs_two_traces() -> None:
     assert decision(verdicts(good + other))
 
 
-def test_command_writes_rows_and_the_report_fills_the_page(trace_file: Path, tmp_path: Path) -> None:
+def test_command_writes_rows_and_the_report_its_tables(trace_file: Path, tmp_path: Path) -> None:
     arguments = ["run", "--trace", str(trace_file), "--topology", "gpt-oss-120b-h200", "--case", "2x1+8"]
     done = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     frame = pd.read_csv(tmp_path / "out" / "made.csv")
     assert set(frame.phase) == {"prefill", "decode"}
     assert frame[frame.dealer == "shortest queue"].queue_max_over_mean.max() < 1.01
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table: made -->\nold\n<!-- end -->\nafter\n")
-    fill_page(page, tmp_path / "out")
-    text = page.read_text()
-    assert "old" not in text and "| 2x1+8 | prefill |" in text and text.endswith("<!-- end -->\nafter\n")
+    write_tables(tmp_path / "out")
+    text = (tmp_path / "out" / "made.md").read_text()
+    assert text.startswith("# made, simulated\n") and "| 2x1+8 | prefill |" in text
     assert [entry["name"] for entry in entries(tmp_path / "out")] == ["requests.decision"]
 
 
