@@ -16,7 +16,7 @@ from sglang_eplb_affinity.simulate.scenario import Interval, Phase, PhaseResult,
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import load_system
 
-LAYERS, RESAMPLES = 5, 4
+LAYERS, RESAMPLES = 3, 4
 # Name of the entry, preset, GPUs, phase, redundant experts of EPLB to choose from, of affinity.
 RUNS: tuple[tuple[str, str, int, Phase, tuple[int, ...], int], ...] = (
     ("deepseek_v3_ep32.prefill", "deepseek-v3-h200", 32, "prefill", (0, 32, 64, 256), 256),

@@ -24,12 +24,11 @@ sglang_eplb_affinity: expert placement for SGLang's expert parallelism. Needs no
   demo                    try it: plan, compare and draw on a recording that comes along (half a minute)
   plan, evaluate          a map for your recorded traffic, and what it makes of later traffic
   recommend               what to enable on your cluster, or "leave it", and why (simulated)
+  simulate, replay        step times of placements on a cluster; a day of changing traffic
   inspect, convert        what a dump, trace or map holds; maps of other engines
   monitor                 running servers, live: balance, fan-outs, rounds, latencies
-  simulate, replay        step times of placements on a cluster; a day of changing traffic
 
-First: python -m sglang_eplb_affinity demo
-All commands: --help. In a server: `make apply`, then --eplb-algorithm affinity (README.md)."""
+First: python -m sglang_eplb_affinity demo     (all commands: --help)"""
 
 
 @click.group(

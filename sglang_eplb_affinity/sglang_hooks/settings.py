@@ -184,4 +184,5 @@ def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int |
         max_moves=args.eplb_affinity_max_moves,
         minimum_gain=args.eplb_min_gain or None,
         num_groups=num_groups,
+        survive=args.eplb_affinity_survive,
     )

@@ -71,6 +71,11 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "async": [*ASYNC, "--expert-affinity-record-last-passes", "200", "--eplb-affinity-max-moves", "2"],
         "async deepseek": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-async"],
         "async warm-up": [*ASYNC, "--eplb-async-warm-up-passes", "-1"],
+        "survive": [*AFFINITY, "--ep-num-redundant-experts", "4", "--eplb-affinity-survive", "rank"],
+        "survive alone": [*AFFINITY, "--eplb-affinity-survive", "rank"],
+        "survive a node": [*AFFINITY, "--ep-num-redundant-experts", "4", "--eplb-affinity-survive", "node"],
+        "survive moves": [*AFFINITY, "--eplb-affinity-survive", "rank", "--eplb-affinity-max-moves", "2"],
+        "survive off": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-affinity-survive", "rank"],
         "async gain": [*ASYNC, "--eplb-min-gain", "1.5"],
         "gain": [*AFFINITY, "--eplb-min-gain", "0"],
         "gain range": [*AFFINITY, "--eplb-min-gain", "-0.1"],
@@ -163,7 +168,7 @@ def test_cover_is_the_default_only_where_it_saves_destinations(results: dict[str
     assert rules == {case: "cover" if case == "normal" else "static" for case in cases}, results
 
 
-@pytest.mark.parametrize("case", ["async", "async deepseek", "gain", "tp and ep async", "lora attention"])
+@pytest.mark.parametrize("case", ["async", "async deepseek", "gain", "survive", "tp and ep async", "lora attention"])
 def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> None:
     assert results[case]["code"] == 0, results[case]["errors"]
 
@@ -195,6 +200,10 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("last without eplb", "--expert-affinity-record-last-passes 5: counts back from a rebalance, but EPLB is off"),
         ("dense", "has no routed experts"),
         ("async warm-up", "--eplb-async-warm-up-passes -1: must be 0 or more"),
+        ("survive alone", "no expert is on two ranks without redundant experts; give --ep-num-redundant-experts"),
+        ("survive a node", "--eplb-affinity-survive node: needs two nodes or more, but --nnodes"),
+        ("survive moves", "--eplb-affinity-survive rank: plans that keep to the map in force"),
+        ("survive off", "--eplb-affinity-survive rank: needs --eplb-algorithm affinity"),
         ("async gain", "--eplb-min-gain 1.5: must be a fraction, 0 to below 1"),
         ("gain range", "--eplb-min-gain -0.1: must be a fraction, 0 to below 1"),
         ("gain off", "--eplb-min-gain 0.1: needs --eplb-async or --eplb-algorithm affinity"),
