@@ -267,6 +267,14 @@ def entries(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         ratio,
         "largest ratio to SGLang's path (dynamic), in a graph",
     )
+    lp = [
+        us["ours_cover_balanced"]["graph"]["median"] / us["upstream_lp"]["graph"]["median"]
+        for us in (cell["us"] for cell in result["cells"])
+        if "upstream_lp" in us
+    ]
+    if lp:
+        unit = "largest ratio to SGLang's lp without its all-reduce, in a graph"
+        add("kernel.cover_balanced.time_ratio_to_lp.max", round(max(lp), 4), unit)
     for rule in KERNEL_RULES:
         ratio = to_empty[f"ours_{rule}"]["graph"]
         add(f"kernel.{rule}.time_ratio_to_empty.max", ratio, "ratio to an empty kernel in a graph, up to 128 tokens")

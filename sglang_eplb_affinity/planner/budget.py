@@ -71,7 +71,7 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
             Annealing(2048, 2, 8000 * scale, 0.0, 0.0) if fast else Annealing(16384, 2, 100000 * scale, 0.0, 0.0)
         )
         return SearchBudget(annealing, False, _SWAPS)
-    if num_slots > num_experts and (config.dispatch in COVER_RULES or config.objective != "normal"):
+    if num_slots > num_experts and (config.dispatch in COVER_RULES or config.objective not in ("normal", "v2")):
         steps = _replica_steps(num_experts, num_slots) * scale
         annealing = Annealing(2048, 20, steps, 0.05, 0.003) if fast else Annealing(4096, 80, 4 * steps, 0.06, 0.0024)
         return SearchBudget(annealing, True, _BALANCED_REPLICAS if config.dispatch == "cover_balanced" else _REPLICAS)

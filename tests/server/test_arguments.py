@@ -1,5 +1,6 @@
 """Flags are checked at start-up: one line, exit code 2; `--eplb-algorithm affinity` alone is enough."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -21,6 +22,9 @@ AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
 ASYNC = [*AFFINITY, "--eplb-async"]
 REPLICAS = ["--ep-num-redundant-experts", "4"]
 LORA = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules"]
+# SGLang wants its ElasticBuffer to hold a prefill chunk and the largest decode batch; by default it holds 128 tokens.
+V2 = ["--moe-a2a-backend", "deepep_v2", "--chunked-prefill-size", "128", "--cuda-graph-max-bs-decode", "64"]
+HAS_V2 = importlib.metadata.version("sglang") != "0.5.17"
 NORMAL = ["--moe-a2a-backend", "deepep", "--deepep-mode", "normal"]
 
 
@@ -106,6 +110,12 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "normal without replicas": [*AFFINITY, *NORMAL],
         "normal vanilla": [*EP2, *REPLICAS, *NORMAL, "--enable-eplb", "--eplb-algorithm", "deepseek"],
         "low latency": [*AFFINITY, *REPLICAS, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency"],
+        "v2": [*AFFINITY, *REPLICAS, *V2],
+        "v2 hybrid": [*AFFINITY, *REPLICAS, *V2, "--deepep-v2-mode", "hybrid", "--eplb-async"],
+        "v2 primary": [*AFFINITY, *REPLICAS, *V2, "--ep-dispatch-algorithm", "primary"],
+        "v2 two-batch": [*AFFINITY, *REPLICAS, *V2, "--enable-two-batch-overlap"],
+        "v2 elastic": [*AFFINITY, *V2, "--ep-dispatch-algorithm", "cover", "--elastic-ep-backend", "mooncake"],
+        "v2 mode": [*AFFINITY, *V2, "--expert-distribution-recorder-mode", "per_token"],
         "a2a": [*AFFINITY, "--moe-a2a-backend", "ascend_fuseep"],
         "cover a2a": [*EP2, "--ep-dispatch-algorithm", "cover", "--moe-a2a-backend", "ascend_fuseep"],
         "runner": [*AFFINITY, "--moe-runner-backend", "triton_kernel"],
@@ -166,6 +176,21 @@ def test_cover_is_the_default_only_where_it_saves_destinations(results: dict[str
     cases = ["normal", "normal asked", "normal without replicas", "normal vanilla", "low latency"]
     rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in cases}
     assert rules == {case: "cover" if case == "normal" else "static" for case in cases}, results
+
+
+@pytest.mark.skipif(not HAS_V2, reason="SGLang 0.5.17 has no DeepEP V2")
+def test_deepep_v2_is_served_direct_and_hybrid_and_what_cannot_be_is_refused_in_one_line(
+    results: dict[str, dict],
+) -> None:
+    rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in ("v2", "v2 hybrid", "v2 primary")}
+    assert rules == {"v2": "cover", "v2 hybrid": "cover", "v2 primary": "primary"}, results
+    refused = {
+        "v2 elastic": "--ep-dispatch-algorithm cover: works on cuda and cpu without --elastic-ep-backend",
+        "v2 mode": "--expert-distribution-recorder-mode per_token: --eplb-algorithm affinity needs mode stat",
+    }
+    for case, message in refused.items():
+        assert results[case]["code"] == 2 and message in results[case]["errors"][0]
+    assert "DeepEP v2 MoE has not implemented the TBO/SBO overlap hooks" in results["v2 two-batch"]["code"]  # SGLang's
 
 
 @pytest.mark.parametrize("case", ["async", "async deepseek", "gain", "survive", "tp and ep async", "lora attention"])

@@ -20,6 +20,7 @@ from tests.sglang_hooks.arguments import TEXT, server_arguments
         ("deepep", "normal", "normal", 1.0),
         ("deepep", "low_latency", "low_latency", 0.0),
         ("none", "auto", "normal", 1.0),
+        ("deepep_v2", "auto", "v2", 1.0),
     ],
 )
 def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, normal_share) -> None:
