@@ -128,21 +128,23 @@ def test_routing_of_other_layers_is_not_called_the_models(system, layers):
     assert RoutingSource(make_trace(), None, system.model, np.arange(3)).label == "recorded routing (made.npz)"
 
 
-def test_rules_of_recommend_and_day(system, source):
-    """Affinity under each rule against the same EPLB; cover_balanced sees the pass, so its load is the lower one."""
+def test_rules_and_passes_of_recommend_and_day(system, source):
+    """Affinity under each rule against the same EPLB; all judged on passes, of which small ones are less even."""
     sized = replace(system, serving=replace(system.serving, redundant_experts=8))
     rules = ("cover", "cover_balanced")
-    found = evaluate_candidates(sized, source, "prefill", 256, 2, None, [8], rules)
-    assert [c.result.algorithm for c in found] == ["none", "eplb", "affinity", "affinity"]
-    assert [c.result.dispatch_rule for c in found] == ["static", "static", *rules]
-    assert found[3].result.load_max_over_mean < found[2].result.load_max_over_mean
-    entry = decide("prefill", found, 0.0).to_json()
-    assert entry["pass_tokens"] == 256 and entry["pass_load_max_over_mean"] >= 1
+    large, small = (evaluate_candidates(sized, source, "prefill", n, 2, None, [8], rules) for n in (512, 1))
+    for found in (large, small):
+        assert [c.result.algorithm for c in found] == ["none", "eplb", "affinity", "affinity"]
+        assert [c.result.dispatch_rule for c in found] == ["static", "static", *rules]
+    assert small[1].result.load_max_over_mean > large[1].result.load_max_over_mean > 1
+    assert large[2].result.load_max_over_mean != large[3].result.load_max_over_mean
+    entry = decide("prefill", large, 0.0).to_json()
+    assert entry["pass_tokens"] == 512 and entry["pass_load_max_over_mean"] > 1
     loads = {}
-    for rule in rules:
-        day = Day(sized, source, windows=4, tokens_per_gpu=256, plan_tokens=1024)
-        loads[rule] = day.run([Policy("affinity", -1, rule=rule)])[0].mean("pass_load_max_over_mean")
-    assert 1 <= loads["cover_balanced"] < loads["cover"]
+    for tokens, rule in ((1, "cover"), (512, "cover"), (512, "cover_balanced")):
+        day = Day(sized, source, windows=4, tokens_per_gpu=tokens, plan_tokens=1024)
+        loads[tokens, rule] = day.run([Policy("affinity", -1, rule=rule)])[0].mean("pass_load_max_over_mean")
+    assert loads[1, "cover"] > loads[512, "cover"] > 1 and loads[512, "cover"] != loads[512, "cover_balanced"]
 
 
 def test_primary_is_served_in_small_passes_only(system):
