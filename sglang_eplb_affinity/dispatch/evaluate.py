@@ -217,7 +217,7 @@ def measure(
         of_pass[layer, 1] = (by_gpu > 0).sum(2).max(1).mean()
 
     over_layers(one, layers, threads)
-    used = np.maximum((tokens[:, :, 0] >= 0).sum(1), 1)
+    used = np.maximum((tokens >= 0).any(2).sum(1), 1)
     means = sums / used[:, None]
     load = slot_load.reshape(layers, topology.num_gpus, -1).sum(2)
     mean_load = np.maximum(load.mean(1), 1e-12)
