@@ -103,6 +103,8 @@ def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
 def day_entries(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Values of the summary's entries, one for each trace and case."""
     going_back = [row for row in rows if row["arm"] == ARMS[2]]
+    if not going_back:
+        return {}
     return {name: [row[name] for row in going_back] for name in ("load_ratio_to_eplb", "fanout_gain_kept_pct")}
 
 

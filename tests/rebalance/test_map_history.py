@@ -1,18 +1,25 @@
 """Promise and delivery from round to round, and going back to a layer's best map."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, origin_of
 from sglang_eplb_affinity.planner import PlannerConfig
+from sglang_eplb_affinity.planner.layer_figures import FIGURES
 from sglang_eplb_affinity.rebalance.map_history import HOLD_ROUNDS, Judging, MapHistory, compare
+from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings, next_history, plan_round
+from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 
 EXPERTS, GPUS = 8, 4
 SETTINGS = PlanSettings("affinity", PlannerConfig(minimum_gain=0.02, threads=1), Topology(GPUS))
@@ -111,6 +118,40 @@ def test_too_few_tokens_tell_nothing() -> None:
     bad, history = after_a_bad_move()
     found = compare(history, window(1, 5, tokens=40), bad, JUDGING)
     assert found is not None and not found.back.any() and (found.delivery.regret > 0).all()
+
+
+def origin(**fields: object) -> MapOrigin:
+    model = ServedModel("org/model", "Qwen3MoeForCausalLM", 2, EXPERTS, 2)
+    return MapOrigin(model, SETTINGS.topology, EXPERTS, "affinity", "cover", 1, "", "0", "0", **fields)  # type: ignore[arg-type]
+
+
+def test_a_restart_goes_on_with_the_recorded_figures(tmp_path: Path) -> None:
+    bad, history = after_a_bad_move()
+    path = tmp_path / "map.json"
+    MapRecorder(path, origin()).round_finished(RoundRecord("applied", "affinity", 1, history=history), bad)
+    data = json.loads(path.read_text())
+    loaded = ExpertMap.from_json(data, EXPERTS, source="file")
+    read = origin_of(data, loaded, "file")
+    assert read is not None
+    found = MapHistory.of_file(loaded, read, "file")
+    assert found is not None and np.allclose(found.promised.cost, history.promised.cost)
+    assert np.array_equal(found.best, history.best)
+    # What the server before would have done at its next round, this one does at its first.
+    reply = round_of(loaded, window(1, 5), found)
+    assert reply.delivery is not None and reply.delivery.returned == (0, 1)
+    assert reply.delivery.promised is not None and reply.delivery.best_map is not None
+
+
+def test_a_file_without_figures_or_with_wrong_ones() -> None:
+    current = both_layers(NEXT)
+    assert MapHistory.of_file(current, origin(), "file") is None
+    figures = {name: [1.0, None] for name in FIGURES}
+    assert MapHistory.of_file(current, origin(promised=figures, best_map=figures), "file") is not None
+    short = {name: [1.0] for name in FIGURES}
+    for wrong in ({"promised": short}, {"best_map": {}}, {"best_slots": [[0] * EXPERTS] * 2}, {"best_slots": [[0]]}):
+        fields = {"promised": figures, "best_map": figures, **wrong}
+        with pytest.raises(InputError, match=r"file: its entry eplb_affinity has figures that do not fit the map"):
+            MapHistory.of_file(current, origin(**fields), "file")
 
 
 @settings(max_examples=40, deadline=None)
