@@ -3,11 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -18,6 +22,7 @@ from sglang_eplb_affinity.planner import PlannerConfig
 from sglang_eplb_affinity.planner.layer_figures import FIGURES
 from sglang_eplb_affinity.rebalance.map_history import HOLD_ROUNDS, Judging, MapHistory, compare
 from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
+from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings, next_history, plan_round
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 
@@ -118,6 +123,25 @@ def test_too_few_tokens_tell_nothing() -> None:
     bad, history = after_a_bad_move()
     found = compare(history, window(1, 5, tokens=40), bad, JUDGING)
     assert found is not None and not found.back.any() and (found.delivery.regret > 0).all()
+
+
+def test_judging_and_going_back_launch_nothing_on_a_device() -> None:
+    class Launches(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    bad, history = after_a_bad_move()
+    with Launches() as launches:
+        reply = round_of(bad, window(1, 5), history)
+        PlacementMetrics({}, SETTINGS.topology, bad, CollectorRegistry()).round_finished(
+            RoundRecord("applied", "affinity", 1, delivery=reply.delivery, history=reply.history), bad
+        )
+        assert not launches.seen
+        torch.zeros(1).add_(1)
+        assert launches.seen  # it would have seen one
 
 
 def origin(**fields: object) -> MapOrigin:
