@@ -1,4 +1,7 @@
-"""Simulated gain of many replicas, on held-out tokens, over EPLB at its best number of redundant experts."""
+"""Simulated gain of many replicas, on held-out tokens, over EPLB at its best number of redundant experts.
+
+Served by ``cover_balanced`` in prefill, by ``static`` in decode (low latency).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.memory import expert_gb
 from sglang_eplb_affinity.simulate.scenario import Interval, Phase, PhaseResult, simulate
@@ -34,7 +38,8 @@ def replica_gains(plan: RoutingTrace, test: RoutingTrace) -> list[dict[str, Any]
 
         def run(number: int, algorithm: Any) -> PhaseResult:
             sized = system.resized(gpus, number)  # noqa: B023 (called at once)
-            return simulate(sized, source, [(phase, tokens)], [algorithm], resamples=RESAMPLES)[0]  # noqa: B023
+            rule: DispatchRule | None = "cover_balanced" if phase == "prefill" else None  # noqa: B023
+            return simulate(sized, source, [(phase, tokens)], [algorithm], resamples=RESAMPLES, rule=rule)[0]  # noqa: B023
 
         eplb = min((run(number, "eplb") for number in of_eplb), key=lambda result: result.step_ms.value)
         ours = run(redundant, "affinity")

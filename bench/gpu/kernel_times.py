@@ -3,8 +3,10 @@
 SGLang's path is what its server runs with EPLB on: the compiled `_biased_grouped_topk_postprocess` (replica choice by
 `randint` or by a table, padding mask) and the counting of `_SelectExpertsSinglePassGatherer` (scatter_add). Ours is one
 kernel for both, which also keeps the token sample. An empty kernel shows what any launch costs. Each is timed inside a
-CUDA graph of many layers (GPU time) and launched one by one (what eager prefill pays). `matrix_product` is what the
-co-activation of a pass would cost as a product of indicator rows; ours takes it from the sample instead.
+CUDA graph of many layers (GPU time) and launched one by one (what eager prefill pays). `upstream_lp` is SGLang's choice
+by a linear programme in each layer (its counts, its solver and its draw, without the all-reduce between them), measured
+where its solver compiles (nvidia-mathdx). `matrix_product` is what the co-activation of a pass would cost as a product
+of indicator rows; ours takes it from the sample instead.
 """
 
 from __future__ import annotations
@@ -113,6 +115,25 @@ class Cell:
 
         return work
 
+    def upstream_lp(self) -> Work | None:
+        """None where this SGLang or this machine has no solver."""
+        try:
+            from sglang.kernels.ops.lplb import cuda_solver
+            from sglang.srt.eplb.lplb_solver import LPLBSolver
+
+            slots = torch.from_numpy(self.map.physical_to_logical[0].astype(np.int64)).cuda()
+            solver = LPLBSolver(slots, self.replicas[0], GPUS, None, self.counts[0])
+        except (ImportError, RuntimeError) as error:
+            print(f"upstream_lp: not measured: {str(error).splitlines()[0]}", file=sys.stderr)
+            return None
+        table = self.replicas[0].int()
+
+        def work(layer: int) -> None:
+            share = solver.solve(self.ids[layer])
+            cuda_solver.dispatch_probability(self.ids[layer], share, table)
+
+        return work
+
     def matrix_product(self) -> Work:
         total = torch.zeros(self.experts, self.experts, device="cuda")
 
@@ -181,6 +202,8 @@ def measure_cell(tokens: int, experts: int, top_k: int) -> dict[str, Any]:
     cell = Cell(tokens, experts, top_k)
     arms = {f"ours_{rule}": cell.ours(rule) for rule in KERNEL_RULES}
     arms |= {f"upstream_{rule}": cell.upstream(rule) for rule in ("dynamic", "static")}
+    by_programme = cell.upstream_lp()
+    arms |= {"upstream_lp": by_programme} if by_programme is not None else {}
     arms |= {"matrix_product": cell.matrix_product(), "empty": empty_kernel()}
     with torch.inference_mode():
         return {
@@ -244,6 +267,14 @@ def entries(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         ratio,
         "largest ratio to SGLang's path (dynamic), in a graph",
     )
+    lp = [
+        us["ours_cover_balanced"]["graph"]["median"] / us["upstream_lp"]["graph"]["median"]
+        for us in (cell["us"] for cell in result["cells"])
+        if "upstream_lp" in us
+    ]
+    if lp:
+        unit = "largest ratio to SGLang's lp without its all-reduce, in a graph"
+        add("kernel.cover_balanced.time_ratio_to_lp.max", round(max(lp), 4), unit)
     for rule in KERNEL_RULES:
         ratio = to_empty[f"ours_{rule}"]["graph"]
         add(f"kernel.{rule}.time_ratio_to_empty.max", ratio, "ratio to an empty kernel in a graph, up to 128 tokens")

@@ -118,13 +118,15 @@ def warm_up_server(
     folder: RunFolder,
 ) -> int:
     """One short wave at each concurrency, since kernels are compiled for the sizes that occur, then rounds of the
-    warm-up's requests until ITL is flat; returns their number. Raises OSError if the server ends."""
+    warm-up's requests until ITL is flat; returns their number. Raises OSError if the server ends or does not answer."""
     load, rounds_of = plan.profile.load, works["", WARM_UP]
     for name, level in sorted((name, -level) for name, level in works if level < 0):
         if budget.in_time():
             work = works[name, -level]
             wave = load_arguments(plan.profile.load_named(name), work, model, server.port, level, seed=0)
-            client.run(wave, work, folder.path / "warm-up", server, load.cell_timeout_s)
+            result = client.run(wave, work, folder.path / "warm-up", server, load.cell_timeout_s)
+            if result.requests is None:  # out of memory, say: each further wave would wait for its time limit too
+                raise OSError(f"no answers to a warm-up wave of {level} requests: {result.error}")
     concurrency = warm_up_level(plan)
     arguments = load_arguments(load, rounds_of, model, server.port, concurrency, seed=0)
 

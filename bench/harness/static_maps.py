@@ -19,6 +19,7 @@ from bench.harness.arms import ARMS, REDUNDANT, RULE, Arm
 from bench.harness.engine import ROOT
 from bench.harness.profile import ServerConfig
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
+from sglang_eplb_affinity.dispatch.rules import planned_rule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
@@ -73,8 +74,8 @@ def placement_on_replay(config: ServerConfig, arm: Arm, path: Path | None) -> di
     if path is not None:
         served = ExpertMap.from_json(json.loads(path.read_text()), experts)
         served = replace(served, physical_to_logical=served.physical_to_logical[:layers])
-    rule = rule_of(config, arm) if path is not None else "dynamic"
-    figures = MapFigures.of(window, served, Topology(config.ranks, config.nodes), rule)  # type: ignore[arg-type]
+    rule = planned_rule(rule_of(config, arm)) if path is not None else "dynamic"  # type: ignore[arg-type]
+    figures = MapFigures.of(window, served, Topology(config.ranks, config.nodes), rule)
     return None if figures is None else asdict(figures)
 
 

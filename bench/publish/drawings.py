@@ -30,7 +30,6 @@ _COLORS = {"emulated": svg.ORANGE, "measured": svg.BLUE, "simulated": svg.GREY}
 class Example:
     """What the example printed, and its names."""
 
-    code: str
     output: str
     names: dict[str, Any]
 
@@ -40,7 +39,7 @@ def example() -> Example:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         names = runpy.run_path(str(EXAMPLE))
-    return Example(EXAMPLE.read_text(encoding="utf-8"), out.getvalue(), names)
+    return Example(out.getvalue(), names)
 
 
 def token_drawing() -> str:

@@ -15,7 +15,6 @@ from bench.publish.summary import Figure
 
 TABLES = {"capacity_results.md": "simulate"}
 """Pages with tables of a folder of results/."""
-_SHOWN = "gpus, window ="  # where the part of the example begins that the README shows
 
 
 def made_pages(figures: Sequence[Figure], root: Path = ROOT) -> dict[Path, str]:
@@ -40,6 +39,5 @@ def made_pages(figures: Sequence[Figure], root: Path = ROOT) -> dict[Path, str]:
 
 
 def _example() -> str:
-    """The part of the example behind its data, and what it prints."""
-    code = example().code
-    return f"```python\n{code[code.index(_SHOWN) :]}```\n\n```\n{example().output}```\n"
+    """What the example prints."""
+    return f"```\n{example().output}```\n"

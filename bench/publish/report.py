@@ -51,6 +51,13 @@ class RunData:
     placement_titles: dict[str, str]  # say so where nodes are emulated
     views: list[PlacementView]  # empty if the run recorded no routing
     timelines: list[RowTimeline]
+    caveats: list[str]
+    on_cpu: bool
+
+    @property
+    def opening(self) -> str:
+        """The first screen of table.md, without its title."""
+        return self.markdown.split("\n## ", 1)[0].split("\n", 1)[1].strip()
 
 
 def load_run(path: str | os.PathLike[str]) -> RunData:
@@ -70,7 +77,27 @@ def load_run(path: str | os.PathLike[str]) -> RunData:
         placement_titles=placement_titles(plan),
         views=placement_views(load_window(routing), plan.profile.server, plan.arms) if routing.is_file() else [],
         timelines=row_timelines(folder, plan),
+        caveats=caveats(plan),
+        on_cpu=cpu,
     )
+
+
+def caveats(plan: RunPlan) -> list[str]:
+    """What a run does not say, from what it was: hardware, link, routing, blocks."""
+    server, link = plan.profile.server, Link.of(plan.profile)
+    found = [CPU_NOTE] if server.engine == "cpu" else []
+    if link.emulated:
+        found.append(emulated_note(link))
+    if server.nodes > 1 and server.engine == "cpu":
+        found.append("The nodes are ranks of one machine: fan-out over nodes is counted, nothing crosses a network.")
+    if server.engine != "cpu" and server.ranks <= 4:
+        found.append(f"{server.ranks} GPUs: a token's experts reach most of them whatever the placement.")
+    if any("replay:" in flag for flag in server.flags):
+        found.append("Routing is replayed from one trace: maps fit it better than traffic that drifts.")
+    if plan.blocks < 3:
+        blocks = "one block has no interval" if plan.blocks == 1 else "two blocks have wide intervals"
+        found.append(f"{blocks.capitalize()}: a difference cannot be told from noise.")
+    return [*found, "Other traffic, models and networks gain other amounts: measure your own."]
 
 
 def rebalance_table(folder: RunFolder) -> pd.DataFrame:

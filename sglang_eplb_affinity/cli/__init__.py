@@ -11,6 +11,7 @@ from sglang_eplb_affinity.cli.convert import convert_command
 from sglang_eplb_affinity.cli.demo import demo_command
 from sglang_eplb_affinity.cli.evaluate import evaluate_command
 from sglang_eplb_affinity.cli.inspect import inspect_command
+from sglang_eplb_affinity.cli.monitor import monitor_command
 from sglang_eplb_affinity.cli.plan import plan_command
 from sglang_eplb_affinity.cli.recommend import recommend_command
 from sglang_eplb_affinity.cli.replay import replay_command
@@ -23,11 +24,11 @@ sglang_eplb_affinity: expert placement for SGLang's expert parallelism. Needs no
   demo                    try it: plan, compare and draw on a recording that comes along (half a minute)
   plan, evaluate          a map for your recorded traffic, and what it makes of later traffic
   recommend               what to enable on your cluster, or "leave it", and why (simulated)
-  inspect, convert        what a dump, trace or map holds; maps of other engines
   simulate, replay        step times of placements on a cluster; a day of changing traffic
+  inspect, convert        what a dump, trace or map holds; maps of other engines
+  monitor                 running servers, live: balance, fan-outs, rounds, latencies
 
-First: python -m sglang_eplb_affinity demo
-All commands: --help. In a server: `make apply`, then --eplb-algorithm affinity (README.md)."""
+First: python -m sglang_eplb_affinity demo     (all commands: --help)"""
 
 
 @click.group(
@@ -50,6 +51,7 @@ cli.add_command(inspect_command)
 cli.add_command(simulate_command)
 cli.add_command(replay_command)
 cli.add_command(recommend_command)
+cli.add_command(monitor_command)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import click
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, topology_of
 from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.formats.maps import MAP_FORMATS, MapFormat, load_map, save_map
 from sglang_eplb_affinity.formats.responses import read_responses
 
@@ -48,13 +49,13 @@ def convert_command(
         return
     expected = {"sglang": (".json", ".pt"), "vllm-ascend": (".json",), "tensorrt-llm": (".yaml", ".yml")}[target]
     map_format = cast(MapFormat, target)
-    if out.suffix not in expected:
+    if str(out) != "-" and out.suffix not in expected:
         raise InputError(f"--out {out}: a map for {target} ends in {' or '.join(expected)}")
     topology = None if gpus is None else topology_of(gpus, 1)
     expert_map = load_map(source, dense_layers, num_gpus=gpus)
     if in_layers == "moe" and "physical_to_logical_map" in read_content(source):
         whole = expert_map.num_layers + dense_layers
-        expert_map = expert_map.aligned(whole, dense_layers, str(source), "the model")
+        expert_map = expert_map.aligned(whole, dense_layers, name_of(source), "the model")
     if topology is not None:
         topology.slots_per_gpu(expert_map.num_slots)
     save_map(expert_map, out, map_format, topology, dense_layers, layer_updates_per_iter)
@@ -66,7 +67,7 @@ def convert_command(
 
 
 def _to_trace(source: Path, out: Path, experts: int | None, top_k: int | None, dense_layers: int) -> None:
-    if out.suffix != ".npz":
+    if str(out) != "-" and out.suffix != ".npz":
         raise InputError(f"--out {out}: a trace ends in .npz")
     if experts is None:
         raise InputError("--to trace: give --experts, the number of routed experts of the model")

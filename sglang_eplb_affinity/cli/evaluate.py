@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
+from sglang_eplb_affinity.cli.evaluate_output import LOSS_METRICS, as_csv, as_json, as_table
+from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, topology_of, topology_options
 from sglang_eplb_affinity.cli.progress import progress
+from sglang_eplb_affinity.cli.recorded import Recorded, of_dumps, of_trace
 from sglang_eplb_affinity.dispatch.evaluate import (
-    DEFINITIONS,
     METRICS,
-    SOURCE_MODEL,
     even_load,
     measure_trace,
     moved_experts,
 )
-from sglang_eplb_affinity.dispatch.losses import Loss, without_gpus
+from sglang_eplb_affinity.dispatch.losses import without_gpus
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.files import write_atomically
-from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.formats.dumps import read_dumps
 from sglang_eplb_affinity.formats.maps import load_map
-
-LOSS_METRICS = tuple(Loss.__dataclass_fields__)
 
 
 @click.command("evaluate")
@@ -79,77 +70,31 @@ def evaluate_command(
         check_output(out)
     gone = _lost_gpus(ranks, lost_nodes, topology)
     results: list[dict[str, Any]] = []
-    recordings = [*map(_of_trace, traces), *(_of_dumps([path]) for path in dumps)]
+    recordings = [*map(of_trace, traces), *(of_dumps([path], dense_layers) for path in dumps)]
     if len(dumps) > 1:
-        recordings.append(_of_dumps(dumps))
+        recordings.append(of_dumps(dumps, dense_layers))
     total = len(recordings) * len(maps) * len(rules)
     with progress(total, "evaluating", show=total > 1) as done:
         for recorded in recordings:
             experts, current = recorded.num_experts, None
             if current_map is not None:
                 read = load_map(current_map, dense_layers, experts, gpus)
-                current = recorded.restrict(read, dense_layers, str(current_map))
+                current = recorded.restrict(read, dense_layers, name_of(current_map))
             for map_path in maps:
                 expert_map = load_map(map_path, dense_layers, experts, gpus)
-                expert_map = recorded.restrict(expert_map, dense_layers, str(map_path))
+                expert_map = recorded.restrict(expert_map, dense_layers, name_of(map_path))
                 for rule in rules:
                     results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens))
                     done(1)
-    text = {"json": _json, "csv": _csv, "table": _table}[style](results, topology)
+    text = {"json": as_json, "csv": as_csv, "table": as_table}[style](results, topology)
     if out is None:
         click.echo(text)
     else:
         write_atomically(out, (text + "\n").encode())
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """What to evaluate on: ``trace``, or ``counts`` int64 [layers, experts] where token sets were not recorded.
-
-    ``layers``: those of the recording that have tokens (a dump has dense layers too); None: all ``num_layers``.
-    """
-
-    path: str
-    num_experts: int
-    num_layers: int
-    trace: RoutingTrace | None = None
-    counts: np.ndarray | None = None
-    layers: np.ndarray | None = None
-
-    def restrict(self, expert_map: ExpertMap, dense_layers: int, source: str) -> ExpertMap:
-        """The rows of the layers that have tokens."""
-        fitting = expert_map.aligned(self.num_layers, dense_layers, source, self.path)
-        if self.layers is None:
-            return fitting
-        return ExpertMap(fitting.physical_to_logical[self.layers], fitting.num_experts)
-
-
-def _of_trace(path: Path) -> _Recorded:
-    trace = RoutingTrace.load(path)
-    return _Recorded(str(path), trace.num_experts, trace.num_layers, trace)
-
-
-def _of_dumps(paths: Sequence[Path]) -> _Recorded:
-    """One dump, or several as one, weighed by their tokens."""
-    name = str(paths[0]) if len(paths) == 1 else f"all {len(paths)} dumps"
-    window = read_dumps(paths, note=say)
-    layers = np.flatnonzero(window.counts.any(1))
-    if not len(layers):
-        raise InputError(f"{name}: empty, no tokens were recorded")
-    if window.tokens is None or not (window.tokens >= 0).any():
-        say(f"{name}: holds counts only: load is known, if replicas share evenly; fan-outs and copies are not")
-        return _Recorded(name, window.num_experts, window.num_layers, None, window.counts[layers], layers)
-    layers = np.flatnonzero((window.tokens[:, :, 0] >= 0).any(1))
-    tokens = window.tokens[layers].transpose(1, 0, 2)
-    whole = tokens[(tokens >= 0).all((1, 2))]
-    if not len(whole):
-        raise InputError(f"{name}: no token was recorded in all of its layers")
-    trace = RoutingTrace(whole, window.num_experts, source=name)
-    return _Recorded(name, window.num_experts, window.num_layers, trace, None, layers)
-
-
 def _load_result(
-    recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
+    recorded: Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
     current: ExpertMap | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What counts alone tell: the load, each expert's evenly shared by its replicas. The rest is None."""
@@ -159,7 +104,7 @@ def _load_result(
     known = load.max(1) / load.mean(1)
     return {
         "trace": recorded.path,
-        "map": str(map_path),
+        "map": name_of(map_path),
         "dispatch": rule,
         "gpus": topology.num_gpus,
         "nodes": topology.num_nodes,
@@ -177,7 +122,7 @@ def _load_result(
 
 
 def _result(
-    recorded: _Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
+    recorded: Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
     current: ExpertMap | None, gone: list[int], pass_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     if recorded.trace is None:
@@ -185,12 +130,12 @@ def _result(
             raise InputError(f"{recorded.path}: holds counts only; --without-rank and --without-node need token sets")
         return _load_result(recorded, map_path, expert_map, topology, rule, current)
     trace, trace_path = recorded.trace, recorded.path
-    traffic = measure_trace(trace, expert_map, topology, rule, str(map_path), pass_tokens)
+    traffic = measure_trace(trace, expert_map, topology, rule, name_of(map_path), pass_tokens)
     moved = None if current is None else moved_experts(current, expert_map, topology)
-    loss = without_gpus(trace, expert_map, topology, rule, gone, str(map_path)) if gone else None
+    loss = without_gpus(trace, expert_map, topology, rule, gone, name_of(map_path)) if gone else None
     return {
         "trace": str(trace_path),
-        "map": str(map_path),
+        "map": name_of(map_path),
         "dispatch": rule,
         "gpus": topology.num_gpus,
         "nodes": topology.num_nodes,
@@ -221,43 +166,3 @@ def _lost_gpus(ranks: tuple[int, ...], nodes: tuple[int, ...], topology: Topolog
     if len(gone) == topology.num_gpus:
         raise InputError("--without-rank, --without-node: no GPU would be left")
     return sorted(gone)
-
-
-def _json(results: list[dict[str, Any]], topology: Topology) -> str:
-    head: dict[str, Any] = {"version": 1, "source_model": SOURCE_MODEL, "definitions": DEFINITIONS}
-    if len(results) == 1:  # one map, trace and rule: its means at the top too, for short scripts
-        head.update({key: value for key, value in results[0].items() if key != "per_layer"})
-    return json.dumps({**head, "results": results}, indent=1)
-
-
-def _rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in result.items() if key != "per_layer"} for result in results]
-
-
-def _csv(results: list[dict[str, Any]], topology: Topology) -> str:
-    buffer = io.StringIO()
-    rows = _rows(results)
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue().rstrip()
-
-
-def _table(results: list[dict[str, Any]], topology: Topology) -> str:
-    lost = [name for name in LOSS_METRICS if name in results[0]]
-    names = [*METRICS, *lost, *(["moved_experts"] if results[0]["moved_experts"] is not None else [])]
-    header = ["trace", "map", "dispatch", *names]
-    lines = [header]
-    for result in results:
-        values = [_cell(name, result[name]) for name in names]
-        lines.append([Path(result["trace"]).name, Path(result["map"]).name, result["dispatch"], *values])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    title = f"{topology.num_gpus} GPUs on {topology.num_nodes} nodes; means over layers. Source: {SOURCE_MODEL}."
-    return "\n".join([title, *rows])
-
-
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return "unknown"
-    return str(value) if name == "moved_experts" else f"{value:.4f}"

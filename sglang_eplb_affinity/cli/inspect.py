@@ -10,13 +10,15 @@ import numpy as np
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of
 from sglang_eplb_affinity.cli.picture import picture_of
+from sglang_eplb_affinity.dispatch.evaluate import even_load
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.formats.dumps import read_dumps
+from sglang_eplb_affinity.formats.dumps import dense_rows, read_dumps
 from sglang_eplb_affinity.formats.maps import check_devices, load_map, parse_map
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, origin_of
 
@@ -62,15 +64,16 @@ def inspect_command(
         return
     trace = None if trace_path is None else RoutingTrace.load(trace_path)
     window = read_dumps(dumps, note=say) if trace is None else RoutingWindow.from_trace(trace, 2048)
+    dense_rows(window, dense_layers, name_of(trace_path or dumps[0]))
     if not window.counts.any():
-        raise InputError(f"{dumps[0]}: empty, no tokens were recorded")
+        raise InputError(f"{name_of(dumps[0])}: empty, no tokens were recorded")
     expert_map = None
     if map_path is not None:
         if topology is None:
             raise InputError("--map with routing needs --gpus")
-        name = str(trace_path or dumps[0])
+        name = name_of(trace_path or dumps[0])
         expert_map = load_map(map_path, dense_layers, window.num_experts, gpus)
-        expert_map = expert_map.aligned(window.num_layers, dense_layers, str(map_path), name)
+        expert_map = expert_map.aligned(window.num_layers, dense_layers, name_of(map_path), name)
     elif topology is not None:
         slots = -(-window.num_experts // topology.num_gpus) * topology.num_gpus
         say(f"no --map: GPUs hold SGLang's start placement, {slots} slots")
@@ -83,11 +86,19 @@ def _inspect_only_map(
 ) -> None:
     data = read_content(map_path)
     if topology is not None:
-        check_devices(data, topology.num_gpus, str(map_path))
-    expert_map = parse_map(data, str(map_path), dense_layers)
-    origin = origin_of(data, expert_map, str(map_path))
+        check_devices(data, topology.num_gpus, name_of(map_path))
+    expert_map = parse_map(data, name_of(map_path), dense_layers)
+    origin = origin_of(data, expert_map, name_of(map_path))
     if topology is None and origin is not None:
         topology = origin.topology
+    chosen = _pick_layer(layer, int(expert_map.replica_counts().max(1).argmax()), expert_map.num_layers)
+    if topology is not None:
+        topology.slots_per_gpu(expert_map.num_slots)
+    if plot is not None:
+        from sglang_eplb_affinity.cli.plots import plot_map
+
+        plot_map(expert_map, topology, chosen, plot)
+        click.echo(f"{plot}: written", err=True)
     if style == "json":
         click.echo(json.dumps({
             "layers": expert_map.num_layers, "experts": expert_map.num_experts, "slots": expert_map.num_slots,
@@ -96,12 +107,7 @@ def _inspect_only_map(
     else:
         if origin is not None:
             _inspect_origin(origin)
-        _inspect_map(expert_map, topology, layer)
-    if plot is not None:
-        from sglang_eplb_affinity.cli.plots import plot_map
-
-        plot_map(expert_map, plot)
-        click.echo(f"{plot}: written", err=True)
+        _inspect_map(expert_map, topology, chosen)
 
 
 def _pick_layer(layer: int | None, default: int, layers: int) -> int:
@@ -117,6 +123,14 @@ def _inspect_routing(
     busy = window.counts.any(1)
     skew = np.where(busy, window.counts.max(1) / np.maximum(window.counts.mean(1), 1e-9), 0)
     chosen = _pick_layer(layer, int(skew.argmax()), window.num_layers)
+    picture = picture_of(window, chosen, expert_map, topology, rule)
+    if plot is not None:  # first, so that a picture that cannot be made is one line and nothing else
+        from sglang_eplb_affinity.cli.plots import plot_routing
+
+        placed = expert_map is not None and topology is not None
+        load = even_load(window.counts, expert_map, topology) if placed else None  # type: ignore[arg-type]
+        plot_routing(window, picture, load, plot)
+        click.echo(f"{plot}: written", err=True)
     if style == "json":
         pictures = [picture_of(window, i, expert_map, topology, rule).to_json() for i in np.flatnonzero(busy).tolist()]
         click.echo(json.dumps({
@@ -134,14 +148,7 @@ def _inspect_routing(
             f"hottest expert over mean expert: median {np.median(skew[busy]):.2f}, "
             f"largest {skew.max():.2f} (layer {skew.argmax()})"
         )
-        click.echo(picture_of(window, chosen, expert_map, topology, rule).text())
-    if plot is not None:
-        from sglang_eplb_affinity.cli.plots import plot_trace
-
-        if window.coactivation is None or trace is None:
-            raise InputError("--plot needs --trace, or --map alone")
-        plot_trace(window, trace.num_tokens, chosen, plot)
-        click.echo(f"{plot}: written", err=True)
+        click.echo(picture.text())
 
 
 def _describe(trace: RoutingTrace) -> None:
@@ -150,9 +157,10 @@ def _describe(trace: RoutingTrace) -> None:
     )
     if trace.sequence is not None:
         click.echo(f"{len(np.unique(trace.sequence))} sequences")
-    for index, name in enumerate(trace.domain_names):
-        if trace.domain is not None:
-            click.echo(f"domain {name}: {int((trace.domain == index).sum())} tokens")
+    if trace.domain is not None:
+        for index, count in zip(*np.unique(trace.domain, return_counts=True), strict=True):
+            name = trace.domain_names[index] if trace.domain_names else index
+            click.echo(f"domain {name}: {count} tokens")
 
 
 def _inspect_origin(origin: MapOrigin) -> None:
@@ -174,9 +182,8 @@ def _inspect_origin(origin: MapOrigin) -> None:
             )
 
 
-def _inspect_map(expert_map: ExpertMap, topology: Topology | None, layer: int | None) -> None:
+def _inspect_map(expert_map: ExpertMap, topology: Topology | None, chosen: int) -> None:
     replicas = expert_map.replica_counts()
-    chosen = _pick_layer(layer, int(replicas.max(1).argmax()), expert_map.num_layers)
     click.echo(
         f"{expert_map.num_layers} layers, {expert_map.num_experts} experts in {expert_map.num_slots} slots "
         f"({expert_map.num_slots - expert_map.num_experts} redundant)"

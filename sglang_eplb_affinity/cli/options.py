@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Existence is checked where the file is read, so that the message says more than "does not exist".
+MOST_GPUS = 1 << 16
 FILE = click.Path(path_type=Path)
 
 
@@ -28,9 +30,9 @@ def topology_options(command: Command) -> Command:
 def dense_layers_option(command: Command) -> Command:
     """``--dense-layers``, the same in every command."""
     return click.option(
-        "--dense-layers", type=click.IntRange(min=0), default=0, show_default=True,
-        help="Leading dense layers of the model (3 for DeepSeek-V3). SGLang's maps and dumps have a row for each; "
-        "traces, vllm-ascend's and TensorRT-LLM's maps leave them out.",
+        "--dense-layers", type=click.IntRange(0, 1000), default=0, show_default=True,
+        help="Leading dense layers of the model (3 for DeepSeek-V3). SGLang's maps, dumps and responses "
+        "have a row for each; traces, vllm-ascend's and TensorRT-LLM's maps leave them out.",
     )(command)  # fmt: skip
 
 
@@ -39,15 +41,37 @@ def say(line: str) -> None:
     click.echo(f"note: {line}", err=True)
 
 
-def check_output(path: Path) -> None:
-    """Fail before long work, not after it, if the output cannot be written."""
+def check_output(path: Path, *, standard_output: bool = True) -> None:
+    """Fail before long work, not after it, if the output cannot be written or is a file that the command reads."""
+    if str(path) == "-":
+        if standard_output:
+            return
+        raise InputError(f"{path}: standard output has the table; give a file")
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise InputError(f"{path}: is a folder, but must be a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written (Permission denied)")
+    for name, value in click.get_current_context().params.items():
+        for other in value if isinstance(value, tuple) else (value,):
+            if isinstance(other, Path) and name not in _OUTPUTS and _same(path, other):
+                raise InputError(f"{path}: is an input of this command too; give another file to write")
+
+
+_OUTPUTS = ("out", "report", "plot", "plots")
+
+
+def _same(output: Path, other: Path) -> bool:
+    try:
+        return output.is_file() and output.samefile(other)
+    except OSError:
+        return False
 
 
 def topology_of(gpus: int, nodes: int) -> Topology:
+    if gpus > MOST_GPUS:
+        raise InputError(f"--gpus {gpus}: must be at most {MOST_GPUS}")
     try:
         return Topology(gpus, nodes)
     except InputError:

@@ -100,14 +100,19 @@ def _pairs(window: RoutingWindow, layer: int) -> tuple[tuple[int, int, int, floa
         return None
     upper = np.triu(window.coactivation[layer], 1)
     counts = window.counts[layer]
-    k = 1 if window.tokens is None else int((window.tokens[layer] >= 0).sum(1).max(initial=1))
-    tokens = counts.sum() / max(k, 1)
+    tokens = tokens_of(window, layer)
     found = []
     for flat in np.argsort(-upper, axis=None, kind="stable")[:_PAIRS]:
         a, b = divmod(int(flat), window.num_experts)
         if upper[a, b]:
             found.append((a, b, int(upper[a, b]), float(upper[a, b] * tokens / (counts[a] * counts[b]))))
     return tuple(found)
+
+
+def tokens_of(window: RoutingWindow, layer: int) -> float:
+    """Tokens of the window in one layer: its assignments over the experts of a token."""
+    k = 1 if window.tokens is None else int((window.tokens[layer] >= 0).sum(1).max(initial=1))
+    return float(window.counts[layer].sum() / max(k, 1))
 
 
 def _bar(share: float) -> str:

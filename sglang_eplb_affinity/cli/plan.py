@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import click
-import numpy as np
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.formats.dumps import read_dumps
+from sglang_eplb_affinity.formats.dumps import dense_rows, read_dumps
 from sglang_eplb_affinity.formats.maps import load_map
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.config import Effort, Objective
@@ -55,7 +56,7 @@ SAMPLE_TOKENS = 16384
     help="Expert groups of the model's routing (DeepSeek-V3: 8). affinity: a further start of the search; "
     "deepseek_hierarchical: placed on nodes as a whole.  [default: none; hierarchical: one per node]",
 )  # fmt: skip
-@click.option("--objective", type=click.Choice(["normal", "low_latency", "mixed"]), default="normal", show_default=True)
+@click.option("--objective", type=click.Choice(get_args(Objective)), default="normal", show_default=True)
 @click.option(
     "--prefill-share", type=float, default=None, help="Weight of normal mode in mixed (default: of the dump, else 0.5)."
 )
@@ -122,17 +123,20 @@ def plan_command(
     for path in (out, report):
         if path is not None:
             check_output(path)
-    window = _window(trace, dumps, seed, dense_layers)
+    window = _window(trace, dumps, seed)
+    added = dense_layers - dense_rows(window, dense_layers, name_of(trace or dumps[0]))
     if redundant == "auto":
         assert memory_gb is not None and expert_mb is not None
         slots = window.num_experts + _auto_redundant(window, topology, config, memory_gb, expert_mb)
     else:
         slots = window.num_experts + int(redundant)
+        most = window.num_experts * (gpus - 1)
+        if int(redundant) > most:
+            raise InputError(f"--redundant {redundant}: {most} already put every expert on every GPU")
     current = None
     if current_map is not None:
         read = load_map(current_map, dense_layers, window.num_experts, gpus)
-        current = read.aligned(window.num_layers, dense_layers, str(current_map), "the routing")
-    added = 0 if trace is None else dense_layers  # a dump has rows for dense layers already
+        current = read.aligned(window.num_layers, dense_layers, name_of(current_map), "the routing")
     if algorithm != "affinity":
         if report is not None or max_moves is not None:
             raise InputError(f"--report and --max-moves need --algorithm affinity, not {algorithm}")
@@ -178,13 +182,10 @@ def _auto_redundant(
     return rows[at].redundant
 
 
-def _window(trace: Path | None, dumps: tuple[Path, ...], seed: int, dense_layers: int) -> RoutingWindow:
+def _window(trace: Path | None, dumps: tuple[Path, ...], seed: int) -> RoutingWindow:
     if trace is not None:
         return RoutingWindow.from_trace(RoutingTrace.load(trace), SAMPLE_TOKENS, seed)
     window = read_dumps(dumps, SAMPLE_TOKENS, seed, note=say)
-    busy = np.flatnonzero(window.counts[:dense_layers].any(1))
-    if len(busy):
-        raise InputError(f"--dense-layers {dense_layers}: but layer {busy[0]} of {dumps[0]} has traffic")
     if window.tokens is None:
-        say(f"{dumps[0]}: holds counts only: planned for load; fan-out is unknown")
+        say(f"{name_of(dumps[0])}: holds counts only: planned for load; fan-out is unknown")
     return window

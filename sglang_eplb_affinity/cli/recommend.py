@@ -12,6 +12,7 @@ import numpy as np
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingTrace
@@ -30,6 +31,7 @@ from sglang_eplb_affinity.simulate.replay import DayResult
 from sglang_eplb_affinity.simulate.scenario import PHASES, Interval, Phase
 from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
 from sglang_eplb_affinity.simulate.system import System, preset_names
+from sglang_eplb_affinity.simulate.v2_comparison import V2Comparison, compare_v2, comparison_runs
 
 
 @click.command("recommend")
@@ -40,6 +42,16 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 @click.option("--topology", required=True, help=f"YAML file, or a preset: {', '.join(preset_names())}.")
 @click.option("--gpus", type=int, help="EP size.  [default: the topology's]")
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
+@click.option(
+    "--pass-tokens", type=click.IntRange(1),
+    help="Tokens of one GPU in one pass, that load is judged on.  [default: the topology's prefill step, "
+    "decode batch]",
+)  # fmt: skip
+@click.option(
+    "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True,
+    help="Affinity's replica choice; may repeat: the best is taken.  [default: cover in normal mode, static in low "
+    "latency]",
+)  # fmt: skip
 @click.option("--min-gain", default=1.0, show_default=True, help="Least sure gain in % that is worth a switch.")
 @click.option("--layers", default=4, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")
 @click.option("--resamples", default=5, show_default=True, help="Batches drawn anew for the intervals.")
@@ -52,7 +64,8 @@ from sglang_eplb_affinity.simulate.system import System, preset_names
 def recommend_command(
     trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
     topology: str, gpus: int | None,
-    phases: tuple[Phase, ...], min_gain: float, layers: int, resamples: int, memory_gb: str | None, plot: Path | None,
+    phases: tuple[Phase, ...], pass_tokens: int | None, rules: tuple[DispatchRule, ...], min_gain: float, layers: int,
+    resamples: int, memory_gb: str | None, plot: Path | None,
     seed: int, out: Path | None,
 ) -> None:  # fmt: skip
     """Algorithm, redundant experts, DeepEP mode and interval for your traffic, with the predicted gain; or "leave it".
@@ -68,7 +81,7 @@ def recommend_command(
         system = system.resized(gpus)
     for path in (out, plot):
         if path is not None:
-            check_output(path)
+            check_output(path, standard_output=False)
     if plot is not None and memory_gb is None:
         raise InputError(f"--plot {plot}: needs --memory-gb")
     tried = None if memory_gb is None else memory.redundancies(system, _gigabytes(memory_gb, system))
@@ -78,14 +91,19 @@ def recommend_command(
     )
     domains = source.trace.domain
     drifts = domains is not None and len(np.unique(domains)) > 1
-    total = sum(candidate_runs(system, phase, resamples, tried) + (DAY_WINDOWS if drifts else 0) for phase in phases)
+    of_day = DAY_WINDOWS if drifts else 0
+    total = sum(candidate_runs(system, phase, resamples, tried, rules) + of_day for phase in phases)
+    compares_v2 = "decode" in phases and system.serving.decode_mode != "v2"
+    total += comparison_runs(system, resamples, tried) if compares_v2 else 0
     answers: list[tuple[Recommendation, DayResult | None]] = []
+    with_v2: V2Comparison | None = None
     rows: dict[str, list[memory.MemoryRow]] = {}
     with progress(total, "comparing") as done:
         for phase in phases:
             serving = system.serving
-            tokens = serving.prefill_tokens_per_gpu if phase == "prefill" else serving.decode_batch_per_gpu
-            candidates = evaluate_candidates(system, source, phase, tokens, resamples, done, tried)
+            usual = serving.prefill_tokens_per_gpu if phase == "prefill" else serving.decode_batch_per_gpu
+            tokens = pass_tokens or usual
+            candidates = evaluate_candidates(system, source, phase, tokens, resamples, done, tried, rules)
             if tried is not None:
                 rows[phase] = memory.memory_rows(system, candidates)
                 within = next(row.redundant for row in rows[phase] if row.knee)
@@ -95,10 +113,14 @@ def recommend_command(
             if drifts and answer.enable:
                 day = recommend_interval(system, source, answer, tokens, done)
             answers.append((answer, day))
+            if phase == "decode" and compares_v2:
+                with_v2 = compare_v2(system, source, answer.chosen, tokens, resamples, done, tried)
     head = report.header(system, source.label, command_line())
     if out is not None:
         entries = [_entry(answer, day) for answer, day in answers]
         table = {phase: [row.to_json() for row in found] for phase, found in rows.items()}
+        if with_v2 is not None:
+            entries[phases.index("decode")]["deepep_v2"] = with_v2.to_json()
         full = {**head, "recommendations": entries, **({"memory": table} if rows else {})}
         write_atomically(out, (json.dumps(full, indent=1) + "\n").encode())
     if plot is not None:
@@ -106,6 +128,8 @@ def recommend_command(
     click.echo(f"SIMULATED. {system.name}, {system.cluster.gpus} GPUs. Routing: {source.label}.")
     for answer, day in answers:
         click.echo(_text(system, answer, day, drifts))
+        if answer.phase == "decode" and with_v2 is not None:
+            click.echo(f"  - {with_v2.text}")
         if answer.phase in rows:
             click.echo(
                 "  affinity by memory for experts; the knee is taken:\n" + memory.memory_table(rows[answer.phase])
@@ -132,7 +156,7 @@ def _entry(answer: Recommendation, day: DayResult | None) -> dict[str, Any]:
 
 def _text(system: System, answer: Recommendation, day: DayResult | None, drifts: bool) -> str:
     chosen = answer.chosen.result
-    lines = [f"\n{answer.phase}:"]
+    lines = [f"\n{answer.phase}:", f"  judged on passes of {chosen.tokens_per_gpu} tokens a GPU"]
     if answer.enable:
         gigabytes = memory.expert_gb(system, chosen.redundant) - memory.expert_gb(system, 0)
         lines.append(

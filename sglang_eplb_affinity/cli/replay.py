@@ -10,6 +10,7 @@ import click
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers, sampled_layers
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.routing import RoutingTrace
@@ -33,7 +34,14 @@ from sglang_eplb_affinity.simulate.system import preset_names
 @click.option("--max-moves", default=2, show_default=True, help="Asynchronous: experts moved per GPU, layer and round.")
 @click.option("--rounds", default=4, show_default=True, help="Asynchronous: rounds of a rebalance.")
 @click.option("--min-gain", default=0.01, show_default=True, help="Asynchronous: least gain of a layer to act.")
-@click.option("--tokens-per-gpu", default=1024, show_default=True, help="Tokens of the simulated step on each GPU.")
+@click.option(
+    "--pass-tokens", "--tokens-per-gpu", "pass_tokens", type=click.IntRange(1), default=1024, show_default=True,
+    help="Tokens of one GPU in one pass: what step time, pass load and cover_balanced see.",
+)  # fmt: skip
+@click.option(
+    "--dispatch", "rule", type=click.Choice(DISPATCH_RULES),
+    help="Affinity's replica choice.  [default: cover in normal mode, static in low latency]",
+)  # fmt: skip
 @click.option("--layers", default=3, show_default=True, help="MoE layers to simulate; 0: all.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=FILE, help="Write the full result as JSON.")
@@ -41,7 +49,8 @@ from sglang_eplb_affinity.simulate.system import preset_names
 def replay_command(
     trace: Path, test_trace: Path | None, dense_layers: int,
     topology: str, gpus: int | None, redundant: int | None, phase: str,
-    windows: int, every: str, max_moves: int, rounds: int, min_gain: float, tokens_per_gpu: int, layers: int, seed: int,
+    windows: int, every: str, max_moves: int, rounds: int, min_gain: float, pass_tokens: int,
+    rule: DispatchRule | None, layers: int, seed: int,
     out: Path | None, plots: Path | None,
 ) -> None:  # fmt: skip
     """Serve a day whose domains drift by the hour, under four policies and several rebalance intervals.
@@ -54,25 +63,33 @@ def replay_command(
     system = configured(topology, None, None, None)
     system = system.resized(gpus or system.cluster.gpus, redundant)
     if out is not None:
-        check_output(out)
+        check_output(out, standard_output=False)
     if plots is not None and not plots.is_dir():
         raise InputError(f"--plots {plots}: no such folder")
-    if max_moves < 1 or rounds < 1 or min_gain < 0 or tokens_per_gpu < 1:
-        raise InputError("--max-moves, --rounds and --tokens-per-gpu must be at least 1, --min-gain 0 or more")
-    policies = standard_policies([*numbers(every, "--every"), -1], max_moves, min_gain, rounds)
+    if max_moves < 1 or rounds < 1 or min_gain < 0:
+        raise InputError("--max-moves and --rounds must be at least 1, --min-gain 0 or more")
+    policies = standard_policies([*numbers(every, "--every"), -1], max_moves, min_gain, rounds, rule)
     test = None if test_trace is None else RoutingTrace.load(test_trace)
     source = RoutingSource(
         load_recording(trace, (), dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
     )
-    day = Day(system, source, prefill=phase == "prefill", windows=windows, tokens_per_gpu=tokens_per_gpu)
+    day = Day(system, source, prefill=phase == "prefill", windows=windows, tokens_per_gpu=pass_tokens)
     with progress(windows, "replaying") as done:
         results = day.run(policies, done)
-    head = {**report.header(system, source.label, command_line()), "phase": phase, "gpus": system.cluster.gpus}
+    head = {
+        **report.header(system, source.label, command_line()),
+        "phase": phase,
+        "gpus": system.cluster.gpus,
+        "pass_tokens": pass_tokens,
+    }
     head["window_minutes"] = 60 * HOURS / windows
     if out is not None:
         text = json.dumps({**head, "days": [result.to_json() for result in results]}, indent=1)
         write_atomically(out, (text + "\n").encode())
     if plots is not None:
         click.echo(f"{plot_day(results, head, plots)} written", err=True)
-    click.echo(f"SIMULATED. {system.name}, {system.cluster.gpus} GPUs, {phase}. Routing: {source.label}.")
+    click.echo(
+        f"SIMULATED. {system.name}, {system.cluster.gpus} GPUs, {phase}, passes of {pass_tokens} tokens a GPU. "
+        f"Routing: {source.label}."
+    )
     click.echo(day_table(results))

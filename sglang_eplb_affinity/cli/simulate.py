@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import numpy as np
@@ -29,7 +30,7 @@ from sglang_eplb_affinity.simulate.scenario import (
     with_overlap,
 )
 from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
-from sglang_eplb_affinity.simulate.system import System, load_system, preset_names
+from sglang_eplb_affinity.simulate.system import DeepEPMode, System, load_system, preset_names
 
 
 def numbers(text: str | None, flag: str) -> list[int]:
@@ -71,14 +72,14 @@ def command_line() -> str:
 )  # fmt: skip
 @click.option(
     "--dispatch", "rule", type=click.Choice(DISPATCH_RULES),
-    help="Affinity's replica choice.  [default: cover in normal mode, static in low latency]",
+    help="Affinity's replica choice.  [default: static in low latency, else cover]",
 )  # fmt: skip
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="fast", show_default=True)
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
 @click.option("--prefill-tokens", help="Tokens on each GPU in a prefill step, such as 2048,8192.")
 @click.option("--decode-batch", help="Running requests on each GPU, such as 32,128,256.")
-@click.option("--prefill-mode", type=click.Choice(["normal", "low_latency"]), help="DeepEP mode.")
-@click.option("--decode-mode", type=click.Choice(["normal", "low_latency"]), help="DeepEP mode.")
+@click.option("--prefill-mode", type=click.Choice(get_args(DeepEPMode)), help="DeepEP mode; v2: DeepEP V2.")
+@click.option("--decode-mode", type=click.Choice(get_args(DeepEPMode)), help="DeepEP mode; v2: DeepEP V2.")
 @click.option("--overlap", type=click.Choice(["none", "two_batch"]), help="Overlap of communication and computation.")
 @click.option("--layers", default=6, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")
 @click.option("--resamples", default=8, show_default=True, help="Batches drawn anew for the intervals.")
@@ -107,7 +108,7 @@ def simulate_command(
     """
     system = configured(topology, prefill_mode, decode_mode, overlap)
     if out is not None:
-        check_output(out)
+        check_output(out, standard_output=False)
     if plots is not None and not plots.is_dir():
         raise InputError(f"--plots {plots}: no such folder")
     if child_spread < 0:

@@ -29,7 +29,7 @@ PerLayer = TypeVar("PerLayer")
 
 SOURCE_MODEL = "GPU of a token = its sequence modulo GPUs (as with data-parallel attention); without sequences its row"
 DEFINITIONS = {
-    "gpu_fanout": "distinct destination GPUs per token and layer",
+    "gpu_fanout": "distinct destination GPUs per token and layer: copies of DeepEP's normal mode and of DeepEP V2",
     "node_fanout": "distinct destination nodes per token and layer",
     "extra_nodes": "node_fanout - 1: copies to remote nodes if the source is one of the nodes visited anyway",
     "remote_gpu_copies": "destination GPUs other than the source GPU (source_model), per token and layer",

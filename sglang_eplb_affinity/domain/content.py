@@ -5,21 +5,18 @@ Every reader of this package starts here, so that a broken file of any kind is o
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import os
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.reading import MAX_BYTES, name_of, read_bytes, text_of
 
-MAX_BYTES = 4 << 30
-"""Largest content that is read, after unpacking."""
 MAX_ELEMENTS = 1 << 28
 """Largest array that is made of lists, or of a tensor that claims more elements than its file holds."""
 _PACKED_RATIO = 1100
@@ -31,40 +28,17 @@ def read_content(path: str | os.PathLike[str], source: str | None = None) -> Any
 
     ``source`` begins error messages. Raises InputError if the file cannot be read or claims more than it can hold.
     """
-    source = source or str(path)
+    source = source or name_of(path)
     data = read_bytes(path, source)
     if data[:4] == b"PK\x03\x04":
         return _parse_zip(data, source)
     if data[:6] == b"\x93NUMPY":
         raise InputError(f"{source}: holds one bare array (.npy); expected an .npz trace, .pt, .json or .yaml")
+    text = text_of(data, f"{source}: neither text nor a file that torch.save or numpy.savez wrote")
     name = Path(path).name.removesuffix(".gz")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise InputError(f"{source}: neither text nor a file that torch.save or numpy.savez wrote") from None
-    return parse_yaml(text, source) if name.endswith((".yaml", ".yml")) else parse_json(text, source)
-
-
-def read_bytes(path: str | os.PathLike[str], source: str) -> bytes:
-    """The bytes of a file, unpacked if it is gzip; raises InputError above MAX_BYTES."""
-    try:
-        if os.path.isdir(path):
-            raise InputError(f"{source}: is a folder, but must be a file")
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if data[:2] == b"\x1f\x8b":
-        try:
-            with gzip.open(io.BytesIO(data)) as packed:
-                data = packed.read(MAX_BYTES + 1)
-        except (OSError, EOFError, zlib.error):
-            raise InputError(f"{source}: a broken gzip file") from None
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{source}: larger than {MAX_BYTES >> 30} GiB")
-    return data
+    if name.endswith((".yaml", ".yml")) or (str(path) == "-" and not text.lstrip().startswith(("{", "["))):
+        return parse_yaml(text, source)
+    return parse_json(text, source)
 
 
 SIMULATE = "`pip install '.[simulate]'` in the checkout brings what YAML files and simulations need"
@@ -73,6 +47,9 @@ SIMULATE = "`pip install '.[simulate]'` in the checkout brings what YAML files a
 def parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        more = "; responses, one in each line, become a trace by `convert --to trace`"
+        raise InputError(f"{source}: not JSON{more if error.msg == 'Extra data' else ''}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{source}: not JSON") from None
 
@@ -159,21 +136,26 @@ def _parse_zip(data: bytes, source: str) -> Any:
 
 
 def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: str) -> np.ndarray:
-    """One array of an .npz, its claimed size compared with the member's before anything is allocated."""
-    name = member.filename.removesuffix(".npy")
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(file)
-        claimed = dtype.itemsize
-        for length in shape:
-            claimed *= length
-        if dtype.hasobject or any(length < 0 for length in shape):
-            raise InputError(f"{source}: {name} is {dtype} of shape {shape}, but must be a plain array")
-        if claimed > member.file_size:
-            raise InputError(f"{source}: {name} claims shape {shape}, but holds {member.file_size} bytes")
-        array = np.frombuffer(file.read(claimed), dtype)
-    return array.reshape(shape, order="F" if fortran else "C")
+        return read_npy(file, member.file_size, source, member.filename.removesuffix(".npy"))
+
+
+def read_npy(file: IO[bytes], size: int, source: str, name: str) -> np.ndarray:
+    """One array in .npy format; what it claims is compared with its ``size`` before anything is allocated.
+
+    Raises InputError for that and for arrays of objects, numpy's own errors for a broken header.
+    """
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran, dtype = read(file)
+    claimed = dtype.itemsize
+    for length in shape:
+        claimed *= length
+    if dtype.hasobject or any(length < 0 for length in shape):
+        raise InputError(f"{source}: {name} is {dtype} of shape {shape}, but must be a plain array")
+    if claimed > size:
+        raise InputError(f"{source}: {name} claims shape {shape}, but holds {size} bytes")
+    return np.frombuffer(file.read(claimed), dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _torch_load(data: bytes, source: str) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from sglang_eplb_affinity.domain.content import array_of, read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.reading import name_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class ExpertMap:
 
     @staticmethod
     def load(path: str | os.PathLike[str], num_experts: int | None = None) -> ExpertMap:
-        return ExpertMap.from_json(read_content(path), num_experts, source=str(path))
+        return ExpertMap.from_json(read_content(path), num_experts, source=name_of(path))
 
 
 def map_rows(rows: Any, source: str, name: str) -> np.ndarray:

@@ -13,9 +13,12 @@ import numpy as np
 from sglang_eplb_affinity.domain.content import array_of, read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.reading import name_of
 
 MAX_EXPERTS = 4096
-"""Most logical experts in a layer that files may name; co-activation takes their square."""
+"""Most logical experts in a layer that files may name."""
+MAX_PAIRS = 1 << 28
+"""Most elements of a file's co-activation, layers x experts x experts."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class RoutingTrace:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> RoutingTrace:
         """Read a .npz trace file (or its .gz); raises InputError that names the file and what is wrong."""
-        source = str(path)
+        source = name_of(path)
         arrays = read_content(path, source)
         if not isinstance(arrays, dict):
             raise InputError(f"{source}: holds a {type(arrays).__name__}, but a trace is an .npz file")
@@ -99,6 +102,11 @@ class RoutingTrace:
             _names(arrays.get("domain_names"), source),
             source,
         )
+        if trace.num_layers * trace.num_experts**2 > MAX_PAIRS:
+            raise InputError(
+                f"{source}: has {trace.num_layers} layers of {trace.num_experts} experts; their co-activation is too "
+                f"large ({MAX_PAIRS} elements at most)"
+            )
         check_distinct(trace.topk_ids, f"{source}: topk_ids", ("token", "layer"))
         if trace.domain is not None and trace.domain_names and trace.domain.max() >= len(trace.domain_names):
             raise InputError(
@@ -115,8 +123,8 @@ class RoutingTrace:
         if self.sequence is not None:
             arrays["sequence"] = self.sequence.astype(np.int32)
         if self.domain is not None:
-            arrays["domain"] = self.domain.astype(np.int8)
-            arrays["domain_names"] = np.array(self.domain_names)
+            arrays["domain"] = self.domain.astype(np.int8 if self.domain.max(initial=0) < 128 else np.int32)
+            arrays["domain_names"] = np.array(self.domain_names, dtype=np.str_)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_atomically(Path(path), buffer.getvalue())
@@ -127,9 +135,10 @@ def _of_tokens(value: Any, source: str, name: str) -> np.ndarray | None:
     if value is None:
         return None
     array = np.asarray(value)
-    if array.dtype.kind not in "iu" or (array.size and array.min() < 0):
-        held = array.dtype if array.dtype.kind not in "iu" else array.min()
-        raise InputError(f"{source}: {name} holds {held}, but must be numbers from 0, one for each token")
+    most = np.iinfo(np.int32).max
+    if array.dtype.kind not in "iu" or (array.size and not 0 <= array.min() <= array.max() <= most):
+        held = array.dtype if array.dtype.kind not in "iu" else f"{array.min()} to {array.max()}"
+        raise InputError(f"{source}: {name} holds {held}, but must be numbers 0 to {most}, one for each token")
     return array
 
 
@@ -137,6 +146,8 @@ def _names(value: Any, source: str) -> tuple[str, ...]:
     if value is None:
         return ()
     array = np.asarray(value)
+    if array.shape == (0,):
+        return ()
     if array.dtype.kind != "U" or array.ndim != 1:
         raise InputError(f"{source}: domain_names is {array.dtype} of shape {array.shape}, but must be a list of texts")
     return tuple(array.tolist())

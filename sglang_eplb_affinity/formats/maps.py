@@ -20,9 +20,12 @@ from sglang_eplb_affinity.domain.content import read_content
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap, map_rows
 from sglang_eplb_affinity.domain.files import write_atomically
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.topology import Topology
 
 MapFormat = Literal["sglang", "vllm-ascend", "tensorrt-llm"]
+MAX_REPLICAS = 1 << 28
+"""Most elements of the table of replicas, layers x experts x replicas, that a file may ask for."""
 MAP_FORMATS: tuple[MapFormat, ...] = ("sglang", "vllm-ascend", "tensorrt-llm")
 
 
@@ -39,8 +42,12 @@ def load_map(
     """
     data = read_content(path)
     if num_gpus is not None:
-        check_devices(data, num_gpus, str(path))
-    return parse_map(data, str(path), dense_layers, num_experts)
+        check_devices(data, num_gpus, name_of(path))
+    found = parse_map(data, name_of(path), dense_layers, num_experts)
+    most = int(found.replica_counts().max(initial=0))
+    if found.num_layers * found.num_experts * most > MAX_REPLICAS:
+        raise InputError(f"{name_of(path)}: has up to {most} replicas of an expert in a layer, too many to be a map")
+    return found
 
 
 def parse_map(data: Any, source: str, dense_layers: int = 0, num_experts: int | None = None) -> ExpertMap:

@@ -48,9 +48,11 @@ class SearchBudget:
     redeals: int = 0
 
 
-# Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it.
+# Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it; less has to be bought
+# where the rule evens out each pass by itself.
 _SWAPS = ImbalanceWeights(window=300.0, blocks=10.0)
-_REPLICAS = ImbalanceWeights(window=480.0, blocks=24.0)
+_REPLICAS = ImbalanceWeights(window=360.0, blocks=18.0)
+_BALANCED_REPLICAS = ImbalanceWeights(window=240.0, blocks=12.0)
 
 
 def _replica_steps(num_experts: int, num_slots: int) -> int:
@@ -69,10 +71,10 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
             Annealing(2048, 2, 8000 * scale, 0.0, 0.0) if fast else Annealing(16384, 2, 100000 * scale, 0.0, 0.0)
         )
         return SearchBudget(annealing, False, _SWAPS)
-    if num_slots > num_experts and (config.dispatch in COVER_RULES or config.objective != "normal"):
+    if num_slots > num_experts and (config.dispatch in COVER_RULES or config.objective not in ("normal", "v2")):
         steps = _replica_steps(num_experts, num_slots) * scale
         annealing = Annealing(2048, 20, steps, 0.05, 0.003) if fast else Annealing(4096, 80, 4 * steps, 0.06, 0.0024)
-        return SearchBudget(annealing, True, _REPLICAS)
+        return SearchBudget(annealing, True, _BALANCED_REPLICAS if config.dispatch == "cover_balanced" else _REPLICAS)
     annealing = (
         Annealing(4096, 40, 2200 * scale, 0.08, 0.004) if fast else Annealing(16384, 100, 20000 * scale, 0.08, 0.0024)
     )

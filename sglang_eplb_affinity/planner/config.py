@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, planned_rule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.planner.survival import SURVIVE, Survive
 
-Objective = Literal["normal", "low_latency", "mixed"]
+Objective = Literal["normal", "low_latency", "mixed", "v2"]
 Effort = Literal["fast", "thorough"]
 
 
@@ -26,6 +26,7 @@ class PlannerConfig:
 
     ``objective``: what dispatch pays for. ``normal`` (DeepEP normal mode, prefill): one copy per token and destination.
     ``low_latency`` (decode): one copy per token and expert. ``mixed`` weighs them by ``prefill_share``.
+    ``v2`` (DeepEP V2, prefill and decode): as ``normal``, one copy per token and rank, one per scale-out rank (node).
     ``prefill_share``: of all tokens. None: as the window recorded it (a half where it did not).
     ``max_load_increase``: largest allowed rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).
     ``load_noise_allowance``: the cap rises by so many standard errors of a GPU's load, estimated from the window's
@@ -71,7 +72,7 @@ class PlannerConfig:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("objective", ("normal", "low_latency", "mixed")),
+            ("objective", get_args(Objective)),
             ("effort", ("fast", "thorough")),
             ("dispatch", DISPATCH_RULES),
             ("survive", SURVIVE),
@@ -107,7 +108,7 @@ class PlannerConfig:
     def normal_share(self) -> float:
         """The share of traffic that pays per destination (the rest pays per expert)."""
         share = 0.5 if self.prefill_share is None else self.prefill_share
-        return {"normal": 1.0, "low_latency": 0.0, "mixed": share}[self.objective]
+        return {"normal": 1.0, "v2": 1.0, "low_latency": 0.0, "mixed": share}[self.objective]
 
     def for_window(self, window: RoutingWindow) -> PlannerConfig:
         """With the window's share of prefill, if none was given."""

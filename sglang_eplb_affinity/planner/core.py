@@ -48,7 +48,7 @@ def plan(
         in_use = None if current is None else current.physical_to_logical[layer]
         other = None if grouped is None else grouped.physical_to_logical[layer]
         result = plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
-        result = unless_little_gain(result, in_use, config.minimum_gain)
+        result = unless_little_gain(result, in_use, window.counts[layer], topology, config)
         if progress is not None:
             progress(1)
         return result

@@ -16,7 +16,7 @@ from sglang_eplb_affinity.planner.layer_search import search_layer, thin
 from sglang_eplb_affinity.planner.layout import align, keep_slots, without_duplicates
 from sglang_eplb_affinity.planner.pseudo_tokens import draw_tokens
 from sglang_eplb_affinity.planner.starts import copied_start
-from sglang_eplb_affinity.planner.survival import with_survivors
+from sglang_eplb_affinity.planner.survival import survives_better, with_survivors
 
 NO_TRAFFIC = "no traffic"
 NO_AFFINITY = "no token sample or co-activation"
@@ -184,10 +184,17 @@ def _layer_tokens(window: RoutingWindow, layer: int, limit: int, seed: int) -> n
     return np.empty((0, 1), np.int16)
 
 
-def unless_little_gain(result: LayerPlan, current: np.ndarray | None, minimum_gain: float | None) -> LayerPlan:
-    """``result``, or the map in use where that gains less than ``PlannerConfig.minimum_gain`` asks for."""
-    if current is None or minimum_gain is None or result.planned is None or result.current is None:
+def unless_little_gain(
+    result: LayerPlan, current: np.ndarray | None, counts: np.ndarray, topology: Topology, config: PlannerConfig
+) -> LayerPlan:
+    """``result``, or the map in use where that gains less than ``PlannerConfig.minimum_gain`` asks for.
+
+    Replicas that are missing for the loss of a rank or node are made whatever they gain.
+    """
+    if current is None or config.minimum_gain is None or result.planned is None or result.current is None:
         return result
-    if worth_moving(result.current, result.planned, result.load_cap, minimum_gain):
+    if worth_moving(result.current, result.planned, result.load_cap, config.minimum_gain):
+        return result
+    if survives_better(result.slots, current, counts, topology, config.survive):
         return result
     return replace(result, slots=current, fallback=LITTLE_GAIN, planned=result.current)

@@ -154,6 +154,41 @@ def _exchange(places, s, r, a, b):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _change_places(places, balance, gpu_profile, squares, s, r, a, b):  # type: ignore[no-untyped-def]
+    """:func:`_exchange`, with the GPUs' profiles and their squares."""
+    _add_profile(places, balance.profile, gpu_profile, a, np.int32(-1))
+    _add_profile(places, balance.profile, gpu_profile, b, np.int32(-1))
+    _squares(places, gpu_profile, squares, a, b)
+    _exchange(places, s, r, a, b)
+    _add_profile(places, balance.profile, gpu_profile, a, np.int32(1))
+    _add_profile(places, balance.profile, gpu_profile, b, np.int32(1))
+    _squares(places, gpu_profile, squares, a, b)
+
+
+@kernel
+def _even_load(places, served, even, a, b, g, h):  # type: ignore[no-untyped-def]
+    """In tried_load, the load after a and b (of GPU h, or a new replica: -1) changed places, if replicas share evenly.
+
+    even int64 [experts]: the expert's whole load, << LOAD_UNIT.
+    """
+    load = served.tried_load
+    load[:] = served.load
+    n_a = places.replicas[a]
+    n_b = places.replicas[b]
+    if h >= 0:
+        shift = even[b] // n_b - even[a] // n_a
+        load[g] += shift
+        load[h] -= shift
+        return
+    for i in range(load.shape[0]):
+        if places.holds[a, i] > 0:
+            load[i] += even[a] // n_a - even[a] // (n_a + 1)
+        if places.holds[b, i] > 0 and i != g:
+            load[i] += even[b] // n_b - even[b] // (n_b - 1)
+    load[g] += even[b] // n_b - even[a] // (n_a + 1)
+
+
+@kernel
 def search_replicas(  # type: ignore[no-untyped-def]
     sample, slot_expert, numbering, slots_per_gpu, gpus_per_node, num_nodes, costs, balance, moves, steps
 ):
@@ -190,6 +225,10 @@ def search_replicas(  # type: ignore[no-untyped-def]
     state = np.empty(1, np.uint64)
     state[0] = np.uint64(steps.seed)
     flips = np.empty(numbering.bit.shape[0], np.uint64)
+    kept_squares = np.empty_like(squares)
+    even = np.empty(experts, np.int64)
+    for e in range(experts):
+        even[e] = sample.load[e] * (sample.start[e + 1] - sample.start[e])
     best = slot_expert.copy()
     best_cost = cost
     best_excess = excess
@@ -242,59 +281,51 @@ def search_replicas(  # type: ignore[no-untyped-def]
                 if h >= 0:
                     flips[c] ^= numbering.bit[c, h]
             change = costs.move * moved
-            if costs.spread > 0:
-                change += _spread(sample, places, costs, a) + _spread(sample, places, costs, b)
-                _exchange(places, s, r, a, b)
-                change -= _spread(sample, places, costs, a) + _spread(sample, places, costs, b)
-                _exchange(places, s, r, b, a)
+            change += _spread(sample, places, costs, a) + _spread(sample, places, costs, b)
+            kept_squares[:] = squares
+            _change_places(places, balance, gpu_profile, squares, s, r, a, b)
+            change -= _spread(sample, places, costs, a) + _spread(sample, places, costs, b)
             # What takes load off a GPU over the cap may cost anything.
             relieves = served.load[g] >> LOAD_UNIT > balance.cap
             if h >= 0:
                 relieves = relieves or served.load[h] >> LOAD_UNIT > balance.cap
+            # Even shares foretell what balance is gained, which traffic may be spent on.
+            _even_load(places, served, even, a, b, g, h)
+            gained = min(_price(served.tried_load, balance, squares)[0] - imbalance, 0)
+            count = 0
+            taken = relieves
             middle_a = sample.start[a] + (sample.start[a + 1] - sample.start[a]) // PARTS
             middle_b = sample.start[b] + (sample.start[b + 1] - sample.start[b]) // PARTS
             part = collect(sample, served, flips, a, b, sample.start[a], middle_a, False, 0)
             part = collect(sample, served, flips, b, a, sample.start[b], middle_b, True, part)
             found = serve(served, numbering, costs.gpu, costs.node, 0, part)
             margin = (costs.gpu + costs.node) * np.int64(np.sqrt(part)) * PARTS // 2
-            if not relieves and PARTS * found + change > limit + margin:
+            if relieves or PARTS * found + change + gained <= limit + margin:
+                count = collect(sample, served, flips, a, b, middle_a, sample.start[a + 1], False, part)
+                count = collect(sample, served, flips, b, a, middle_b, sample.start[b + 1], True, count)
+                change += found + serve(served, numbering, costs.gpu, costs.node, part, count)
+                taken = relieves or change + gained <= limit
+            if taken:
+                tried += 1
+                try_load(sample, served, numbering, count)
+                new_imbalance, new_excess = _price(served.tried_load, balance, squares)
+                change += new_imbalance - imbalance
+                taken = new_excess < excess or (new_excess == excess and change <= limit)
+            if not taken:
+                _change_places(places, balance, gpu_profile, squares, s, r, b, a)
+                squares[:] = kept_squares
                 continue
-            count = collect(sample, served, flips, a, b, middle_a, sample.start[a + 1], False, part)
-            count = collect(sample, served, flips, b, a, middle_b, sample.start[b + 1], True, count)
-            change += found + serve(served, numbering, costs.gpu, costs.node, part, count)
-            if not relieves and change > limit:
-                continue
-            tried += 1
-            try_load(sample, served, numbering, count)
-            _add_profile(places, balance.profile, gpu_profile, a, np.int32(-1))
-            _add_profile(places, balance.profile, gpu_profile, b, np.int32(-1))
-            _squares(places, gpu_profile, squares, a, b)
-            _exchange(places, s, r, a, b)
-            _add_profile(places, balance.profile, gpu_profile, a, np.int32(1))
-            _add_profile(places, balance.profile, gpu_profile, b, np.int32(1))
-            _squares(places, gpu_profile, squares, a, b)
-            new_imbalance, new_excess = _price(served.tried_load, balance, squares)
-            change += new_imbalance - imbalance
-            if new_excess < excess or (new_excess == excess and change <= limit):
-                accepted += 1
-                cost += change
-                excess = new_excess
-                imbalance = new_imbalance
-                new_here[g] = new_g
-                if not replace:
-                    new_here[h] = new_h
-                keep(served, count)
-                if excess < best_excess or (excess == best_excess and cost < best_cost):
-                    best_cost = cost
-                    best_excess = excess
-                    best[:] = slot_expert
-                continue
-            _add_profile(places, balance.profile, gpu_profile, a, np.int32(-1))
-            _add_profile(places, balance.profile, gpu_profile, b, np.int32(-1))
-            _squares(places, gpu_profile, squares, a, b)
-            _exchange(places, s, r, b, a)
-            _add_profile(places, balance.profile, gpu_profile, a, np.int32(1))
-            _add_profile(places, balance.profile, gpu_profile, b, np.int32(1))
-            _squares(places, gpu_profile, squares, a, b)
+            accepted += 1
+            cost += change
+            excess = new_excess
+            imbalance = new_imbalance
+            new_here[g] = new_g
+            if not replace:
+                new_here[h] = new_h
+            keep(served, count)
+            if excess < best_excess or (excess == best_excess and cost < best_cost):
+                best_cost = cost
+                best_excess = excess
+                best[:] = slot_expert
     slot_expert[:] = best
     return proposed, tried, accepted

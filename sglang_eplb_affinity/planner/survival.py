@@ -30,6 +30,16 @@ def uncovered(row: np.ndarray, counts: np.ndarray, topology: Topology, survive: 
     return np.asarray((units_of(row, len(counts), topology, gpus) > 0).sum(1) < 2)
 
 
+def survives_better(
+    planned: np.ndarray, current: np.ndarray, counts: np.ndarray, topology: Topology, survive: Survive
+) -> bool:
+    """Whether less traffic is lost with one rank (node) under ``planned`` than under ``current``, int32 [slots]."""
+    if survive == "none":
+        return False
+    lost = [counts[uncovered(row, counts, topology, survive)].sum() for row in (planned, current)]
+    return bool(lost[0] < lost[1])
+
+
 def with_survivors(row: np.ndarray, counts: np.ndarray, topology: Topology, survive: Survive) -> np.ndarray:
     """``row`` int32 [slots] with every expert on two ranks (nodes), or as much traffic as the slots allow.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import async_arguments
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
 from sglang_eplb_affinity.sglang_hooks.refusals import check_moving, check_placed
 from sglang_eplb_affinity.sglang_hooks.server_arguments import (
     ADDED,
@@ -73,6 +74,8 @@ def check(args: ServerArguments) -> None:
     ours, forced, loads = is_ours(args), args.ep_forced_routing, args.init_expert_location != "trivial"
     check_own_rules(args)
     check_phase(args)
+    if args.eplb_affinity_survive != "none" and not ours:
+        raise InputError(f"--eplb-affinity-survive {args.eplb_affinity_survive}: needs --eplb-algorithm affinity")
     if replaces_counts(args):  # nothing is put into SGLang's buffer of counts
         args.expert_distribution_recorder_buffer_size = 1
     if not ours and not records_affinity(args) and not forced and not loads:
@@ -102,6 +105,7 @@ def check(args: ServerArguments) -> None:
     nodes = args.eplb_affinity_nodes
     if (ours or loads) and nodes is not None and (nodes < 1 or args.ep_size % nodes):
         raise InputError(f"--eplb-affinity-nodes {nodes}: must divide the EP size {args.ep_size}")
+    _check_survive(args, nodes or args.nnodes)
     _check_files(args)
     if ours:
         logger.info(
@@ -114,6 +118,9 @@ def check(args: ServerArguments) -> None:
             100 * args.eplb_affinity_max_load_increase,
             args.expert_affinity_sample_tokens,
         )
+        told = advice(args, shape, args.get_model_config().hf_text_config)
+        if told is not None:
+            logger.info("[eplb-affinity] %s", told)
 
 
 def _flag_in_use(args: ServerArguments) -> str:
@@ -133,6 +140,24 @@ def _check_slots(args: ServerArguments, num_experts: int) -> None:
             f"experts this makes {slots} slots, which do not divide over EP size {ranks}; "
             f"use {low} or {low + ranks}"
         )
+
+
+def _check_survive(args: ServerArguments, nodes: int) -> None:
+    wanted = args.eplb_affinity_survive
+    if wanted == "none":
+        return
+    flag = f"--eplb-affinity-survive {wanted}"
+    if args.eplb_affinity_incremental or args.eplb_affinity_max_moves is not None:
+        raise InputError(
+            f"{flag}: plans that keep to the map in force (--eplb-affinity-incremental, --eplb-affinity-max-moves) "
+            "may not make the replicas that are missing; leave one of the flags out"
+        )
+    if not args.ep_num_redundant_experts:
+        raise InputError(
+            f"{flag}: no expert is on two ranks without redundant experts; give --ep-num-redundant-experts"
+        )
+    if wanted == "node" and nodes < 2:
+        raise InputError(f"{flag}: needs two nodes or more, but --nnodes (or --eplb-affinity-nodes) is {nodes}")
 
 
 def _check_files(args: ServerArguments) -> None:

@@ -17,6 +17,7 @@ ADDED = (
     "eplb_affinity_nodes",
     "eplb_affinity_phase",
     "eplb_affinity_primary_tokens",
+    "eplb_affinity_survive",
     "eplb_async",
     "eplb_async_layers_in_flight",
     "eplb_min_gain",
@@ -43,6 +44,7 @@ class ServerArguments(Protocol):
     eplb_affinity_nodes: int | None
     eplb_affinity_phase: Literal["prefill", "decode", "both"] | None
     eplb_affinity_primary_tokens: int | None
+    eplb_affinity_survive: Literal["none", "rank", "node"]
     eplb_async: bool
     eplb_async_layers_in_flight: int
     eplb_async_phase_limit: float

@@ -171,9 +171,9 @@ def num_groups_of(model_config: Any) -> int | None:
 
 def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int | None) -> PlannerConfig:
     """DeepEP's auto mode sends prefill tokens once per destination and decode tokens once per expert, so there the
-    objective weighs the two by the window's share of prefill."""
-    mode = args.deepep_mode if args.moe_a2a_backend == "deepep" else "normal"
-    objectives: dict[str, Objective] = {"auto": "mixed", "low_latency": "low_latency"}
+    objective weighs the two by the window's share of prefill. DeepEP V2 sends both once per destination."""
+    mode = {"deepep": args.deepep_mode, "deepep_v2": "v2"}.get(args.moe_a2a_backend, "normal")
+    objectives: dict[str, Objective] = {"auto": "mixed", "low_latency": "low_latency", "v2": "v2"}
     return PlannerConfig(
         objective=objectives.get(mode, "normal"),
         max_load_increase=args.eplb_affinity_max_load_increase,
@@ -184,4 +184,5 @@ def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int |
         max_moves=args.eplb_affinity_max_moves,
         minimum_gain=args.eplb_min_gain or None,
         num_groups=num_groups,
+        survive=args.eplb_affinity_survive,
     )

@@ -11,7 +11,7 @@ from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, Server
 # Their top-k output has no ids (SGLang's BYPASSED and TRITON_KERNEL formats, layers/moe/topk.py).
 _FUSED_TOP_K_BACKENDS = ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel", "experimental_sgl_trtllm")
 # SGLang's top-k hands out logical ids in front of each of these.
-_RECORDED_ALL_TO_ALL = ("none", "deepep", "mooncake", "nixl", "mori", "flashinfer", "megamoe", "pplx")
+_RECORDED_ALL_TO_ALL = ("none", "deepep", "mooncake", "nixl", "mori", "flashinfer", "megamoe", "pplx", "deepep_v2")
 
 
 def is_ours(args: ServerArguments) -> bool:
@@ -49,12 +49,14 @@ def _is_cuda() -> bool:
 def gains_by_cover(args: ServerArguments) -> bool:
     """Whether `cover` is the better default: our maps, replicas to choose from, and a token sent once per destination.
 
-    That is DeepEP's normal mode. The low-latency mode sends a copy per expert, so `auto` keeps SGLang's `static`.
+    That is DeepEP's normal mode, and DeepEP V2 in prefill and decode. The low-latency mode sends a copy per expert, so
+    `auto` keeps SGLang's `static`.
     """
+    joins_copies = (args.moe_a2a_backend, args.deepep_mode) == ("deepep", "normal")
     return (
         is_ours(args)
         and args.ep_num_redundant_experts > 0
-        and (args.moe_a2a_backend, args.deepep_mode) == ("deepep", "normal")
+        and (joins_copies or args.moe_a2a_backend == "deepep_v2")
         and _our_rules_run(args)
     )
 

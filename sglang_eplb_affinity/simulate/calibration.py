@@ -18,7 +18,7 @@ takes the first copies. Fitted by :mod:`.calibrate`; constants in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -164,7 +164,8 @@ def link_bytes(
     """Bytes of the busiest links from ``counters`` [NUM_COUNTERS, gpus]; combine sends dispatch's copies back."""
     constants = constants or PhaseConstants(0.0, 0.0)
     local, of_channels = constants.local_share, constants.channel_local_share
-    if mode == "normal":
+    joins = mode != "low_latency"  # one copy for each destination, not for each expert
+    if joins:
         received = counters[NORMAL_RECEIVED] - (1 - of_channels) * counters[NORMAL_LOCAL]
         stay = (1 - local) * counters[NORMAL_LOCAL]
         inward, outward = counters[NORMAL_RECEIVED] - stay, counters[NORMAL_FORWARDED] - stay
@@ -177,7 +178,7 @@ def link_bytes(
     names = ("into", "out of") if phase == "dispatch" else ("out of", "into")
     nvlink, nvlink_gpu, nvlink_direction = _busiest(inward, outward, names)
     wire = 0.0
-    if mode == "normal":
+    if joins:
         if constants.has_channels:
             nvlink = float(outward.max())
         travel = counters[NORMAL_RECEIVED] - counters[NORMAL_LOCAL]
@@ -196,6 +197,23 @@ def _busiest(inward: np.ndarray, outward: np.ndarray, names: tuple[str, str]) ->
     return float(outward[out]), out, names[1]
 
 
+def assumed_v2(normal: PhaseConstants, low_latency: PhaseConstants) -> PhaseConstants:
+    """DeepEP V2's constants where nobody has measured them: an assumption, made of V1's.
+
+    What V2 moves is what normal mode moves (impls/{hybrid_,}{dispatch,combine}.cuh: one copy for each scale-out rank,
+    from there one for each rank of it), at normal mode's rates; every warp takes tokens to any destination, so there
+    are no channels, no pipeline to fill and no cost of each peer but low-latency mode's. Its latency is low-latency
+    mode's, and over RDMA that of one NVLink hop more. In decode nobody waits for counts on the CPU; what prefill waits
+    is normal mode's.
+    """
+    hop = min(low_latency.base_us, normal.base_us)
+    return replace(
+        normal, base_us=hop, rdma_base_us=low_latency.base_us + low_latency.rdma_base_us,
+        per_peer_us=low_latency.per_peer_us, fill_tokens=0.0,
+        channel_gb_per_s=0.0, channel_copy_ns=0.0, channel_buffer_copies=0.0, channel_local_share=1.0,
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def _all() -> dict[str, Any]:
     text = (resources.files("sglang_eplb_affinity.simulate") / "data" / "calibrations.yaml").read_text()
@@ -208,4 +226,7 @@ def load_calibration(name: str) -> Calibration:
         raise InputError(f"cluster.calibration: {name!r} is not one of {', '.join(sorted(data))}")
     entry = data[name]
     phases = {key: PhaseConstants(**values) for key, values in entry["phases"].items()}
+    for phase in ("dispatch", "combine"):
+        if f"v2.{phase}" not in phases:
+            phases[f"v2.{phase}"] = assumed_v2(phases[f"normal.{phase}"], phases[f"low_latency.{phase}"])
     return Calibration(name, entry["nvlink_gb_per_s"], entry["rdma_gb_per_s"], tuple(entry["sources"]), phases)

@@ -9,8 +9,8 @@ from typing import Any
 from sglang_eplb_affinity.simulate.replay import DayResult
 
 _HEADER = (
-    "policy", "rebalance every", "rebalances", "balancedness", "GPU fan-out", "node fan-out", "moved GB", "stall s",
-    "step ms", "step ms with stalls", "against no EPLB",
+    "policy", "rebalance every", "rebalances", "balancedness", "pass load", "GPU fan-out", "node fan-out", "moved GB",
+    "stall s", "step ms", "step ms with stalls", "against no EPLB",
 )  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def day_table(results: Sequence[DayResult]) -> str:
         gain = 100 * (1 - r.effective_step_ms / base)
         cells = (
             r.policy.name, interval_text(r), f"{r.total('rebalanced'):.0f}", f"{r.mean('balancedness'):.3f}",
+            f"{r.mean('pass_load_max_over_mean'):.3f}",
             f"{r.mean('gpu_fanout'):.2f}", f"{r.mean('node_fanout'):.2f}", f"{r.total('moved_gigabytes'):.0f}",
             f"{r.total('stall_s'):.1f}", f"{r.mean('step_ms'):.1f}", f"{r.effective_step_ms:.1f}", f"{gain:+.1f} %",
         )  # fmt: skip

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.simulate.replay import HOURS, Day, DayResult, Policy, PolicyName, best_interval
-from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval, Phase, PhaseResult, simulate
+from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Algorithm, Interval, Phase, PhaseResult, simulate
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System, divisible_redundancy
 
@@ -77,12 +78,19 @@ class Recommendation:
             "redundant_experts": self.chosen.result.redundant,
             "deepep_mode": self.chosen.result.mode,
             "dispatch_rule": self.chosen.result.dispatch_rule,
+            "pass_tokens": self.chosen.result.tokens_per_gpu,
+            "pass_load_max_over_mean": self.chosen.result.load_max_over_mean,
             "step_ms": float(self.chosen.step_ms().mean()),
             "gain_pct_over_none": dataclasses.asdict(self.over_none),
             "gain_pct_over_best_eplb": None if self.over_eplb is None else dataclasses.asdict(self.over_eplb),
             "reasons": list(self.reasons),
             "candidates": [
-                {"name": c.name, "step_ms": float(c.step_ms().mean()), "load": c.result.load_max_over_mean}
+                {
+                    "name": c.name,
+                    "step_ms": float(c.step_ms().mean()),
+                    "load": c.result.load_max_over_mean,
+                    "pass_load_max_over_mean": c.result.load_max_over_mean,
+                }
                 for c in self.candidates
             ],
         }
@@ -96,11 +104,11 @@ def redundancy_choices(system: System) -> list[int]:
 
 
 def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
-    """DeepEP modes to compare. Between nodes nobody has published normal mode's latency for the few tokens of a decode
-    step, and a guess would decide; so there decode stays in the topology's mode."""
+    """Modes of DeepEP V1 to compare, or the topology's. Between nodes nobody has published normal mode's latency for
+    the few tokens of a decode step, and a guess would decide; so there decode stays in the topology's mode."""
     if phase == "prefill":
         return (system.serving.prefill_mode,)
-    if system.topology.num_nodes > 1:
+    if system.topology.num_nodes > 1 or system.serving.decode_mode == "v2":
         return (system.serving.decode_mode,)
     return ("low_latency", "normal")
 
@@ -108,29 +116,40 @@ def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
 def evaluate_candidates(
     system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
     progress: Callable[[int], object] | None = None, redundancies: Sequence[int] | None = None,
+    rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Every candidate of one phase, with each of ``redundancies`` (:func:`redundancy_choices` without)."""
+    """Every candidate of one phase, with each of ``redundancies`` and ``modes`` (without: :func:`redundancy_choices`,
+    :func:`modes_of`), affinity under each of ``rules`` (the mode's default without). ``tokens`` of each GPU are one
+    pass, which load is judged on."""
     out = []
     for redundant in redundancies or redundancy_choices(system):
-        for mode in modes_of(system, phase):
+        for mode in modes or modes_of(system, phase):
             field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
             serving = dataclasses.replace(system.serving, redundant_experts=redundant, **{field: mode})  # type: ignore[arg-type]
             sized = dataclasses.replace(system, serving=serving)
             eager = phase == "decode" and mode == "normal"
             eager_ms = system.model.layers * EAGER_US_PER_LAYER / 1e3 if eager else 0.0
-            found = simulate(sized, source, [(phase, tokens)], ALGORITHMS, resamples=resamples, progress=progress)
-            out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
+            for algorithms, rule in _tried(rules):
+                found = simulate(
+                    sized, source, [(phase, tokens)], algorithms, resamples=resamples, rule=rule, progress=progress
+                )
+                out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
     return out
 
 
-def candidate_runs(system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None) -> int:
+def _tried(rules: Sequence[DispatchRule]) -> list[tuple[tuple[Algorithm, ...], DispatchRule | None]]:
+    if not rules:
+        return [(ALGORITHMS, None)]
+    return [(ALGORITHMS, rules[0]), *((("affinity",), rule) for rule in rules[1:])]
+
+
+def candidate_runs(
+    system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None,
+    rules: Sequence[DispatchRule] = (),
+) -> int:  # fmt: skip
     """How often ``evaluate_candidates`` reports progress."""
-    return (
-        len(redundancies or redundancy_choices(system))
-        * len(modes_of(system, phase))
-        * len(ALGORITHMS)
-        * (resamples + 1)
-    )
+    maps = sum(len(algorithms) for algorithms, _ in _tried(rules))
+    return len(redundancies or redundancy_choices(system)) * len(modes_of(system, phase)) * maps * (resamples + 1)
 
 
 def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:
@@ -209,13 +228,13 @@ def recommend_interval(
     progress: Callable[[int], object] | None = None,
 ) -> DayResult:  # fmt: skip
     """The best rebalance interval for the recommended algorithm on a day of drifting domains."""
-    name: PolicyName = "affinity-async" if recommendation.chosen.result.algorithm == "affinity" else "vanilla"
-    serving = dataclasses.replace(system.serving, redundant_experts=recommendation.chosen.result.redundant)
+    chosen = recommendation.chosen.result
+    name: PolicyName = "affinity-async" if chosen.algorithm == "affinity" else "vanilla"
+    serving = dataclasses.replace(system.serving, redundant_experts=chosen.redundant)
     sized = dataclasses.replace(system, serving=serving)
-    day = Day(
-        sized, source, prefill=recommendation.phase == "prefill", windows=DAY_WINDOWS, tokens_per_gpu=min(tokens, 512)
-    )
-    results = day.run([Policy("none", 0), *(Policy(name, every) for every in (1, 2, 4, 8, -1))], progress)
+    day = Day(sized, source, prefill=recommendation.phase == "prefill", windows=DAY_WINDOWS, tokens_per_gpu=tokens)
+    rule = chosen.dispatch_rule if chosen.algorithm == "affinity" else None
+    results = day.run([Policy("none", 0), *(Policy(name, every, rule=rule) for every in (1, 2, 4, 8, -1))], progress)
     return best_interval(results, name)
 
 

@@ -17,34 +17,38 @@ from typing import Literal
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.planner import PlannerConfig, plan
-from sglang_eplb_affinity.simulate.scenario import Algorithm, Arm, default_arm, make_map, run_batch
+from sglang_eplb_affinity.simulate.scenario import Algorithm, Arm, default_arm, make_map, run_batch, served_rule
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System
 from sglang_eplb_affinity.simulate.timing import TimeModel
 
 PolicyName = Literal["none", "vanilla", "affinity", "affinity-async"]
 HOURS = 24
+_MEANS = ("step_ms", "gpu_fanout", "node_fanout", "balancedness", "pass_load_max_over_mean")
 # What SGLang's updater reaches while it moves experts; of the slowest link that is used.
 MOVE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Policy:
-    """``every`` windows a rebalance; 0: never, -1: once, after the first window."""
+    """``every`` windows a rebalance; 0: never, -1: once, after the first window. ``rule``: affinity's replica choice in
+    place of its mode's default."""
 
     name: PolicyName
     every: int
     max_moves: int = 2
     rounds: int = 4
     min_gain: float = 0.01
+    rule: DispatchRule | None = None
 
     def arm(self, mode: DeepEPMode) -> Arm:
         algorithms: dict[PolicyName, Algorithm] = {"none": "none", "vanilla": "eplb"}
-        return default_arm(algorithms.get(self.name, "affinity"), mode)
+        return default_arm(algorithms.get(self.name, "affinity"), mode, self.rule)
 
     @property
     def stops_serving(self) -> bool:
@@ -69,13 +73,15 @@ class Rebalance:
 
 @dataclass(frozen=True)
 class WindowResult:
-    """One window of one policy. ``stall_s``: serving stopped for so long before it; bytes for the whole model."""
+    """One window of one policy, seen in one pass. ``pass_load_max_over_mean``: its busiest GPU. ``stall_s``: serving
+    stopped for so long before it; bytes for the whole model."""
 
     hour: float
     step_ms: float
     gpu_fanout: float
     node_fanout: float
     balancedness: float
+    pass_load_max_over_mean: float
     rebalanced: bool
     moved_experts: int
     moved_gigabytes: float
@@ -105,7 +111,7 @@ class DayResult:
             "rebalance_every_minutes": self.policy.every * self.window_minutes if self.policy.every > 0 else None,
             "rebalances": int(self.total("rebalanced")),
             "effective_step_ms": self.effective_step_ms,
-            **{name: self.mean(name) for name in ("step_ms", "gpu_fanout", "node_fanout", "balancedness")},
+            **{name: self.mean(name) for name in _MEANS},
             **{name: self.total(name) for name in ("moved_experts", "moved_gigabytes", "stall_s")},
             "windows": [dataclasses.asdict(window) for window in self.windows],
         }
@@ -216,7 +222,7 @@ class Day:
             source,
             scale,
             used,
-            policy.arm(self.mode).rule,
+            served_rule(policy.arm(self.mode).rule, self.system, self.tokens_per_gpu),
             self.model,
             self.mode,
             self.prefill,
@@ -235,6 +241,7 @@ class Day:
             HOURS * window / self.windows,
             self.model.step_ms(times, None, self.prefill, self.tokens_per_gpu),
             float(figures[:, 0].mean()), float(figures[:, 1].mean()), float((1 / figures[:, 2]).mean()),
+            float(figures[:, 2].mean()),
             rebalance is not None and moved > 0, round(moved * share), moved * share * expert_bytes / 1e9, stall,
         )  # fmt: skip
 
@@ -248,10 +255,12 @@ def moves(old: ExpertMap, new: ExpertMap, gpus: int) -> tuple[int, int]:
     return int(by_gpu.sum()), int(by_gpu.max())
 
 
-def standard_policies(every: Sequence[int], max_moves: int, min_gain: float, rounds: int = 4) -> list[Policy]:
+def standard_policies(
+    every: Sequence[int], max_moves: int, min_gain: float, rounds: int = 4, rule: DispatchRule | None = None
+) -> list[Policy]:
     """No EPLB, and the three algorithms at each interval (in windows; -1: once)."""
     names: tuple[PolicyName, ...] = ("vanilla", "affinity", "affinity-async")
-    return [Policy("none", 0), *(Policy(name, n, max_moves, rounds, min_gain) for n in every for name in names)]
+    return [Policy("none", 0), *(Policy(name, n, max_moves, rounds, min_gain, rule) for n in every for name in names)]
 
 
 def best_interval(results: Sequence[DayResult], name: PolicyName) -> DayResult:

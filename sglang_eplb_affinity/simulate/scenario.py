@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.rules import DispatchRule
+from sglang_eplb_affinity.dispatch.primaries import most_tokens
+from sglang_eplb_affinity.dispatch.rules import LARGE_PASS_RULE, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
@@ -39,13 +40,21 @@ class Arm:
 
 
 def default_arm(algorithm: Algorithm, mode: DeepEPMode, rule: DispatchRule | None = None) -> Arm:
-    """SGLang's ``static`` for all but affinity in normal mode: ``cover`` joins copies, which low latency cannot use.
+    """SGLang's ``static`` for all but affinity: there ``cover`` joins copies, which low latency cannot use.
 
     ``rule`` replaces affinity's own.
     """
     if algorithm != "affinity":
         return Arm(algorithm, "static")
-    return Arm(algorithm, rule or ("cover" if mode == "normal" else "static"))
+    return Arm(algorithm, rule or ("static" if mode == "low_latency" else "cover"))
+
+
+def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int) -> DispatchRule:
+    """The rule that a server asked for ``rule`` follows in a pass of so many tokens on each GPU."""
+    if rule != "primary":
+        return rule
+    most = most_tokens(system.model.experts, system.model.top_k, system.cluster.gpus, True)
+    return rule if tokens_per_gpu <= most else LARGE_PASS_RULE
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,9 @@ class Interval:
 class PhaseResult:
     """One arm, phase and batch size on one system. Times in us (layer) and ms (step); one entry per resampled batch.
 
-    ``slowest``: which link or GPU was slowest in dispatch, experts and combine, and in how many of the layers.
+    ``load_max_over_mean`` is of single passes of ``tokens_per_gpu``, the mean of them (what ``evaluate`` calls
+    ``pass_load_max_over_mean``). ``slowest``: which link or GPU was slowest in dispatch, experts and combine, and in
+    how many of the layers.
     """
 
     gpus: int
@@ -142,7 +153,8 @@ def simulate(
     results = []
     for phase, tokens_per_gpu in phases:
         mode = system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
-        arms = [dataclasses.replace(default_arm(name, mode, rule), effort=effort) for name in algorithms]
+        served = None if rule is None else served_rule(rule, system, tokens_per_gpu)
+        arms = [dataclasses.replace(default_arm(name, mode, served), effort=effort) for name in algorithms]
         collected: dict[Arm, list[tuple[list[LayerTime], np.ndarray, float]]] = {arm: [] for arm in arms}
         for arm in arms:
             if (arm, mode) not in maps:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.simulate.routing_model import CHILD_SPREAD, RoutingModel
 from sglang_eplb_affinity.simulate.system import Model
@@ -21,26 +22,27 @@ MOST_TOKENS = 1 << 17
 def load_recording(trace: Path | None, dumps: tuple[Path, ...], dense_layers: int = 0) -> RoutingTrace:
     """A trace file, or recorder dumps with token sets (counts alone cannot say which experts fire together).
 
-    ``dense_layers``: leading dense layers, which dumps have rows for and traces do not.
+    ``dense_layers``: leading dense layers, which dumps have silent rows for and traces leave out; checked.
     """
     if (trace is None) == (not dumps):
         raise InputError("give either --trace or --dump (once or several times)")
     if trace is not None:
         return RoutingTrace.load(trace)
-    from sglang_eplb_affinity.formats.dumps import read_dumps
+    from sglang_eplb_affinity.formats.dumps import dense_rows, read_dumps
 
     window = read_dumps(dumps, 1 << 16)
     if window.tokens is None or not window.tokens.size:
-        raise InputError(f"{dumps[0]}: holds counts only, but simulating needs token sets (affinity or per_token)")
+        raise InputError(
+            f"{name_of(dumps[0])}: holds counts only, but simulating needs token sets (affinity or per_token)"
+        )
+    dense_rows(window, dense_layers, name_of(dumps[0]))
     layers = np.flatnonzero(window.counts.any(1))
-    if len(layers) and layers[0] < dense_layers:
-        raise InputError(f"--dense-layers {dense_layers}: but layer {layers[0]} of {dumps[0]} has traffic")
     tokens = window.tokens[layers]
     used = (tokens[:, :, 0] >= 0).all(0)
     if not used.any():
-        raise InputError(f"{dumps[0]}: no token was recorded in all layers")
+        raise InputError(f"{name_of(dumps[0])}: no token was recorded in all layers")
     return RoutingTrace(
-        np.ascontiguousarray(tokens[:, used].transpose(1, 0, 2)), window.num_experts, source=str(dumps[0])
+        np.ascontiguousarray(tokens[:, used].transpose(1, 0, 2)), window.num_experts, source=name_of(dumps[0])
     )
 
 

@@ -13,7 +13,7 @@ from sglang_eplb_affinity.domain.content import parse_yaml
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
 
-DeepEPMode = Literal["normal", "low_latency"]
+DeepEPMode = Literal["normal", "low_latency", "v2"]
 Overlap = Literal["none", "two_batch"]
 
 
@@ -103,6 +103,7 @@ class Model:
 class Serving:
     """``prefill_tokens_per_gpu``: tokens of one prefill step; ``decode_batch_per_gpu``: running requests.
 
+    Modes: DeepEP V1's two, and ``v2``, DeepEP V2's ElasticBuffer.
     ``overlap``: ``two_batch`` hides communication of one half batch behind the computation of the other.
     ``other_ms_per_step``: scheduler, sampling and output head.
     """
@@ -145,6 +146,8 @@ class System:
             fail("model.top_k", m.top_k, f"at most the number of experts ({m.experts})")
         if m.experts % m.expert_groups or not 1 <= m.groups_per_token <= m.expert_groups:
             fail("model.expert_groups", m.expert_groups, "a divisor of experts, and at least groups_per_token")
+        if self.serving.overlap == "two_batch" and "v2" in (self.serving.prefill_mode, self.serving.decode_mode):
+            fail("serving.overlap", "two_batch", "none with mode v2: SGLang has no two-batch overlap for DeepEP V2")
         if m.dense_layers >= m.layers:
             fail("model.dense_layers", m.dense_layers, f"less than layers ({m.layers})")
         self.topology.slots_per_gpu(self.num_slots)

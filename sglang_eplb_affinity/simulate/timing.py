@@ -69,7 +69,8 @@ class TimeModel:
             constants = self.calibration.phases[f"{mode}.{phase}"]
             load = link_bytes(counters, mode, phase, size, tokens, peers, constants)
             time = phase_time(constants, load, self._nvlink_scale, self._rdma_scale)
-            times.append(PhaseTime(time.us + constants.engine_us, time.slowest_link))
+            waits = mode == "normal" or prefill  # DeepEP V2's decode does not wait for counts on the CPU
+            times.append(PhaseTime(time.us + constants.engine_us * waits, time.slowest_link))
         experts_us, gpu = self.experts(traffic.slot_load * scale)
         return LayerTime(
             times[0].us, experts_us, times[1].us, self.rest_us(tokens, prefill),

@@ -171,3 +171,7 @@ def test_check_tells_what_is_out_of_date_and_changes_nothing(tmp_path: Path) -> 
     result = CliRunner().invoke(main, ["docs", "--check", "--summary", str(summary)])
     assert result.exit_code == 1 and "docs/results.md" in result.output
     assert (ROOT / "docs" / "results.md").read_text() == before
+
+
+def test_labels_of_the_picture_fit_beside_it() -> None:
+    assert max(len(headline.label) for headline in catalogue().headlines) <= 76

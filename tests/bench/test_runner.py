@@ -308,6 +308,16 @@ def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
     assert rounds == 2
     assert asked == [("1", "b0-c-1.json"), ("4", "b0-c-4.json"), ("4", "b0-c0.json"), ("4", "b0-c0.json")]
 
+    class Silent(Client):
+        def run(self, arguments: list[str], *rest: Any) -> LoadResult:
+            asked.append((arguments[arguments.index("--max-concurrency") + 1], ""))
+            return LoadResult({}, None, "no result after 60 s")
+
+    asked.clear()
+    with pytest.raises(OSError, match="warm-up wave of 1 requests: no result after 60 s"):
+        sitting_module.warm_up_server(running, arm, works, plan, "model", Silent(bench), budget, folder)  # type: ignore[arg-type]
+    assert asked == [("1", "")]
+
 
 def test_a_server_that_cannot_record_is_not_asked_to(
     bench: Bench, folder: RunFolder, plan: RunPlan, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import jupytext
 import numpy as np
 import pytest
 from matplotlib.text import Text
@@ -11,7 +12,7 @@ from bench.harness.engine import ROOT
 from bench.harness.probe import save_window
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.schedule import CellKey
-from bench.publish.report import build_report, load_run, plot_figures, write_plots
+from bench.publish.report import NOTEBOOK, build_report, caveats, load_run, plot_figures, write_plots
 from bench.publish.routing_plots import inside
 from bench.publish.table import CPU_NOTE, over_blocks, read_table, tidy, write_tables
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
@@ -171,6 +172,25 @@ def test_an_emulated_link_is_named_in_every_table_and_plot(run_folder: RunFolder
     assert "50 GB/s" in run.note and set(run.cells["kind"]) == {"measured"}  # as the records say
     for figure in plot_figures(run).values():
         assert "emulated link" in " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+
+
+def test_the_notebook_opens_with_the_first_screen_and_says_what_stands_against_it(run_folder: RunFolder) -> None:
+    cpu = caveats(replace(run_folder.plan(), blocks=1))
+    write_tables(run_folder, gpu_run(run_folder, "emulated50"))
+    run = load_run(run_folder.path)
+    assert run.opening.startswith("Every server got the same requests") and "## " not in run.opening
+    assert any("50 GB/s" in caveat for caveat in run.caveats) and not run.on_cpu
+    assert CPU_NOTE in cpu and any("a difference cannot be told from noise" in caveat for caveat in cpu)
+    cells = [cell.source for cell in jupytext.read(NOTEBOOK).cells]
+    shown = [
+        "run.opening",
+        "ratio_plot",
+        "run.caveats",
+        "latency_plot",
+        "run.markdown",
+    ]  # question, table, plot, caveat
+    at = [next(i for i, cell in enumerate(cells) if part in cell) for part in shown]
+    assert at == sorted(at) and "Does placing experts by affinity help?" in cells[0]
 
 
 @pytest.mark.parametrize("rule", ["static", "dynamic", "cover"])

@@ -257,8 +257,11 @@ def test_responses_become_a_trace(tmp_path: Path, tokens: np.ndarray, kind: str)
     response: dict[str, Any] = {
         "generate": {"meta_info": {"routed_experts": coded, **usage}},
         "openai": {"sglext": {"routed_experts": coded}, "usage": usage},
-        "vllm lists": {"prompt_routed_experts": ids[:6].tolist(), "choices": [{"routed_experts": ids[6:].tolist()}]},
-        "vllm npy": {"choices": [{"routed_experts": npy(ids)}]},
+        "vllm lists": {
+            "prompt_routed_experts": with_dense[:6].tolist(),
+            "choices": [{"routed_experts": with_dense[6:].tolist()}],
+        },
+        "vllm npy": {"choices": [{"routed_experts": npy(with_dense.astype(np.uint8))}]},
     }[kind]
     source, out = tmp_path / "responses.jsonl", tmp_path / "trace.npz"
     source.write_text(f"{json.dumps(response)}\n{json.dumps(response)}\n")

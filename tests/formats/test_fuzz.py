@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -14,24 +15,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglang_eplb_affinity.domain import reading
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace
-from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import read_dumps
-from sglang_eplb_affinity.formats.maps import load_map, save_map
-from tests.formats.test_dumps import per_token
-from tests.planner.test_plan import skewed_tokens, window_of
+from sglang_eplb_affinity.formats.maps import load_map
+from sglang_eplb_affinity.formats.responses import read_responses
+from tests.formats.files import EXPERTS, KINDS, K, broken, with_odd_value, write_all
 
 torch = pytest.importorskip("torch", reason="SGLang's dumps are torch files")
 
 READERS: tuple[Callable[[Path], object], ...] = (
-    RoutingTrace.load, load_map, lambda path: read_dumps([path], note=lambda _: None),
-)  # fmt: skip
-FLIPS_PER_FILE = 150
+    RoutingTrace.load,
+    load_map,
+    lambda path: read_dumps([path], note=lambda _: None),
+    lambda path: read_responses(path, EXPERTS, K),
+)
+PACKED = ("trace.npz.gz", "map.json.gz", "trt.yaml.gz", "ours.pt.gz", "vllm.jsonl.gz")
+FLIPS_PER_FILE = 85
 
 
 def read_by_all(path: Path) -> int:
@@ -48,27 +53,8 @@ def read_by_all(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """One small valid file of every format."""
-    folder = tmp_path_factory.mktemp("valid")
-    tokens = skewed_tokens(np.random.default_rng(0), 3, 40, 8, 2)
-    window = window_of(tokens, 8)
-    start = ExpertMap.contiguous(3, 8, 12)
-    RoutingTrace(
-        tokens.transpose(1, 0, 2).copy(), 8, np.arange(40, dtype=np.int32) // 9, np.zeros(40, np.int8), ("code",)
-    ).save(folder / "trace.npz")
-    save_map(start, folder / "map.json", "sglang")
-    save_map(start, folder / "map.pt", "sglang")
-    save_map(start, folder / "ascend.json", "vllm-ascend", Topology(4))
-    save_map(start, folder / "trt.yaml", "tensorrt-llm")
-    counts = torch.from_numpy(window.counts)
-    torch.save({"rank": 0, "logical_count": counts[None]}, folder / "stat.pt")
-    (folder / "stat.json").write_text(json.dumps({"logical_count": counts.tolist()}))
-    torch.save(per_token(tokens, start), folder / "detail.pt")
-    entry = {"version": 1, "counts": counts, "coactivation": torch.from_numpy(window.coactivation),
-             "tokens": torch.from_numpy(tokens)}  # fmt: skip
-    torch.save({"rank": 0, "logical_count": counts[None], "affinity": entry}, folder / "ours.pt")
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    return files | {f"{name}.gz": gzip.compress(files[name]) for name in ("trace.npz", "map.json", "trt.yaml")}
+    files = write_all(tmp_path_factory.mktemp("valid"))
+    return {name: data for name, data in files.items() if name in KINDS or name in PACKED}
 
 
 def test_valid_files_are_read(valid: dict[str, bytes], tmp_path: Path) -> None:
@@ -84,14 +70,7 @@ def test_flipped_cut_and_joined_bytes_are_a_result_or_one_line(valid: dict[str, 
     for name, data in valid.items():
         path = tmp_path / name
         for _ in range(FLIPS_PER_FILE):
-            broken = bytearray(data)
-            for _ in range(rng.integers(1, 4)):
-                broken[rng.integers(len(broken))] = rng.integers(256)
-            if rng.random() < 0.2:
-                del broken[rng.integers(len(broken)) :]
-            elif rng.random() < 0.1:
-                broken += broken[: rng.integers(len(broken))]
-            path.write_bytes(broken)
+            path.write_bytes(broken(data, rng))
             read_by_all(path)
             inputs += 1
     assert inputs >= 1500
@@ -100,6 +79,22 @@ def test_flipped_cut_and_joined_bytes_are_a_result_or_one_line(valid: dict[str, 
     assert time.monotonic() - start < 240
 
 
+def test_odd_values_in_valid_files(valid: dict[str, bytes], tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    refused = 0
+    for name in ("map.json", "ascend.json", "trt.yaml", "steps.json", "counts.json", "sglang.jsonl", "vllm.jsonl"):
+        lines = [json.loads(line) for line in valid[name].decode().split("\n") if line] if "jsonl" in name else None
+        content = lines or yaml.safe_load(valid[name])
+        for _ in range(40):
+            odd = with_odd_value(content, rng)
+            text = "".join(f"{json.dumps(line)}\n" for line in odd) if lines else (
+                yaml.safe_dump(odd) if name.endswith("yaml") else json.dumps(odd))  # fmt: skip
+            (tmp_path / name).write_text(text)
+            refused += not read_by_all(tmp_path / name)
+    assert refused > 100
+
+
+# numbers as texts, floats, NaN, negative, too large; empty lists; rows of different lengths
 NUMBERS = st.one_of(st.integers(-3, 20), st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=3))
 LISTS = st.recursive(NUMBERS, lambda inner: st.lists(inner, max_size=4), max_leaves=12)
 DEVICES = st.lists(st.fixed_dictionaries({"device_id": NUMBERS, "device_expert": LISTS}) | LISTS, max_size=3)
@@ -144,6 +139,32 @@ def test_any_arrays_in_a_trace_are_a_result_or_one_line(
     read_by_all(path)
 
 
+def test_files_that_ask_for_tables_larger_than_they_are(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    np.savez(tmp_path / "wide.npz", topk_ids=np.zeros((1, 1000, 1), np.int16), num_experts=4096)
+    with pytest.raises(InputError, match="1000 layers of 4096 experts; their co-activation is too large"):
+        RoutingTrace.load(tmp_path / "wide.npz")
+    detail = {"records": [{"topk_ids_of_layer": torch.zeros(1000, 1, 8, dtype=torch.int32)}],
+              "last_physical_to_logical_map": torch.full((1000, 1), 4095)}  # fmt: skip
+    torch.save(detail, tmp_path / "wide.pt")
+    with pytest.raises(InputError, match="names expert 4095, but 1 slots"):
+        read_dumps([tmp_path / "wide.pt"])
+    ids = torch.zeros(1, 100_000, dtype=torch.int16)
+    ids[0, :4096] = torch.arange(4096)
+    torch.save({"physical_to_logical_map": ids}, tmp_path / "wide_map.pt")
+    with pytest.raises(InputError, match="replicas of an expert in a layer, too many"):
+        load_map(tmp_path / "wide_map.pt")
+    coded = io.BytesIO()
+    np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
+        coded, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 48, 8)}
+    )
+    response = {"choices": [{"routed_experts": base64.b64encode(coded.getvalue()).decode()}]}
+    (tmp_path / "claims.jsonl").write_text(json.dumps(response))
+    with pytest.raises(InputError, match=r"line 1: routed_experts claims shape \(1000000000000, 48, 8\)"):
+        read_responses(tmp_path / "claims.jsonl", 16)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
+
+
 def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocation(tmp_path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
@@ -164,10 +185,19 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocat
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
 
 
-def test_yaml_aliases_and_zeros_packed_a_thousand_to_one_do_not_fill_memory(tmp_path: Path) -> None:
+def test_yaml_aliases_and_zeros_packed_a_thousand_to_one_do_not_fill_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bomb.yaml").write_text("a: &a [0, 0]\ninitial_global_assignments: {0: [*a, *a], 1: [*a, *a]}\n")
     with pytest.raises(InputError, match="aliases"):
         load_map(tmp_path / "bomb.yaml")
+    monkeypatch.setattr(reading, "MAX_TEXT", 1 << 20)
+    (tmp_path / "zeros.json.gz").write_bytes(gzip.compress(bytes(1 << 24)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in READERS:
+        with pytest.raises(InputError, match="MiB"):
+            read(tmp_path / "zeros.json.gz")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 13  # KiB
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="not JSON"):
         load_map(tmp_path / "deep.json")

@@ -15,6 +15,7 @@ PACKAGES = {
     "dispatch",
     "domain",
     "formats",
+    "monitor",
     "patching",
     "planner",
     "rebalance",

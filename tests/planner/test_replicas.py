@@ -138,3 +138,16 @@ def test_memory_says_which_redundancies_to_try_and_the_knee_which_to_take():
     window = window_of(hot_tokens(8), 16)
     rows, at = try_redundancies(window, Topology(4), PlannerConfig(), [0, 16, 48])
     assert rows[-1].gpu_fanout == pytest.approx(1.0) and rows[0].cost > rows[1].cost > rows[2].cost and at > 0
+
+
+def test_replicas_that_are_missing_are_made_though_they_gain_nothing():
+    """A round with a minimum gain of all: only the layer whose map in force loses experts moves."""
+    window, topology = window_of(hot_tokens(9, 2), 16), Topology(4)
+    safe = plan(window, topology, 36, PlannerConfig(survive="rank")).expert_map.physical_to_logical
+    unsafe = plan(window, topology, 36, PlannerConfig()).expert_map.physical_to_logical
+    current = ExpertMap(np.stack([safe[0], unsafe[1]]), 16)
+    assert uncovered(unsafe[1], window.counts[1], topology, "rank").any()
+    config = PlannerConfig(survive="rank", minimum_gain=0.99, warm_start=True)
+    result = plan(window, topology, 36, config, current)
+    assert (result.expert_map.physical_to_logical[0] == safe[0]).all()
+    assert result.report.uncovered is not None and not result.report.uncovered.any()

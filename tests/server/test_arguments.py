@@ -1,5 +1,6 @@
 """Flags are checked at start-up: one line, exit code 2; `--eplb-algorithm affinity` alone is enough."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -21,6 +22,9 @@ AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
 ASYNC = [*AFFINITY, "--eplb-async"]
 REPLICAS = ["--ep-num-redundant-experts", "4"]
 LORA = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules"]
+# SGLang wants its ElasticBuffer to hold a prefill chunk and the largest decode batch; by default it holds 128 tokens.
+V2 = ["--moe-a2a-backend", "deepep_v2", "--chunked-prefill-size", "128", "--cuda-graph-max-bs-decode", "64"]
+HAS_V2 = importlib.metadata.version("sglang") != "0.5.17"
 NORMAL = ["--moe-a2a-backend", "deepep", "--deepep-mode", "normal"]
 
 
@@ -71,6 +75,11 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "async": [*ASYNC, "--expert-affinity-record-last-passes", "200", "--eplb-affinity-max-moves", "2"],
         "async deepseek": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-async"],
         "async warm-up": [*ASYNC, "--eplb-async-warm-up-passes", "-1"],
+        "survive": [*AFFINITY, "--ep-num-redundant-experts", "4", "--eplb-affinity-survive", "rank"],
+        "survive alone": [*AFFINITY, "--eplb-affinity-survive", "rank"],
+        "survive a node": [*AFFINITY, "--ep-num-redundant-experts", "4", "--eplb-affinity-survive", "node"],
+        "survive moves": [*AFFINITY, "--eplb-affinity-survive", "rank", "--eplb-affinity-max-moves", "2"],
+        "survive off": [*EP2, "--enable-eplb", "--eplb-algorithm", "deepseek", "--eplb-affinity-survive", "rank"],
         "async gain": [*ASYNC, "--eplb-min-gain", "1.5"],
         "gain": [*AFFINITY, "--eplb-min-gain", "0"],
         "gain range": [*AFFINITY, "--eplb-min-gain", "-0.1"],
@@ -101,6 +110,12 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "normal without replicas": [*AFFINITY, *NORMAL],
         "normal vanilla": [*EP2, *REPLICAS, *NORMAL, "--enable-eplb", "--eplb-algorithm", "deepseek"],
         "low latency": [*AFFINITY, *REPLICAS, "--moe-a2a-backend", "deepep", "--deepep-mode", "low_latency"],
+        "v2": [*AFFINITY, *REPLICAS, *V2],
+        "v2 hybrid": [*AFFINITY, *REPLICAS, *V2, "--deepep-v2-mode", "hybrid", "--eplb-async"],
+        "v2 primary": [*AFFINITY, *REPLICAS, *V2, "--ep-dispatch-algorithm", "primary"],
+        "v2 two-batch": [*AFFINITY, *REPLICAS, *V2, "--enable-two-batch-overlap"],
+        "v2 elastic": [*AFFINITY, *V2, "--ep-dispatch-algorithm", "cover", "--elastic-ep-backend", "mooncake"],
+        "v2 mode": [*AFFINITY, *V2, "--expert-distribution-recorder-mode", "per_token"],
         "a2a": [*AFFINITY, "--moe-a2a-backend", "ascend_fuseep"],
         "cover a2a": [*EP2, "--ep-dispatch-algorithm", "cover", "--moe-a2a-backend", "ascend_fuseep"],
         "runner": [*AFFINITY, "--moe-runner-backend", "triton_kernel"],
@@ -163,7 +178,22 @@ def test_cover_is_the_default_only_where_it_saves_destinations(results: dict[str
     assert rules == {case: "cover" if case == "normal" else "static" for case in cases}, results
 
 
-@pytest.mark.parametrize("case", ["async", "async deepseek", "gain", "tp and ep async", "lora attention"])
+@pytest.mark.skipif(not HAS_V2, reason="SGLang 0.5.17 has no DeepEP V2")
+def test_deepep_v2_is_served_direct_and_hybrid_and_what_cannot_be_is_refused_in_one_line(
+    results: dict[str, dict],
+) -> None:
+    rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in ("v2", "v2 hybrid", "v2 primary")}
+    assert rules == {"v2": "cover", "v2 hybrid": "cover", "v2 primary": "primary"}, results
+    refused = {
+        "v2 elastic": "--ep-dispatch-algorithm cover: works on cuda and cpu without --elastic-ep-backend",
+        "v2 mode": "--expert-distribution-recorder-mode per_token: --eplb-algorithm affinity needs mode stat",
+    }
+    for case, message in refused.items():
+        assert results[case]["code"] == 2 and message in results[case]["errors"][0]
+    assert "DeepEP v2 MoE has not implemented the TBO/SBO overlap hooks" in results["v2 two-batch"]["code"]  # SGLang's
+
+
+@pytest.mark.parametrize("case", ["async", "async deepseek", "gain", "survive", "tp and ep async", "lora attention"])
 def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> None:
     assert results[case]["code"] == 0, results[case]["errors"]
 
@@ -195,6 +225,10 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("last without eplb", "--expert-affinity-record-last-passes 5: counts back from a rebalance, but EPLB is off"),
         ("dense", "has no routed experts"),
         ("async warm-up", "--eplb-async-warm-up-passes -1: must be 0 or more"),
+        ("survive alone", "no expert is on two ranks without redundant experts; give --ep-num-redundant-experts"),
+        ("survive a node", "--eplb-affinity-survive node: needs two nodes or more, but --nnodes"),
+        ("survive moves", "--eplb-affinity-survive rank: plans that keep to the map in force"),
+        ("survive off", "--eplb-affinity-survive rank: needs --eplb-algorithm affinity"),
         ("async gain", "--eplb-min-gain 1.5: must be a fraction, 0 to below 1"),
         ("gain range", "--eplb-min-gain -0.1: must be a fraction, 0 to below 1"),
         ("gain off", "--eplb-min-gain 0.1: needs --eplb-async or --eplb-algorithm affinity"),

@@ -13,7 +13,7 @@ def server_arguments(**flags: Any) -> Any:
     defaults = dict(
         enable_expert_affinity_recorder=False, ep_forced_routing=None, eplb_affinity_incremental=False,
         eplb_affinity_max_load_increase=0.01, eplb_affinity_max_moves=None, eplb_affinity_nodes=None,
-        eplb_affinity_phase=None, eplb_affinity_primary_tokens=None, eplb_async=False,
+        eplb_affinity_phase=None, eplb_affinity_primary_tokens=None, eplb_affinity_survive="none", eplb_async=False,
         disaggregation_mode="null",
         eplb_async_layers_in_flight=2, eplb_async_phase_limit=60.0, eplb_async_run_once=False,
         eplb_async_warm_up_passes=0, eplb_min_gain=0.02, eplb_record_map=None, expert_affinity_record_every=1,

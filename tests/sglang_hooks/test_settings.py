@@ -1,12 +1,16 @@
 """What follows from the server's arguments."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
+from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
 from sglang_eplb_affinity.sglang_hooks.settings import Settings, num_groups_of
-from tests.sglang_hooks.arguments import server_arguments
+from tests.sglang_hooks.arguments import TEXT, server_arguments
 
 
 @pytest.mark.parametrize(
@@ -16,6 +20,7 @@ from tests.sglang_hooks.arguments import server_arguments
         ("deepep", "normal", "normal", 1.0),
         ("deepep", "low_latency", "low_latency", 0.0),
         ("none", "auto", "normal", 1.0),
+        ("deepep_v2", "auto", "v2", 1.0),
     ],
 )
 def test_the_objective_follows_the_deepep_mode(all_to_all, mode, objective, normal_share) -> None:
@@ -48,6 +53,23 @@ def test_the_size_of_small_passes() -> None:
     flags = {"ep_dispatch_algorithm": "primary", "eplb_affinity_primary_tokens": 0}
     assert Settings.of(server_arguments(**flags)).primary_rows == 0
     assert Settings.of(server_arguments()).primary_rows == 0
+
+
+def test_plans_survive_what_the_flag_says() -> None:
+    assert Settings.of(server_arguments()).planner.survive == "none"
+    assert Settings.of(server_arguments(eplb_affinity_survive="rank")).planner_from_scratch.survive == "rank"
+
+
+def test_what_more_redundant_experts_take() -> None:
+    """4 experts in 2 MoE layers, 2 redundant on 2 GPUs: one slot more makes every expert on every GPU."""
+    sizes = SimpleNamespace(hidden_size=1000, moe_intermediate_size=500)
+    shape = MoeShape.of(SimpleNamespace(**TEXT))
+    assert shape is not None
+    told = advice(server_arguments(), shape, sizes)
+    assert told is not None
+    assert "2 redundant experts; 2 more, a slot on each GPU, take 0.006 GB" in told and "--expert-mb 3`" in told
+    assert advice(server_arguments(ep_num_redundant_experts=4), shape, sizes) is None
+    assert advice(server_arguments(), shape, SimpleNamespace()) is None
 
 
 def test_labels_of_metrics() -> None:

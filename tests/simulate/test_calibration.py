@@ -11,7 +11,20 @@ from click.testing import CliRunner
 from bench.calibration import calibrate
 from bench.calibration.published import Point, published_points, random_tokens
 from sglang_eplb_affinity.domain.errors import InputError
-from sglang_eplb_affinity.simulate.calibration import LinkBytes, PhaseConstants, load_calibration, phase_time
+from sglang_eplb_affinity.simulate.calibration import (
+    LinkBytes,
+    PhaseConstants,
+    link_bytes,
+    load_calibration,
+    phase_time,
+)
+from sglang_eplb_affinity.simulate.traffic import (
+    LATENCY_NVLINK_IN,
+    LATENCY_NVLINK_OUT,
+    NORMAL_FORWARDED,
+    NORMAL_RECEIVED,
+    NUM_COUNTERS,
+)
 
 MEASURED = [Path(__file__).parents[2] / "results" / "deepep" / f"h200-x{gpus}.json" for gpus in (2, 4)]
 
@@ -45,6 +58,20 @@ def test_measured_points_and_stored_constants():
     assert (stored.base_us, stored.nvlink_gb_per_s, stored.local_share) == (
         fresh.base_us, fresh.nvlink_gb_per_s, fresh.local_share,
     )  # fmt: skip
+
+
+def test_assumed_constants_of_v2():
+    """At a fan-out of 8 V2 moves what low latency moves; at 1 an eighth of it. Decode does not wait on the CPU."""
+    phases = load_calibration("h200-cx7").phases
+    v2, low, normal = (phases[f"{mode}.dispatch"] for mode in ("v2", "low_latency", "normal"))
+    assert v2.base_us == min(low.base_us, normal.base_us) and not v2.has_channels and v2.fill_tokens == 0
+    assert v2.base_us + v2.rdma_base_us == pytest.approx(2 * low.base_us + low.rdma_base_us)
+    assert (v2.nvlink_gb_per_s, v2.rdma_gb_per_s) == (normal.nvlink_gb_per_s, normal.rdma_gb_per_s)
+    counters = np.zeros((NUM_COUNTERS, 8))
+    counters[LATENCY_NVLINK_OUT] = counters[LATENCY_NVLINK_IN] = 8 * 128
+    counters[NORMAL_RECEIVED] = counters[NORMAL_FORWARDED] = 128
+    assert link_bytes(counters, "v2", "dispatch", 100, 128, 7, v2).nvlink == 128 * 100
+    assert link_bytes(counters, "low_latency", "dispatch", 100, 128, 7).nvlink == 8 * 128 * 100
 
 
 def test_fit_recovers_known_constants():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from sglang_eplb_affinity.simulate.scenario import (
     default_arm,
     gain_pct,
     make_map,
+    served_rule,
     simulate,
     with_overlap,
 )
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import load_system
+from sglang_eplb_affinity.simulate.v2_comparison import compare_v2, comparison_runs
+from tests.simulate.conftest import make_trace
 
 
 @pytest.fixture
@@ -95,6 +99,59 @@ def test_recommend_enables_what_gains(system, source):
     assert answer.to_json()["algorithm"] in ("eplb", "affinity")
 
 
+def made(algorithm, step_ms, results):
+    """A candidate of that algorithm whose every batch takes so long, with no calibration error."""
+    like = next(r for r in results if r.phase == "prefill" and r.algorithm == algorithm)
+    still = Interval(0.0, 0.0, 0.0)
+    return Candidate(replace(like, step_ms_samples=(step_ms,) * 3, dispatch_us=still, combine_us=still), 3, 0.0)
+
+
+def test_the_comparison_that_decides_is_printed(results):
+    cases = {  # step times of no EPLB, EPLB and affinity; what is chosen, and what must be said
+        (100.0, 104.0, 100.2): ("none", "but affinity against no EPLB: -0.2 %"),
+        (100.0, 90.0, 89.5): ("eplb", "affinity against EPLB: +0.6 % [+0.6, +0.6]; not surely 1 % or more"),
+        (100.0, 99.5, 99.3): ("none", "EPLB against no EPLB: +0.5 %"),
+        (100.0, 97.0, 94.0): ("affinity", "GPU fan-out"),
+    }
+    for times, (chosen, said) in cases.items():
+        candidates = [made(*pair, results) for pair in zip(ALGORITHMS, times, strict=True)]
+        answer = decide("prefill", candidates, 1.0)
+        assert answer.chosen.result.algorithm == chosen
+        assert any(said in reason for reason in answer.reasons), (said, answer.reasons)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_routing_of_other_layers_is_not_called_the_models(system, layers):
+    trace = make_trace(layers=layers)
+    label = RoutingSource(trace, None, system.model, np.arange(3)).label
+    assert f"another model or of some layers (made.npz: {layers} layers), stretched over 3 MoE layers" in label
+    assert RoutingSource(make_trace(), None, system.model, np.arange(3)).label == "recorded routing (made.npz)"
+
+
+def test_rules_and_passes_of_recommend_and_day(system, source):
+    """Affinity under each rule against the same EPLB; all judged on passes, of which small ones are less even."""
+    sized = replace(system, serving=replace(system.serving, redundant_experts=8))
+    rules = ("cover", "cover_balanced")
+    large, small = (evaluate_candidates(sized, source, "prefill", n, 2, None, [8], rules) for n in (512, 1))
+    for found in (large, small):
+        assert [c.result.algorithm for c in found] == ["none", "eplb", "affinity", "affinity"]
+        assert [c.result.dispatch_rule for c in found] == ["static", "static", *rules]
+    assert small[1].result.load_max_over_mean > large[1].result.load_max_over_mean > 1
+    assert large[2].result.load_max_over_mean != large[3].result.load_max_over_mean
+    entry = decide("prefill", large, 0.0).to_json()
+    assert entry["pass_tokens"] == 512 and entry["pass_load_max_over_mean"] > 1
+    loads = {}
+    for tokens, rule in ((1, "cover"), (512, "cover"), (512, "cover_balanced")):
+        day = Day(sized, source, windows=4, tokens_per_gpu=tokens, plan_tokens=1024)
+        loads[tokens, rule] = day.run([Policy("affinity", -1, rule=rule)])[0].mean("pass_load_max_over_mean")
+    assert loads[1, "cover"] > loads[512, "cover"] > 1 and loads[512, "cover"] != loads[512, "cover_balanced"]
+
+
+def test_primary_is_served_in_small_passes_only(system):
+    assert served_rule("primary", system, 1) == "primary" and served_rule("primary", system, 4096) == "cover_balanced"
+    assert served_rule("cover", system, 4096) == "cover"
+
+
 def test_gain_interval_includes_the_calibration_error(results):
     eplb, affinity = (r for r in results if r.phase == "prefill" and r.algorithm != "none")
     a, e = Candidate(affinity, 3, 0.0), Candidate(eplb, 3, 0.0)
@@ -148,3 +205,29 @@ def test_decode_modes_are_compared_within_a_node_only(system):
     assert modes_of(one_node, "decode") == ("low_latency", "normal")
     assert modes_of(system, "decode") == ("low_latency",)
     assert modes_of(system, "prefill") == ("normal",)
+    v2 = dataclasses.replace(one_node, serving=dataclasses.replace(one_node.serving, decode_mode="v2"))
+    assert modes_of(v2, "decode") == ("v2",)
+
+
+def test_v2_pays_for_fanout_in_decode(system, source):
+    v1 = simulate(system, source, [("decode", 64)], ["eplb", "affinity"], resamples=2)
+    v2 = dataclasses.replace(system, serving=dataclasses.replace(system.serving, decode_mode="v2"))
+    eplb, affinity = simulate(v2, source, [("decode", 64)], ["eplb", "affinity"], resamples=2)
+    assert (eplb.dispatch_rule, affinity.dispatch_rule, affinity.mode) == ("static", "cover", "v2")
+    assert v1[1].dispatch_rule == "static"
+    assert affinity.gpu_fanout < 0.95 * eplb.gpu_fanout
+    assert affinity.dispatch_us.value < eplb.dispatch_us.value
+    assert affinity.combine_us.value < eplb.combine_us.value
+    with pytest.raises(InputError, match=r"serving\.overlap is 'two_batch', but must be none with mode v2"):
+        with_overlap(v2, "two_batch")
+
+
+def test_v2_is_compared_on_the_same_batches(system, source):
+    candidates = evaluate_candidates(system, source, "decode", 64, 2, redundancies=[0])
+    v1 = min(candidates, key=lambda c: float(c.step_ms().mean()))
+    reported: list[int] = []
+    found = compare_v2(system, source, v1, 64, 2, reported.append, [0])
+    assert sum(reported) == comparison_runs(system, 2, [0])
+    assert {found.eplb.result.mode, found.affinity.result.mode} == {"v2"} and found.v1 is v1
+    assert found.over_eplb == gain(found.affinity, found.eplb) and found.over_v1 == gain(found.affinity, v1)
+    assert found.to_json()["constants"] == "assumed" and "assumed constants" in found.text

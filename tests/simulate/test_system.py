@@ -13,7 +13,7 @@ def test_every_preset_loads_and_its_calibration_has_all_phases():
         system = load_system(name)
         assert system.name == name
         phases = load_calibration(system.cluster.calibration).phases
-        assert set(phases) == {f"{m}.{p}" for m in ("normal", "low_latency") for p in ("dispatch", "combine")}
+        assert set(phases) == {f"{m}.{p}" for m in ("normal", "low_latency", "v2") for p in ("dispatch", "combine")}
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64, 144, 320])
@@ -36,7 +36,7 @@ def test_divisible_redundancy():
         ("hidden: 4096", "hidden: wide", "model.hidden: 'wide'"),
         ("  hidden: 4096\n", "", "model.hidden: missing"),
         ("gpus: 8", "gpus: 6", "cluster.gpus is 6"),
-        ("prefill_mode: normal", "prefill_mode: fast", "'fast' is not one of normal, low_latency"),
+        ("prefill_mode: normal", "prefill_mode: fast", "'fast' is not one of normal, low_latency, v2"),
         ("dispatch_dtype: fp8", "dispatch_dtype: fp8\n  depth: 3", "model.depth: unknown"),
         ("redundant_experts: 0", "redundant_experts: 3", "19 physical experts"),
         ("hbm_gb_per_s: 3350", "hbm_gb_per_s: -1", "hbm_gb_per_s is -1"),

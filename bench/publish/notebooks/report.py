@@ -11,10 +11,11 @@
 # ---
 
 # %% [markdown]
-# # What expert placement does to serving
+# # Does placing experts by affinity help?
 #
-# Every figure here is made from the cells of one run by the functions of `bench/`; nothing is computed in the
-# notebook itself. `python -m bench report RUN_FOLDER` makes it again.
+# The same requests went to servers that differ only in which GPU holds which experts. First the table, then the plot,
+# then what stands against it; everything else follows. Every figure is made from the cells of one run by the functions
+# of `bench/`; nothing is computed in the notebook itself. `python -m bench report RUN_FOLDER` makes it again.
 
 # %%
 from IPython.display import Image, Markdown, display
@@ -23,7 +24,20 @@ from bench.publish import plots, routing_plots
 from bench.publish.report import load_run, shown_layers
 
 run = load_run(".")  # the notebook is executed in the folder of its run
-display(Markdown(run.markdown))
+display(Markdown(run.opening))
+
+# %%
+opening = plots.placement_plot(run.cells, run.placement_titles, run.note) if run.on_cpu else None
+if opening is None and not run.ratios.empty:
+    opening = plots.ratio_plot(run.ratios, run.note)
+if opening is not None:
+    display(Image(plots.png(opening)))
+
+# %% [markdown]
+# ## What stands against it
+
+# %%
+display(Markdown("\n".join(f"- {caveat}" for caveat in run.caveats)))
 
 # %% [markdown]
 # ## Latency and throughput
@@ -83,3 +97,9 @@ else:
 
 # %%
 display(run.cells.drop(columns=["hardware", "commit", "sglang", "sitting"]))
+
+# %% [markdown]
+# ## Every table of the run
+
+# %%
+display(Markdown(run.markdown))
