@@ -43,7 +43,7 @@ class ServerFlag:
 
 def flags_page(root: Path) -> str:
     """Of the newest SGLang that there is a series for."""
-    series = max((root / "patches").iterdir(), key=lambda path: tuple(map(int, path.name.split("."))))
+    series = newest_series(root)
     rows = [
         (f"`{flag.name}`", f"`{flag.default}`" if flag.default else "", flag.help)
         for flag in server_flags((series / _PATCH).read_text(encoding="utf-8"), str(series / _PATCH))
@@ -53,6 +53,11 @@ def flags_page(root: Path) -> str:
         first = " ".join((command.help or "").split("\n\n")[0].split())
         parts.append(f"### `{name}`\n\n{first}\n\n{_options(command)}\n")
     return "\n".join(parts)
+
+
+def newest_series(root: Path) -> Path:
+    """The folder of the newest SGLang that there is a series for."""
+    return max((root / "patches").iterdir(), key=lambda path: tuple(map(int, path.name.split("."))))
 
 
 def server_flags(patch: str, source: str) -> list[ServerFlag]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from bench.capacity.docs import filled
 from bench.harness.engine import ROOT
 from bench.publish.drawings import example, gains_drawing, token_drawing
-from bench.publish.flags_page import flags_page
+from bench.publish.flags_page import flags_page, newest_series
+from bench.publish.models_page import installed, models_page
 from bench.publish.result_blocks import update_blocks
 from bench.publish.results_page import results_page
 from bench.publish.summary import Figure
@@ -26,6 +27,9 @@ def made_pages(figures: Sequence[Figure], root: Path = ROOT) -> dict[Path, str]:
         docs / "images" / "token.svg": token_drawing(),
         docs / "images" / "gains.svg": gains_drawing(figures),
     }
+    classes = installed()
+    if classes is not None and classes[0] == newest_series(root).name:  # else it stays as it was made
+        found[docs / "models.md"] = models_page(*classes)
     for page in [root / "README.md", *sorted(docs.glob("*.md"))]:
         if page in found or not page.is_file():
             continue

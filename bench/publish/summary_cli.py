@@ -59,6 +59,17 @@ def from_series(output: str) -> None:
     click.echo(f"{output}: {len(figures)} entries")
 
 
+@summary.command("from-models")
+@click.option("--output", required=True, help="File to write the entries to, for `summary add`.")
+def from_models(output: str) -> None:
+    """Write how many model classes of the installed SGLang can be served as summary entries."""
+    from bench.publish.models_page import figures_of_models
+
+    figures = figures_of_models()
+    dump_figures(figures, Path(output))
+    click.echo(f"{output}: {len(figures)} entries")
+
+
 @summary.command()
 @_summary_option
 def check(summary_file: str) -> None:

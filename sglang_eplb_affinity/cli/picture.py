@@ -82,7 +82,7 @@ def picture_of(
 
 def _fanout(tokens: np.ndarray, one: ExpertMap, topology: Topology, rule: DispatchRule) -> np.ndarray:
     """int64 [GPUs + 1]: tokens int16 [T, k] by their fan-out under the map's one layer."""
-    used = np.ascontiguousarray(tokens[tokens[:, 0] >= 0], dtype=np.int16)
+    used = np.ascontiguousarray(tokens[(tokens >= 0).any(1)], dtype=np.int16)
     slots_per_gpu = topology.slots_per_gpu(one.num_slots)
     chosen = np.full(used.shape, -1, np.int16)
     measure_layer(

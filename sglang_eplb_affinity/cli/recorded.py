@@ -54,7 +54,7 @@ def of_dumps(paths: Sequence[Path], dense_layers: int) -> Recorded:
     if window.tokens is None or not (window.tokens >= 0).any():
         say(f"{name}: holds counts only: load is known, if replicas share evenly; fan-outs and copies are not")
         return Recorded(name, window.num_experts, window.num_layers, None, window.counts[layers], layers)
-    layers = np.flatnonzero((window.tokens[:, :, 0] >= 0).any(1))
+    layers = np.flatnonzero((window.tokens >= 0).any((1, 2)))
     tokens = window.tokens[layers].transpose(1, 0, 2)
     whole = tokens[(tokens >= 0).all((1, 2))]
     if not len(whole):

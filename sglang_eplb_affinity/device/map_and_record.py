@@ -158,7 +158,7 @@ class MapAndRecord:
         rule = None if tables is None else tables.rule
         even = rows.is_even
         key = topk_ids.dtype, None if num_valid_rows is None else num_valid_rows.dtype, rule, even, shape.block, stage
-        numbers = (num_rows, topk_ids.stride(0), rows.rows_of_group[0])
+        numbers = (num_rows, topk_ids.stride(0), rows.row_number)
         cached = self._kernels.get(key)
         if cached is not None:
             compiled, constants, width, block, device = cached
@@ -236,14 +236,15 @@ class MapAndRecord:
             )  # fmt: skip
         bins = triton.next_power_of_2(recorder.num_experts) if shape.count_in_program and recorder is not None else 0
         padded = triton.next_power_of_2(self.top_k)
-        return (self.top_k, padded, shape.block, rule, *record, *place, bins, shape.lanes, stage, gpu_bins)
+        experts = len(tables.slots) if tables is not None else recorder.num_experts if recorder is not None else 0
+        return (self.top_k, padded, shape.block, rule, *record, *place, bins, shape.lanes, stage, gpu_bins, experts)
 
 
 def map_ids(topk_ids: torch.Tensor, tables: LayerTables, placement: Placement | None) -> torch.Tensor:
-    """Physical ids of logical ``topk_ids`` [rows, k], -1 where they are -1."""
+    """Physical ids of logical ``topk_ids`` [rows, k]; what is no expert's id stays as it is."""
     if tables.rule == "static":
-        used = topk_ids >= 0
-        return torch.where(used, tables.slots[topk_ids.clamp(min=0).long()].to(topk_ids.dtype), -1)
+        used = (topk_ids >= 0) & (topk_ids < len(tables.slots))
+        return torch.where(used, tables.slots[torch.where(used, topk_ids, 0).long()].to(topk_ids.dtype), topk_ids)
     assert placement is not None
     slots = tables.slots[:, : placement.max_replicas]
     return choose_replicas(topk_ids, slots, placement.topology, placement.num_slots, tables.rule, placement.source_gpu)

@@ -29,12 +29,15 @@ class RecorderConfig:
 
     ``quiet_between_passes``: rows that are recorded outside a pass count nothing. Costs a small kernel per pass; needed
     where a captured graph can be replayed outside a pass (draft models, recording that is switched on and off).
+    ``part_of_pass``: a pass is told with all its tokens, but this rank has the rows of a part of them only, and the
+    others (with the same seed) record the rest: which part, only the device knows, see :class:`RowLayout`.
     """
 
     sample_tokens: int = 8192
     max_pass_tokens: int = 65536
     seed: int = 0
     quiet_between_passes: bool = True
+    part_of_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,20 @@ class RowLayout:
 
     Rows come in one group for each data-parallel rank of the batch, ``rows_of_group`` rows long, of which the first
     ``tokens of that group`` (given to :meth:`AffinityRecorder.begin_pass`) are real tokens and the rest padding.
+    ``first_token``: of one group, which token of the pass the first row is, where other ranks have those before it.
     """
 
     rows_of_group: tuple[int, ...]
+    first_token: int = 0
 
     @cached_property
     def num_rows(self) -> int:
         return sum(self.rows_of_group)
+
+    @cached_property
+    def row_number(self) -> int:
+        """What the kernel is told: rows of each of several groups of the same length, of one group its first token."""
+        return self.first_token if len(self.rows_of_group) == 1 else self.rows_of_group[0]
 
     @cached_property
     def is_even(self) -> bool:
@@ -72,9 +82,9 @@ class RowLayout:
 
 
 @lru_cache(maxsize=1024)
-def one_group(num_rows: int) -> RowLayout:
-    """Rows of one group; kept, because it is asked for at every layer."""
-    return RowLayout((num_rows,))
+def one_group(num_rows: int, part: int = 0) -> RowLayout:
+    """Rows of one group, or of its ``part``-th part of equal length; kept, because it is asked for at every layer."""
+    return RowLayout((num_rows,), part * num_rows)
 
 
 class AffinityRecorder:
@@ -117,8 +127,19 @@ class AffinityRecorder:
 
     @property
     def seen_tokens(self) -> int:
-        """Real tokens recorded in the window so far on this rank (known on the host)."""
+        """Real tokens of the recorded passes of the window so far (known on the host)."""
         return self._reservoir.seen
+
+    def own_tokens(self, counts: torch.Tensor, sample: torch.Tensor) -> tuple[int, np.ndarray]:
+        """(real tokens that this rank recorded, int64 [sampled]: rows of ``sample`` that hold one of them).
+
+        ``counts`` and ``sample`` are those of the window on the host or the device; looked at, which waits for the
+        device, only where the host does not know (``part_of_pass``).
+        """
+        if not self.config.part_of_pass:
+            return self.seen_tokens, np.arange(min(self.seen_tokens, self.config.sample_tokens))
+        recorded = int(counts.sum((0, 2)).max()) // self.top_k
+        return recorded, np.flatnonzero((sample >= 0).any(2).any(0).cpu().numpy())
 
     def reset(self) -> None:
         """Start an empty window."""
@@ -138,6 +159,8 @@ class AffinityRecorder:
         taken = self._reservoir.offer(sum(tokens))
         if len(taken[1]):
             self._sample_phase[taken[1]] = phase
+            if self.config.part_of_pass and self._reservoir.seen > self.config.sample_tokens:
+                self._empty(taken[1])
         self._say((phase, *tokens), taken)
 
     def end_pass(self) -> None:
@@ -145,6 +168,12 @@ class AffinityRecorder:
         if self.config.quiet_between_passes and any(self._header[1:]):
             self._header = (0,) * (1 + self.num_groups)
             self.state[1 : 1 + self.num_groups].zero_()
+
+    def _empty(self, slots: np.ndarray) -> None:
+        """Rows of the sample whose new token may be another rank's, which does not overwrite them here."""
+        news = torch.empty(len(slots), dtype=torch.int64, pin_memory=self._pinned)
+        news.numpy()[:] = slots
+        self.sample_rows.index_fill_(1, news.to(self.state.device, non_blocking=True), -1)
 
     def _say(self, header: tuple[int, ...], taken: tuple[np.ndarray, np.ndarray]) -> None:
         """Copy to the device what changed, in one copy that does not wait."""
@@ -189,11 +218,13 @@ class AffinityRecorder:
         """Add one layer's choices.
 
         ``topk_ids`` [rows, >= top_k] LOGICAL ids of any integer type; columns beyond ``top_k`` (fused shared experts)
-        are left out, as are ids of -1. ``num_valid_rows`` is a device scalar where only the device knows the number.
+        are left out, as are ids that are no expert's: -1, or LongCat-Flash's zero experts behind the others.
+        ``num_valid_rows`` is a device scalar where only the device knows the number.
         """
         if topk_ids.shape[0] == 0:
             return
         ids = topk_ids[:, : self.top_k].long()
+        ids = torch.where(ids < self.num_experts, ids, -1)
         valid, slots = self._resolve_rows(rows, num_valid_rows)
         counted = valid[:, None] & (ids >= 0)
         phase_and_layer = self.state[0].long() * self.num_layers + layer
@@ -207,7 +238,7 @@ class AffinityRecorder:
         row = torch.arange(rows.num_rows, device=device)
         if rows.is_even:  # no host-to-device copy, so that it can be captured
             length = max(rows.rows_of_group[0], 1)
-            group, position = row // length, row % length
+            group, position = row // length, row % length + rows.first_token
         else:
             self.say_uneven_rows(rows)
             first = self.state[1 + 2 * groups : 1 + 3 * groups]

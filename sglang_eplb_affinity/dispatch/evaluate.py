@@ -208,7 +208,7 @@ def measure(
         )  # fmt: skip
 
     over_layers(one, layers, threads)
-    used = np.maximum((tokens[:, :, 0] >= 0).sum(1), 1)
+    used = np.maximum((tokens >= 0).any(2).sum(1), 1)
     means = sums / used[:, None]
     load = slot_load.reshape(layers, topology.num_gpus, -1).sum(2)
     mean_load = np.maximum(load.mean(1), 1e-12)

@@ -1,7 +1,8 @@
 """Which replica serves a (token, logical expert), by each of the rules that there are.
 
 These are the references, in torch, that kernels must equal bit for bit. All take ``topk_ids`` [tokens, k] (logical ids,
--1 for padding) and give physical ids of the same shape and dtype (-1 stays -1).
+-1 for padding) and give physical ids of the same shape and dtype. What is no expert's id stays what it is: -1, and ids
+from the number of experts on (LongCat-Flash's zero experts, which have no weights).
 
 ``cover``, per token:
 
@@ -109,8 +110,8 @@ def choose_replicas(
     slots_per_gpu = topology.slots_per_gpu(num_slots)
     row = torch.arange(first_row, first_row + tokens, device=device)[:, None]
     ids = topk_ids.long()
-    used = ids >= 0
-    safe = ids.clamp(min=0)
+    used = (ids >= 0) & (ids < len(table))
+    safe = torch.where(used, ids, 0)
     replicas = table[safe]  # [tokens, k, max_replicas]
     valid = replicas >= 0
     gpu = torch.where(valid, replicas, 0) // slots_per_gpu
@@ -135,7 +136,7 @@ def choose_replicas(
             weights = _weights_of_pass(gpu.gather(-1, choice[..., None])[..., 0], tied, used, source, topology.num_gpus)
             choice, _ = _choose_cover(valid, gpu, node, used, source, topology, number, weights)
     physical = replicas.gather(-1, choice[..., None])[..., 0]
-    return torch.where(used, physical, -1).to(topk_ids.dtype)
+    return torch.where(used, physical, ids).to(topk_ids.dtype)
 
 
 def _nth(candidates: torch.Tensor, n: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,8 @@ class RoutingWindow:
 
     ``counts`` int64 [layers, experts]: token-expert assignments, of every token.
     ``coactivation`` int64 [layers, experts, experts] or None: tokens that chose both experts; the diagonal is 0.
-    ``tokens`` int16 [layers, sampled_tokens, k] or None: top-k sets of a uniform sample; rows of -1 are unused.
+    ``tokens`` int16 [layers, sampled_tokens, k] or None: top-k sets of a uniform sample; rows of -1 are unused, and
+    single ids of -1 are choices of no routed expert (LongCat-Flash's zero experts).
     ``phase_counts`` int64 [2, layers, experts] or None: the counts of prefill and of decode.
     ``token_phase`` int8 [sampled_tokens] or None: 0 for sampled tokens of prefill, 1 of decode, -1 for unused rows.
     """
@@ -230,16 +231,17 @@ class RoutingWindow:
 
 
 def coactivation_of(tokens: np.ndarray, num_experts: int) -> np.ndarray:
-    """int64 [layers, experts, experts] from token sets [layers, tokens, k]; rows of -1 are skipped, diagonal 0."""
+    """int64 [layers, experts, experts] from token sets [layers, tokens, k]; ids of -1 are skipped, diagonal 0."""
     out = np.empty((len(tokens), num_experts, num_experts), dtype=np.int64)
     for layer, ids in enumerate(tokens):
-        used = ids[ids[:, 0] >= 0]
+        used = ids[(ids >= 0).any(1)]
         # float32 sums of ones are exact below 2**24 tokens; chunks keep it so for any trace.
         total = np.zeros((num_experts, num_experts), dtype=np.int64)
         for start in range(0, len(used), 1 << 16):
             chunk = used[start : start + (1 << 16)]
-            hot = np.zeros((len(chunk), num_experts), dtype=np.float32)
+            hot = np.zeros((len(chunk), num_experts + 1), dtype=np.float32)  # the last column takes ids of -1
             np.put_along_axis(hot, chunk.astype(np.int64), 1.0, axis=1)
+            hot = hot[:, :num_experts]
             total += (hot.T @ hot).astype(np.int64)
         np.fill_diagonal(total, 0)
         out[layer] = total

@@ -30,7 +30,7 @@ def drifted_layers(
     for layer in range(window.num_layers):
         counts = window.counts[layer]
         tokens = window.tokens[layer]
-        tokens = np.ascontiguousarray(tokens[tokens[:, 0] >= 0], dtype=np.int16)
+        tokens = np.ascontiguousarray(tokens[(tokens >= 0).any(1)], dtype=np.int16)
         if not counts.any() or not len(tokens):
             continue
         ours, theirs = (judge(m.physical_to_logical[layer], counts, tokens, topology, config) for m in (affinity, eplb))

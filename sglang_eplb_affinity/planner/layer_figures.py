@@ -96,4 +96,4 @@ def sampled(window: RoutingWindow, layer: int) -> np.ndarray:
     """int16 [T, k]: the sampled tokens of one layer, in the window's order."""
     assert window.tokens is not None
     tokens = window.tokens[layer]
-    return np.ascontiguousarray(tokens[tokens[:, 0] >= 0], dtype=np.int16)
+    return np.ascontiguousarray(tokens[(tokens >= 0).any(1)], dtype=np.int16)

@@ -174,7 +174,7 @@ def _layer_tokens(window: RoutingWindow, layer: int, limit: int, seed: int) -> n
     """int16 [T, k]: the layer's sampled sets, evenly thinned to ``limit``; drawn from co-activation if none."""
     if window.tokens is not None and window.tokens.size:
         tokens = window.tokens[layer]
-        tokens = thin(tokens[tokens[:, 0] >= 0], limit)
+        tokens = thin(tokens[(tokens >= 0).any(1)], limit)
         if len(tokens):
             return np.ascontiguousarray(tokens, dtype=np.int16)
     if window.coactivation is not None and window.coactivation[layer].any():

@@ -213,6 +213,6 @@ def layer_gains(
 def _judged(window: RoutingWindow, expert_map: ExpertMap, layer: int, settings: PlanSettings) -> Judgement:
     tokens = np.empty((0, 1), np.int16)
     if window.tokens is not None:
-        tokens = np.ascontiguousarray(window.tokens[layer][window.tokens[layer][:, 0] >= 0], dtype=np.int16)
+        tokens = np.ascontiguousarray(window.tokens[layer][(window.tokens[layer] >= 0).any(1)], dtype=np.int16)
     row = expert_map.physical_to_logical[layer]
     return judge(row, window.counts[layer], tokens, settings.topology, settings.planner)

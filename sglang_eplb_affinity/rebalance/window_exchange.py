@@ -40,7 +40,7 @@ class WindowShare(Protocol):
     """What this rank recorded, on its way from the device to the host."""
 
     def wait(self) -> tuple[int, np.ndarray, torch.Tensor]:
-        """Blocks. (tokens seen; int64 [phases, layers, experts]; int16 [layers, sampled tokens, k] in random order)."""
+        """Blocks. (tokens seen; int64 [phases, layers, experts]; int16 [layers, rows sampled, k] in random order)."""
 
 
 class WindowSource(Protocol):
@@ -90,13 +90,14 @@ class WindowExchange:
         What can fail on one rank alone (reading the device, memory) comes before an all-reduce that tells the others.
         """
         parts = _Attempt(share.wait)
-        seen = self._gather(parts.result[0] if parts.result is not None else 0, parts, "could not read its window")
+        saw, sampled = (0, 0) if parts.result is None else (parts.result[0], parts.result[2].shape[1])
+        seen, held = self._gather((saw, min(saw, sampled)), parts, "could not read its window")
         assert parts.result is not None
         _, counts, tokens = parts.result
-        shares = sample_shares(seen, self._shape.sample_tokens)
+        shares = sample_shares(seen, held, self._shape.sample_tokens)
         own = _Attempt(lambda: tokens[:, : int(shares[self._rank])].contiguous())
         room = _Attempt(lambda: self._room(counts.shape, seen, shares) if self._rank == 0 else {})
-        self._gather(0, room if own.error is None else own, "has no memory for the window")
+        self._gather((0, 0), room if own.error is None else own, "has no memory for the window")
         assert own.result is not None and room.result is not None
         if self._rank == 0:
             return self._broadcast(self._on_rank_0(room.result, counts, own.result, current, first))
@@ -106,16 +107,16 @@ class WindowExchange:
                 dist.send(own.result.view(torch.uint8), self._root(), group=self._group)
         return self._broadcast(None)
 
-    def _gather(self, value: int, attempt: _Attempt[Any], what: str) -> np.ndarray:
-        """int64 [ranks]: every rank's ``value``; raises on all ranks where ``attempt`` failed on any."""
-        state = torch.zeros(self._world, 2, dtype=torch.int64)
-        state[self._rank, 0], state[self._rank, 1] = value, attempt.error is not None
+    def _gather(self, values: tuple[int, int], attempt: _Attempt[Any], what: str) -> np.ndarray:
+        """int64 [2, ranks]: every rank's ``values``; raises on all ranks where ``attempt`` failed on any."""
+        state = torch.zeros(3, self._world, dtype=torch.int64)
+        state[:, self._rank] = torch.tensor([*values, attempt.error is not None])
         dist.all_reduce(state, group=self._group)
         if attempt.error is not None:
             raise attempt.error
-        if state[:, 1].any():
-            raise RuntimeError(f"rank {int(state[:, 1].argmax())} {what}")
-        return state[:, 0].numpy()
+        if state[2].any():
+            raise RuntimeError(f"rank {int(state[2].argmax())} {what}")
+        return state[:2].numpy()
 
     def _room(
         self, counts: tuple[int, ...], seen: np.ndarray, shares: np.ndarray

@@ -98,6 +98,11 @@ def check(args: ServerArguments) -> None:
     async_arguments.check(args)
     if args.enable_eplb or loads:
         check_placed(args, "EPLB" if args.enable_eplb else INITIAL_MAP)
+        if shape.zero_experts:
+            raise InputError(
+                f"{args.model_path}: its router also chooses {shape.zero_experts} zero experts, which no map has; "
+                "leave out EPLB and --init-expert-location"
+            )
     if ours or args.eplb_async:
         check_moving(args, "--eplb-async" if args.eplb_async else flag)
     if loads or args.enable_eplb:

@@ -12,12 +12,13 @@ _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_
 @dataclass(frozen=True)
 class MoeShape:
     """Of the served model. ``num_layers`` counts dense layers too, as SGLang's maps do; ``moe_layers`` are those with
-    routed experts."""
+    routed experts. ``zero_experts``: behind the experts, which the router may choose and which have no weights."""
 
     num_layers: int
     num_experts: int
     top_k: int
     moe_layers: tuple[int, ...]
+    zero_experts: int = 0
 
     @staticmethod
     def of(hf_config: Any) -> MoeShape | None:
@@ -27,7 +28,8 @@ class MoeShape:
         layers = _first_int(hf_config, ("num_hidden_layers", "num_layers"))
         if not experts or experts < 2 or not top_k or not layers:
             return None
-        return MoeShape(layers, experts, top_k, tuple(layer for layer in range(layers) if _is_moe(hf_config, layer)))
+        moe_layers = tuple(layer for layer in range(layers) if _is_moe(hf_config, layer))
+        return MoeShape(layers, experts, top_k, moe_layers, _first_int(hf_config, ("zero_expert_num",)) or 0)
 
 
 def _is_moe(hf_config: Any, layer: int) -> bool:

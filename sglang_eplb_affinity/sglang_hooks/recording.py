@@ -27,6 +27,8 @@ class ServerRecorder:
 
     Without an all-to-all backend every rank of an expert-parallel group runs all tokens of the batch, so one rank of
     the group records; with one, each rank routes tokens of its own and all record. Padding is never recorded.
+    With an all-to-all and attention over several ranks, each of them routes an equal part of the pass's rows, padded to
+    whatever SGLang runs (the length of the batch, or of a captured graph): all are told the whole pass.
     ``owner`` is SGLang's recorder, which knows whether recording is on.
     """
 
@@ -38,6 +40,8 @@ class ServerRecorder:
         parallel, recording = get_parallel(), settings.recording
         self.top_k = settings.shape.top_k
         self._num_groups = 1 if settings.own_tokens else max(parallel.attn_dp_size, 1)
+        parts = parallel.attn_cp_size * parallel.attn_tp_size if settings.own_tokens else 1
+        self._part = parallel.attn_cp_rank * parallel.attn_tp_size + parallel.attn_tp_rank if parts > 1 else 0
         self._reduction = Reduction(
             contributes=settings.own_tokens or (parallel.moe_ep_rank == 0 and parallel.moe_tp_rank == 0)
         )
@@ -59,8 +63,10 @@ class ServerRecorder:
             config=RecorderConfig(
                 sample_tokens=recording.sample_tokens,
                 max_pass_tokens=recording.max_pass_tokens * self._num_groups,
-                # Ranks run in lockstep: with one seed all would keep the tokens of the same positions.
-                seed=recording.seed + this_rank(),
+                # Ranks run in lockstep: with one seed all would keep the tokens of the same positions. Those that
+                # have parts of one pass must choose alike, so that their tokens make up one sample.
+                seed=recording.seed + this_rank() - self._part,
+                part_of_pass=parts > 1,
                 # With EPLB on recording never stops, and all layers of the target model run inside a pass.
                 quiet_between_passes=not self.serves_eplb or recording.speculative,
             ),
@@ -124,7 +130,7 @@ class ServerRecorder:
 
     def _row_layout(self, num_rows: int) -> RowLayout | None:
         if self._num_groups == 1:
-            return one_group(num_rows)
+            return one_group(num_rows, self._part)
         from sglang.srt.layers.dp_attention import get_dp_global_num_tokens, is_dp_max_padding
 
         if is_dp_max_padding() and num_rows % self._num_groups == 0:

@@ -29,6 +29,12 @@ def check_moving(args: ServerArguments, flag: str) -> None:
             f"--weight-cache-mode {mode}: {flag} would move experts in the daemon's copy of the weights, which other "
             "servers share; use off"
         )
+    for name in ("moe_runner_backend", "moe_a2a_backend"):
+        if getattr(args, name) == "flashinfer_megamoe":
+            raise InputError(
+                f"--{name.replace('_', '-')} flashinfer_megamoe: keeps experts' weights in objects of its own, "
+                f"where {flag} cannot move them; use another backend, such as deepep with deep_gemm"
+            )
     if not args.eplb_async and args.ep_size != args.tp_size:
         raise InputError(
             f"--ep-size {args.ep_size}: SGLang's synchronous rebalance takes the tensor-parallel rank for the expert-"

@@ -82,6 +82,7 @@ class ServerArguments(Protocol):
     extra_metric_labels: dict[str, str] | None
     init_expert_location: str
     lora_target_modules: Any
+    max_prefill_tokens: int
     model_path: str
     moe_a2a_backend: str
     moe_runner_backend: str
@@ -95,4 +96,4 @@ class ServerArguments(Protocol):
     weight_cache_mode: str
 
     def get_model_config(self) -> Any:
-        """SGLang's ModelConfig, with ``hf_config`` and ``hf_text_config``."""
+        """SGLang's ModelConfig, with ``context_len``, ``hf_config`` and ``hf_text_config``."""

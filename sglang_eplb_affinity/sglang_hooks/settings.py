@@ -17,7 +17,7 @@ from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, Server
 
 @dataclass(frozen=True)
 class RecordingSettings:
-    """Passes and tokens of the affinity recorder. ``max_pass_tokens``: of one data-parallel group.
+    """Passes and tokens of the affinity recorder. ``max_pass_tokens``: that a pass of one data-parallel group can have.
 
     ``phase``: of the passes that are recorded, and so planned for. ``interval``: passes from one rebalance to the next.
     ``log_passes``: of the load log, 0: off.
@@ -45,7 +45,7 @@ class RecordingSettings:
             last_passes=args.expert_affinity_record_last_passes,
             interval=args.eplb_rebalance_num_iterations,
             sample_tokens=args.expert_affinity_sample_tokens,
-            max_pass_tokens=max(args.chunked_prefill_size or 0, 8192),
+            max_pass_tokens=_most_tokens_of_a_pass(args),
             seed=args.random_seed or 0,
             log_passes=args.expert_load_log_passes,
             speculative=args.speculative_algorithm is not None,
@@ -154,6 +154,14 @@ class Settings:
     def planner_from_scratch(self) -> PlannerConfig:
         """While no planned map is in force."""
         return replace(self.planner, incremental=False, warm_start=False, max_moves=None)
+
+
+def _most_tokens_of_a_pass(args: ServerArguments) -> int:
+    """Of prefill, which without chunks may be one request as long as the context, and of the decodes run with it."""
+    prefill = args.chunked_prefill_size or 0
+    if prefill <= 0:
+        prefill = max(args.max_prefill_tokens, int(args.get_model_config().context_len))
+    return prefill + 8192
 
 
 def _primary_rows(args: ServerArguments, shape: MoeShape | None) -> int:

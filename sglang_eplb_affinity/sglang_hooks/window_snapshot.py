@@ -61,7 +61,7 @@ class RecorderWindow:
     def take(self) -> Share:
         recorder = self._recorder
         if recorder is None:
-            return Share(self._shape, 0, None, None, None)
+            return Share(self._shape, None, None)
         seen = recorder.seen_tokens
         # Any first rows of a random order are a uniform sample, whatever share of it is asked for. One order serves all
         # windows, since drawing one takes a tenth of a millisecond from a pass; its rows in use come first.
@@ -77,28 +77,41 @@ class RecorderWindow:
         if self._stream is None:
             self._counts.copy_(self._device_counts)
             self._sample.copy_(self._device_sample)
-            return Share(self._shape, seen, self._counts, self._sample, None)
+            return Share(self._shape, self._read(seen), None)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._counts.copy_(self._device_counts, non_blocking=True)
             self._sample.copy_(self._device_sample, non_blocking=True)
             self._copied.record(self._stream)
-        return Share(self._shape, seen, self._counts, self._sample, self._copied)
+        return Share(self._shape, self._read(seen), self._copied)
+
+    def _read(self, seen: int) -> Callable[[], tuple[int, np.ndarray, torch.Tensor]]:
+        """What is known once the copies are there; ``seen`` was known when they began."""
+        recorder = self._recorder
+        assert recorder is not None
+
+        def read() -> tuple[int, np.ndarray, torch.Tensor]:
+            if not recorder.config.part_of_pass:
+                return seen, self._counts.numpy(), self._sample[:, :seen]
+            own, rows = recorder.own_tokens(self._counts, self._sample)
+            return own, self._counts.numpy(), self._sample[:, torch.from_numpy(rows)]
+
+        return read
 
 
 class Share:
     """A window on its way to the host. Its buffers are the recorder window's: one round at a time."""
 
     def __init__(
-        self, shape: WindowShape, seen: int, counts: torch.Tensor | None, sample: torch.Tensor | None, copied: Any
+        self, shape: WindowShape, read: Callable[[], tuple[int, np.ndarray, torch.Tensor]] | None, copied: Any
     ) -> None:
-        self._shape, self._seen, self._counts, self._sample, self._copied = shape, seen, counts, sample, copied
+        self._shape, self._read, self._copied = shape, read, copied
 
     def wait(self) -> tuple[int, np.ndarray, torch.Tensor]:
-        if self._counts is None or self._sample is None:
+        if self._read is None:
             empty = torch.empty(self._shape.num_layers, 0, self._shape.top_k, dtype=torch.int16)
             counts = (len(PHASES), self._shape.num_layers, self._shape.num_experts)
             return 0, np.zeros(counts, np.int64), empty
         if self._copied is not None:
             self._copied.synchronize()
-        return self._seen, self._counts.numpy(), self._sample
+        return self._read()

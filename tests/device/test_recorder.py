@@ -176,12 +176,18 @@ def test_reservoir_depends_neither_on_how_the_stream_is_cut_nor_on_windows_befor
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=20), st.integers(1, 10_000))
 def test_sample_shares_fill_the_sample_in_proportion(seen, capacity) -> None:
-    shares = sample_shares(np.array(seen), capacity)
+    shares = sample_shares(np.array(seen), np.minimum(seen, capacity), capacity)
     total = sum(seen)
     assert shares.sum() == min(total, capacity)
     assert (shares <= np.array(seen)).all()
     if total:
         assert (abs(shares - np.array(seen) * min(1, capacity / total)) <= 1).all()
+
+
+def test_what_a_rank_lacks_of_its_share_others_give() -> None:
+    shares = sample_shares(np.array([100, 100, 100]), np.array([8, 11, 10]), 30)
+    assert shares.tolist() == [8, 11, 10]
+    assert sample_shares(np.array([300, 100, 0]), np.array([20, 40, 0]), 40).tolist() == [20, 20, 0]
 
 
 def _worker(rank: int, world: int, file: str, queue) -> None:

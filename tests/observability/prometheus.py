@@ -85,6 +85,7 @@ class Prometheus:
 @contextmanager
 def prometheus(targets: list[str], rules: Path, folder: Path) -> Iterator[Prometheus]:
     """Scrapes ``targets`` (host:port) every second, once all of them have been scraped."""
+    folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         listen = f"127.0.0.1:{probe.getsockname()[1]}"

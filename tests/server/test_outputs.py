@@ -7,11 +7,13 @@ shows that the affinity recorder counts every token once.
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.server.harness import NUM_PROMPTS, ServerCase, prompts, serve
+from bench.figures.rebalance_log import LogSummary
+from tests.server.harness import NUM_PROMPTS, RunningServer, ServerCase, prompts, serve
 
 MODELS = ("qwen3moe", "dsv3")
 
@@ -27,6 +29,12 @@ PAIRWISE = [
     ("dsv3", 4, 4, False, "affinity"),
 ]
 ALL = list(itertools.product(MODELS, (2, 4), (0, 4), (False, True), ("deepseek", "affinity")))
+# Rounds beside the forward passes; every map that is planned is applied.
+ASYNC = ("--eplb-async", "--eplb-min-gain", "0")
+ALL_ASYNC = [
+    ServerCase(*case[:4], algorithm="affinity", iterations=6, extra=ASYNC)
+    for case in itertools.product(MODELS, (2, 4), (0, 4), (False, True))
+]
 # Replicas by `cover`, and a recorder that leaves out passes: 3 of each 10 are recorded.
 SAMPLED = ("--expert-affinity-record-every", "2", "--expert-affinity-record-last-passes", "6")
 COVER = [
@@ -41,8 +49,10 @@ PRIMARY = [
 ]
 # Classes of SGLang that do not say which weights are their experts', and one that did not make redundant experts.
 OTHER_CLASSES = [("glm4moe", 2, 4, False, "affinity"), ("qwen2moe", 2, 4, False, "deepseek")]
-MATRIX = ALL if os.environ.get("EPLB_AFFINITY_FULL_MATRIX") else PAIRWISE
+FULL = bool(os.environ.get("EPLB_AFFINITY_FULL_MATRIX"))
+MATRIX = ALL if FULL else PAIRWISE
 CASES = [*(ServerCase(*case) for case in [*MATRIX, *OTHER_CLASSES]), *COVER, *PRIMARY]
+ASYNC_CASES = ALL_ASYNC if FULL else [ALL_ASYNC[6], ALL_ASYNC[-1]]
 
 
 def test_the_default_cases_cover_every_pair_of_settings() -> None:
@@ -56,9 +66,37 @@ def test_outputs_equal_those_without_eplb(case: ServerCase, reference, models: P
     with serve(models / case.model, case.flags, tmp_path / "log", port=port, ranks=case.ep) as server:
         outputs = [result["output_ids"] for result in server.generate(prompts(NUM_PROMPTS))]
         log = server.rebalances()
-    assert log.moved >= 5, f"only {log.moved} of {len(log.rebalances)} rebalances moved experts"
-    assert {rebalance.algorithm for rebalance in log.rebalances} == {case.algorithm}
+    check(log, case, [outputs], expected)
     if case.extra and case.algorithm == "affinity":
         assert f"dispatch {case.extra[1]}, 4 redundant" in (tmp_path / "log").read_text(errors="replace")
-    wrong = [index for index, pair in enumerate(zip(outputs, expected, strict=True)) if pair[0] != pair[1]]
-    assert not wrong, f"outputs of prompts {wrong} changed over {log.moved} rebalances"
+
+
+@pytest.mark.parametrize("case", ASYNC_CASES, ids=lambda case: f"{case.name}-async")
+def test_outputs_equal_those_without_eplb_while_rounds_run(
+    case: ServerCase, reference, models: Path, tmp_path: Path, port: int
+) -> None:
+    expected = reference(case.model, case.ep, case.dp_attention)
+    verify = {"EPLB_AFFINITY_VERIFY": "1"}
+    with serve(models / case.model, case.flags, tmp_path / "log", port=port, ranks=case.ep, **verify) as server:
+        batches = list(batches_until_moved(server, rebalances=5))
+        log = server.rebalances()
+    check(log, case, batches, expected)
+    assert {rebalance.mode for rebalance in log.rebalances} == {"asynchronous"}
+    text = (tmp_path / "log").read_text(errors="replace")
+    assert "has wrong weights" not in text and "hold what the map says" in text
+
+
+def batches_until_moved(server: RunningServer, rebalances: int, most: int = 12) -> Iterator[list[list[int]]]:
+    """Outputs of the same prompts again and again; few at once, so that the mix of words drifts within a batch."""
+    for _ in range(most):
+        yield [result["output_ids"] for result in server.generate(prompts(NUM_PROMPTS), concurrency=5)]
+        if server.rebalances().moved >= rebalances:
+            return
+
+
+def check(log: LogSummary, case: ServerCase, batches: list[list[list[int]]], expected: list[list[int]]) -> None:
+    assert log.moved >= 5, f"only {log.moved} of {len(log.rebalances)} rebalances moved experts"
+    assert {rebalance.algorithm for rebalance in log.rebalances} == {case.algorithm}
+    for outputs in batches:
+        wrong = [index for index, pair in enumerate(zip(outputs, expected, strict=True)) if pair[0] != pair[1]]
+        assert not wrong, f"outputs of prompts {wrong} changed over {log.moved} rebalances"

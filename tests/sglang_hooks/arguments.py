@@ -8,7 +8,9 @@ TEXT = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3, "fir
 
 def server_arguments(**flags: Any) -> Any:
     config = SimpleNamespace(
-        hf_config=SimpleNamespace(n_group=2, architectures=["Model"]), hf_text_config=SimpleNamespace(**TEXT)
+        hf_config=SimpleNamespace(n_group=2, architectures=["Model"]),
+        hf_text_config=SimpleNamespace(**TEXT),
+        context_len=4096,
     )
     defaults = dict(
         enable_expert_affinity_recorder=False, ep_forced_routing=None, eplb_affinity_incremental=False,
@@ -22,6 +24,7 @@ def server_arguments(**flags: Any) -> Any:
         enable_dp_attention=False, enable_eplb=True, enable_expert_distribution_metrics=False, enable_metrics=False,
         ep_dispatch_algorithm="dynamic", ep_num_redundant_experts=2, ep_size=2, eplb_algorithm="affinity",
         eplb_rebalance_num_iterations=1000, extra_metric_labels=None, init_expert_location="trivial",
+        max_prefill_tokens=16384,
         model_path="org/model", moe_a2a_backend="none", nnodes=1, node_rank=0, random_seed=None,
         served_model_name=None, speculative_algorithm=None,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def server_recorder() -> recording.ServerRecorder:
     found = object.__new__(recording.ServerRecorder)
     found._reduction = SimpleNamespace(contributes=True)  # type: ignore[assignment]
     found._owner = SimpleNamespace(records_affinity_now=lambda: True)
-    found._schedule, found._passes, found._num_groups = RecordSchedule(every=2), 0, 1
+    found._schedule, found._passes, found._num_groups, found._part = RecordSchedule(every=2), 0, 1, 0
     found.recorder = Passes()  # type: ignore[assignment]
     found._records_pass, found._on_cuda = True, False
     found._records_phase = RecordingSettings().records_phase

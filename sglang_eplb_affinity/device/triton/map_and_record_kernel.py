@@ -42,15 +42,15 @@ _FEW = tl.constexpr(READ_AHEAD)
 
 
 @triton.jit
-def _token_of(state, row, rows_per_group, GROUPS: tl.constexpr, EVEN: tl.constexpr):
-    """(token of the pass, whether it is a real one) of each row; see recorder.RowLayout."""
+def _token_of(state, row, row_number, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """(token of the pass, whether it is a real one) of each row; see recorder.RowLayout, and row_number there."""
     if GROUPS == 1:
-        token = row
-        is_token = row < tl.load(state + 1)
+        token = row + row_number
+        is_token = token < tl.load(state + 1)
     else:
         if EVEN:
-            group = row // rows_per_group
-            position = row % rows_per_group
+            group = row // row_number
+            position = row % row_number
         else:
             group = row * 0
             for g in tl.static_range(1, GROUPS):
@@ -120,19 +120,19 @@ def _cover(
 
 # One compiled kernel serves passes of any size and every layer: it must not be made for the numbers of the first call.
 @triton.jit(
-    do_not_specialize=["num_rows", "row_stride", "rows_per_group"],
+    do_not_specialize=["num_rows", "row_stride", "row_number"],
     do_not_specialize_on_alignment=[
         "ids", "num_valid_rows", "state", "counts", "sample", "table", "table_counts", "balance"
     ],
 )  # fmt: skip
 def map_and_record(
-    ids, num_valid_rows, state, counts, sample, table, table_counts, balance, num_rows, row_stride, rows_per_group,
+    ids, num_valid_rows, state, counts, sample, table, table_counts, balance, num_rows, row_stride, row_number,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr, RECORD: tl.constexpr,
     HAS_VALID: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, SLOT_OFFSET: tl.constexpr,
     MAX_TOKENS: tl.constexpr, SAMPLE: tl.constexpr, PHASE_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     SLOTS_PER_GPU: tl.constexpr, GPUS_PER_NODE: tl.constexpr, NUM_NODES: tl.constexpr, SOURCE: tl.constexpr,
     FIELD: tl.constexpr, NODE_STEP: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
-    STAGE: tl.constexpr, GPU_BINS: tl.constexpr,
+    STAGE: tl.constexpr, GPU_BINS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK (row, column) items of a pass, or for the rules of `cover`, whose columns depend on each other, BLOCK
     whole rows, or with LANES the BLOCK // KP rows of one warp.
@@ -140,7 +140,8 @@ def map_and_record(
     All pointers but ``ids``, ``num_valid_rows`` and ``state`` are the layer's. KP: the power of 2 from K on. BINS > 0,
     a power of 2 no less than the number of experts: counts are added up in the block first, as many tokens queue for
     a hot expert's. STAGE: what is done of `cover_balanced` (balance_kernel.py), whose workspace ``balance`` is, int32
-    [TICKET_INTS + 2 * GPU_BINS]; GPU_BINS: the power of 2 from the number of GPUs on. The rules of `cover`
+    [TICKET_INTS + 2 * GPU_BINS]; GPU_BINS: the power of 2 from the number of GPUs on. Ids from
+    EXPERTS on are no expert's: neither mapped nor recorded. The rules of `cover`
     need at least as many rows as the program has threads, or LANES and a thread for each item.
     """
     ROWS: tl.constexpr = RULE >= _COVER and not LANES
@@ -165,7 +166,8 @@ def map_and_record(
     if ROWS:  # knowing that columns are neighbours in memory, Triton would deal them out to threads
         ids_at = tl.max_contiguous(ids_at, [1, 1])
     # A row beyond the last may be read after its ids were overwritten: what is read there must not be used.
-    expert = tl.where(inside, tl.load(ids_at).to(tl.int32), -1)
+    given = tl.where(inside, tl.load(ids_at).to(tl.int32), -1)
+    expert = tl.where(given < EXPERTS, given, -1)
     used = expert >= 0
     safe = tl.maximum(expert, 0)
     real = row < num_rows
@@ -173,7 +175,7 @@ def map_and_record(
         real = real & (row < tl.load(num_valid_rows).to(tl.int32))
     if RECORD:
         to_counts = counts + tl.load(state).to(tl.int64) * PHASE_STRIDE
-        token, is_token = _token_of(state, own_row, rows_per_group, GROUPS, EVEN)
+        token, is_token = _token_of(state, own_row, row_number, GROUPS, EVEN)
         # The state's last entry, for tokens from MAX_TOKENS on, says "not sampled".
         slot = tl.load(state + SLOT_OFFSET + tl.minimum(token, MAX_TOKENS))
         counted = real & is_token
@@ -219,6 +221,6 @@ def map_and_record(
                 GPUS_PER_NODE, NUM_NODES, SOURCE, FIELD, NODE_STEP, LANES, True,
             )  # fmt: skip
     if RULE != 0 and STAGE != _COUNT:
-        tl.store(ids_at, tl.where(used & real, physical, -1).to(ids.dtype.element_ty), mask=inside)
+        tl.store(ids_at, tl.where(real, tl.where(used, physical, given), -1).to(ids.dtype.element_ty), mask=inside)
     if STAGE == _CHOOSE:
         empty_when_last(balance, GPU_BINS)

@@ -77,5 +77,7 @@ CASES = (
     + [replace(case, shapes=TWO_LAUNCHES, groups=((tokens, 3),)) for case in BALANCED_CASES for tokens in (12, 90)]
     + [Case(rule, shapes=ONE_WARP, groups=((tokens, 5),), layers=1) for rule in RULES for tokens in (12, 70)]
     + [Case("cover", gpus=1, nodes=1, k=1), Case("dynamic", redundant=0)]
+    + [Case(rule, zero_experts=12, k=6) for rule in RULES]
+    + [Case(rule, first_token=12, groups=((8, 5),)) for rule in RULES]  # others have the first tokens of the pass
     + [_random(seed) for seed in range(24)]
 )

@@ -34,6 +34,8 @@ class Case:
     layers: int = 2
     record: bool = True
     shapes: LaunchShapes | None = None
+    zero_experts: int = 0  # ids behind the experts' that a router may choose
+    first_token: int = 0  # of the pass, that the first row is
     seed: int = 0
 
 
@@ -73,7 +75,7 @@ def tables_of(case: Case, expert_map: ExpertMap, device: str) -> list[LayerTable
 
 
 def random_ids(random: np.random.Generator, rows: int, case: Case) -> torch.Tensor:
-    ids = np.argsort(random.random((rows, case.experts)), axis=1)[:, : case.k]
+    ids = np.argsort(random.random((rows, case.experts + case.zero_experts)), axis=1)[:, : case.k]
     ids[random.random(rows) < 0.1] = -1  # already masked
     shared = np.full((rows, case.extra_columns), case.experts)
     return torch.from_numpy(np.hstack([ids, shared])).to(case.dtype)
@@ -102,11 +104,13 @@ def run(case: Case, device: str, passes: int = 3) -> None:
     tables = tables_of(case, expert_map, device)
     ours, reference = path(case, device, expert_map), path(case, device, expert_map)
     lengths = [tokens + padding for tokens, padding in case.groups]
-    rows = RowLayout(tuple([max(lengths)] * len(lengths) if case.even else lengths))
+    rows = RowLayout(tuple([max(lengths)] * len(lengths) if case.even else lengths), case.first_token)
     for number in range(passes):
         for side in (ours, reference):
             if side.recorder is not None:
-                side.recorder.begin_pass([tokens for tokens, _ in case.groups], phase=number % 2, record=number != 1)
+                side.recorder.begin_pass(
+                    [tokens + case.first_token for tokens, _ in case.groups], phase=number % 2, record=number != 1
+                )
         for layer in range(case.layers):
             ids = random_ids(random, rows.num_rows, case).to(device)
             valid = torch.tensor(int(random.integers(0, rows.num_rows + 1)), device=device) if case.valid else None
@@ -133,6 +137,7 @@ def check_physical(
     before, after = logical[:, : case.k].cpu().numpy(), physical[:, : case.k].cpu().numpy()
     kept = np.arange(len(before)) < (len(before) if valid is None else int(valid))
     assert (after[~kept] == -1).all()
-    used = (before >= 0) & kept[:, None]
-    assert (after[~used] == -1).all()
+    used = (before >= 0) & (before < case.experts) & kept[:, None]
+    others = ~used & kept[:, None]
+    assert (after[others] == before[others]).all()
     assert (slots[after[used]] == before[used]).all()
