@@ -24,6 +24,7 @@ from bench.calibration.calibrate import (
 )
 from bench.calibration.fidelity import fidelity, fidelity_table
 from bench.calibration.measured import load_measured
+from bench.capacity import expert_times
 from bench.capacity.docs import fill
 from bench.capacity.replicas import replica_gains
 from bench.capacity.v2 import HEADLINE, v2_rows, v2_table
@@ -142,6 +143,22 @@ def v2_command(out: Path) -> None:
 def calibration_command(out: Path) -> None:
     """Only the comparison of the time model with every measured point."""
     click.echo(f"largest error on points that were not fitted: {largest_error(_calibration(ROOT / out)):.1f} %")
+
+
+@main.command("experts")
+@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+def experts_command(out: Path) -> None:
+    """The time of experts against every measured one, and its entry for the summary."""
+    folder = ROOT / out
+    folder.mkdir(parents=True, exist_ok=True)
+    times = expert_times.compare(ROOT / expert_times.MEASURED)
+    origin = provenance()
+    common = {"versions": versions(), "commit": origin["commit"], "date": now(),
+              "command": "python -m bench.capacity experts"}  # fmt: skip
+    text = json.dumps({"entries": [expert_times.entry(times, common)]}, indent=2) + "\n"
+    write_atomically(folder / "expert-time.md", expert_times.table(times).encode())
+    write_atomically(folder / "expert_time_summary_entries.json", text.encode())
+    click.echo(expert_times.table(times), nl=False)
 
 
 @main.command("docs")

@@ -13,7 +13,7 @@ from sglang_eplb_affinity.domain.files import write_atomically
 _MARKER = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLUMNS = (
     "GPUs", "phase", "algorithm", "dispatch + experts + combine + rest, us", "slowest in dispatch", "step ms",
-    "tokens/s/GPU", "gain over EPLB", "GPU / node fan-out", "load",
+    "tokens/s/GPU", "gain over EPLB", "GPU / node fan-out", "load", "active slots",
 )  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def compact_table(data: dict[str, Any]) -> str:
             f"{step['value']:.1f} [{step['lower']:.1f}, {step['upper']:.1f}]", f"{r['tokens_per_second_per_gpu']:.0f}",
             "" if gain is None else f"{gain['value']:+.1f} % [{gain['lower']:+.1f}, {gain['upper']:+.1f}]",
             f"{r['gpu_fanout']:.2f} / {r['node_fanout']:.2f}", f"{r['load_max_over_mean']:.2f}",
+            f"{r['active_slots']:.1f}" if "active_slots" in r else "",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -44,6 +45,7 @@ def gains_table(folder: Path) -> str:
             if gain is not None:
                 cell = f"{gain['value']:+.1f} % [{gain['lower']:+.1f}, {gain['upper']:+.1f}]"
                 title = f"{r['phase']}, {r['mode'].replace('_', ' ')}"
+                title += ", primary" if r["dispatch_rule"] == "primary" else ""
                 rows.setdefault((file.stem, r["gpus"]), {})[title] = f"{cell}, +{r['redundant']}"
     if not rows:
         raise InputError(f"docs: no simulated results in {folder.name}; run `python -m bench.capacity all`")

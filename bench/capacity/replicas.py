@@ -38,8 +38,8 @@ def replica_gains(plan: RoutingTrace, test: RoutingTrace) -> list[dict[str, Any]
 
         def run(number: int, algorithm: Any) -> PhaseResult:
             sized = system.resized(gpus, number)  # noqa: B023 (called at once)
-            rule: DispatchRule | None = "cover_balanced" if phase == "prefill" else None  # noqa: B023
-            return simulate(sized, source, [(phase, tokens)], [algorithm], resamples=RESAMPLES, rule=rule)[0]  # noqa: B023
+            rules: tuple[DispatchRule, ...] = ("cover_balanced" if phase == "prefill" else "static",)  # noqa: B023
+            return simulate(sized, source, [(phase, tokens)], [algorithm], resamples=RESAMPLES, rules=rules)[0]  # noqa: B023
 
         eplb = min((run(number, "eplb") for number in of_eplb), key=lambda result: result.step_ms.value)
         ours = run(redundant, "affinity")

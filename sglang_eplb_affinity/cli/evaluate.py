@@ -43,7 +43,7 @@ from sglang_eplb_affinity.formats.maps import load_map
     type=click.IntRange(1),
     default=1024,
     show_default=True,
-    help="Tokens of one GPU in one pass: what pass_load_max_over_mean is of, and what cover_balanced sees.",
+    help="Tokens of one GPU in one pass: what the pass_ metrics are of, and what cover_balanced sees.",
 )
 @click.option("--without-rank", "ranks", type=int, multiple=True, help="As if this GPU were lost; may repeat.")
 @click.option("--without-node", "lost_nodes", type=int, multiple=True, help="As if this node were lost; may repeat.")

@@ -26,6 +26,7 @@ from sglang_eplb_affinity.simulate.scenario import (
     Algorithm,
     Phase,
     PhaseResult,
+    runs_of,
     simulate,
     with_overlap,
 )
@@ -71,8 +72,8 @@ def command_line() -> str:
     help="May repeat. eplb is what SGLang's `auto` picks, with static dispatch.",
 )  # fmt: skip
 @click.option(
-    "--dispatch", "rule", type=click.Choice(DISPATCH_RULES),
-    help="Affinity's replica choice.  [default: static in low latency, else cover]",
+    "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True,
+    help="Affinity's replica choice; may repeat.  [default: static and primary in low latency, else cover]",
 )  # fmt: skip
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="fast", show_default=True)
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
@@ -94,7 +95,7 @@ def command_line() -> str:
 def simulate_command(
     trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
     topology: str, gpu_list: str | None,
-    redundant: int | None, algorithms: tuple[Algorithm, ...], rule: DispatchRule | None, effort: Effort,
+    redundant: int | None, algorithms: tuple[Algorithm, ...], rules: tuple[DispatchRule, ...], effort: Effort,
     phases: tuple[Phase, ...], prefill_tokens: str | None,
     decode_batch: str | None, prefill_mode: str | None, decode_mode: str | None, overlap: str | None, layers: int,
     resamples: int, child_spread: float, seed: int, style: str, out: Path | None, plots: Path | None,
@@ -125,14 +126,15 @@ def simulate_command(
         runs += [("decode", tokens) for tokens in wanted]
     wanted_algorithms = list(dict.fromkeys(algorithms))
     results: list[PhaseResult] = []
-    total = len(systems) * len(runs) * len(wanted_algorithms) * (resamples + 1)
+    wanted_rules = list(dict.fromkeys(rules))
+    total = sum(runs_of(each, runs, wanted_algorithms, resamples, wanted_rules) for each in systems)
     with progress(total, "simulating") as done:
         source = RoutingSource(
             recording, test, system.model, sampled_layers(system, layers), seed=seed, child_spread=child_spread
         )
         for each in systems:
             results += simulate(
-                each, source, runs, wanted_algorithms, resamples=resamples, rule=rule, effort=effort,
+                each, source, runs, wanted_algorithms, resamples=resamples, rules=wanted_rules, effort=effort,
                 progress=done,
             )  # fmt: skip
     head = report.header(system, source.label, command_line())

@@ -37,6 +37,7 @@ DEFINITIONS = {
     "expert_node_copies": "experts on nodes other than the source node: what low-latency dispatch sends, per token",
     "load_max_over_mean": "token-expert assignments of the most loaded GPU over the mean GPU, averaged over layers",
     "pass_load_max_over_mean": "the same in each pass; mean of the passes in which every source has all its tokens",
+    "pass_active_slots": "slots that have tokens, of the GPU that has most of them; mean of the same passes",
 }
 METRICS = tuple(DEFINITIONS)
 _BALANCED = int(RuleNumber.COVER_BALANCED)
@@ -51,7 +52,8 @@ class Traffic:
 
     ``gpu_fanout``, ``node_fanout``, ``extra_nodes``, ``remote_gpu_copies``, ``remote_node_copies`` and
     ``expert_node_copies`` (see DEFINITIONS) are float64 [layers] means per token; ``gpu_load`` is int64 [layers, gpus]
-    and ``load_max_over_mean`` float64 [layers]. ``pass_load_max_over_mean`` float64 [layers]: of the mean pass.
+    and ``load_max_over_mean`` float64 [layers]. ``pass_load_max_over_mean`` and ``pass_active_slots`` float64
+    [layers]: of the mean pass.
     """
 
     gpu_fanout: np.ndarray
@@ -63,6 +65,7 @@ class Traffic:
     gpu_load: np.ndarray
     load_max_over_mean: np.ndarray
     pass_load_max_over_mean: np.ndarray
+    pass_active_slots: np.ndarray
 
 
 @kernel
@@ -75,7 +78,7 @@ def measure_layer(  # type: ignore[no-untyped-def]
     tokens int16 [T, k]; source int32 [T] or empty; table int32 [experts, max_replicas]; replicas int32 [experts];
     rule: a RuleNumber. Adds to sums int64 [5] and load int64 [slots]; writes chosen int16 [T, k], the
     slot of each (token, expert), unless it is empty. pass_of int32 [T]: the pass of each token, empty if they are one;
-    pass_load int64 [passes, gpus] gets the load of each, unless it is empty.
+    pass_load int64 [passes, slots] gets the load of each, unless it is empty.
     """
     count, k = tokens.shape
     gpu_mark = np.full(load.shape[0] // slots_per_gpu, -1, np.int64)
@@ -111,7 +114,7 @@ def measure_layer(  # type: ignore[no-untyped-def]
                 continue
             load[slot] += 1
             if pass_load.shape[0] > 0:
-                pass_load[of, slot // slots_per_gpu] += 1
+                pass_load[of, slot] += 1
             if keep:
                 chosen[t, j] = slot
             if has_source and slot // slots_per_gpu // gpus_per_node != home_node:
@@ -197,15 +200,21 @@ def measure(
     slot_load = np.zeros((layers, expert_map.num_slots), np.int64)
     where = np.empty(0, np.int32) if source is None else source
     pass_of, complete = passes_of(tokens.shape[1], source, topology, pass_tokens)
-    pass_load = np.zeros((layers, int(pass_of.max()) + 1 if len(pass_of) else 1, topology.num_gpus), np.int64)
+    passes = int(pass_of.max()) + 1 if len(pass_of) else 1
+    of_pass = np.zeros((layers, 2))
 
     def one(layer: int) -> None:
+        pass_load = np.zeros((passes, expert_map.num_slots), np.int64)
         measure_layer(
             np.ascontiguousarray(tokens[layer], dtype=np.int16), where, table[layer], replicas[layer], slots_per_gpu,
             topology.gpus_per_node, topology.num_nodes, number, sums[layer],
             slot_load[layer],
-            NOT_KEPT, pass_of, pass_load[layer],
+            NOT_KEPT, pass_of, pass_load,
         )  # fmt: skip
+        by_gpu = pass_load[:complete].reshape(complete, topology.num_gpus, -1)
+        load = by_gpu.sum(2)
+        of_pass[layer, 0] = (load.max(1) / np.maximum(load.mean(1), 1e-12)).mean()
+        of_pass[layer, 1] = (by_gpu > 0).sum(2).max(1).mean()
 
     over_layers(one, layers, threads)
     used = np.maximum((tokens >= 0).any(2).sum(1), 1)
@@ -213,10 +222,9 @@ def measure(
     load = slot_load.reshape(layers, topology.num_gpus, -1).sum(2)
     mean_load = np.maximum(load.mean(1), 1e-12)
     gpu, node, remote_gpu, remote_node, expert_node = means.T.copy()
-    of_pass = pass_load[:, :complete]
     return Traffic(
         gpu, node, node - 1, remote_gpu, remote_node, expert_node, load, load.max(1) / mean_load,
-        (of_pass.max(2) / np.maximum(of_pass.mean(2), 1e-12)).mean(1),
+        of_pass[:, 0], of_pass[:, 1],
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """From a recording and a topology to a setting with its predicted gain, or to "do not enable it, here is why".
 
-Every candidate (algorithm x redundant experts x DeepEP mode) runs on the same held-out batches. A candidate is
-recommended over a simpler one only if even the pessimistic end of its gain exceeds ``min_gain_pct``. That end joins the
-resampling interval with the calibration's error: dispatch and combine times scaled by 0.85 and by 1.15.
+Every candidate (algorithm x redundant experts x DeepEP mode x affinity's dispatch rules) runs on the same held-out
+batches. A candidate is recommended over a simpler one only if even the pessimistic end of its gain exceeds
+``min_gain_pct``. That end joins the resampling interval with the calibration's error: dispatch and combine times scaled
+by 0.85 and by 1.15.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.simulate.replay import HOURS, Day, DayResult, Policy, PolicyName, best_interval
-from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Algorithm, Interval, Phase, PhaseResult, simulate
+from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval, Phase, PhaseResult, arms_of, simulate
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System, divisible_redundancy
 
@@ -89,6 +90,7 @@ class Recommendation:
                     "name": c.name,
                     "step_ms": float(c.step_ms().mean()),
                     "load": c.result.load_max_over_mean,
+                    "active_slots": c.result.active_slots,
                     "pass_load_max_over_mean": c.result.load_max_over_mean,
                 }
                 for c in self.candidates
@@ -119,8 +121,8 @@ def evaluate_candidates(
     rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> list[Candidate]:  # fmt: skip
     """Every candidate of one phase, with each of ``redundancies`` and ``modes`` (without: :func:`redundancy_choices`,
-    :func:`modes_of`), affinity under each of ``rules`` (the mode's default without). ``tokens`` of each GPU are one
-    pass, which load is judged on."""
+    :func:`modes_of`), affinity under each of ``rules`` (:func:`arms_of` without). ``tokens`` of each GPU are one pass,
+    which load is judged on."""
     out = []
     for redundant in redundancies or redundancy_choices(system):
         for mode in modes or modes_of(system, phase):
@@ -129,18 +131,11 @@ def evaluate_candidates(
             sized = dataclasses.replace(system, serving=serving)
             eager = phase == "decode" and mode == "normal"
             eager_ms = system.model.layers * EAGER_US_PER_LAYER / 1e3 if eager else 0.0
-            for algorithms, rule in _tried(rules):
-                found = simulate(
-                    sized, source, [(phase, tokens)], algorithms, resamples=resamples, rule=rule, progress=progress
-                )
-                out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
+            found = simulate(
+                sized, source, [(phase, tokens)], ALGORITHMS, resamples=resamples, rules=rules, progress=progress
+            )
+            out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
     return out
-
-
-def _tried(rules: Sequence[DispatchRule]) -> list[tuple[tuple[Algorithm, ...], DispatchRule | None]]:
-    if not rules:
-        return [(ALGORITHMS, None)]
-    return [(ALGORITHMS, rules[0]), *((("affinity",), rule) for rule in rules[1:])]
 
 
 def candidate_runs(
@@ -148,8 +143,8 @@ def candidate_runs(
     rules: Sequence[DispatchRule] = (),
 ) -> int:  # fmt: skip
     """How often ``evaluate_candidates`` reports progress."""
-    maps = sum(len(algorithms) for algorithms, _ in _tried(rules))
-    return len(redundancies or redundancy_choices(system)) * len(modes_of(system, phase)) * maps * (resamples + 1)
+    arms = sum(len(arms_of(ALGORITHMS, mode, rules)) for mode in modes_of(system, phase))
+    return len(redundancies or redundancy_choices(system)) * arms * (resamples + 1)
 
 
 def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:
@@ -199,7 +194,8 @@ def _why_affinity(affinity: Candidate, eplb: Candidate) -> str:
     a, e = affinity.result, eplb.result
     return (
         f"GPU fan-out {e.gpu_fanout:.2f} to {a.gpu_fanout:.2f}, node fan-out {e.node_fanout:.2f} to "
-        f"{a.node_fanout:.2f}, load {e.load_max_over_mean:.2f} to {a.load_max_over_mean:.2f}"
+        f"{a.node_fanout:.2f}, load {e.load_max_over_mean:.2f} to {a.load_max_over_mean:.2f}, "
+        f"active slots of the busiest GPU {e.active_slots:.1f} to {a.active_slots:.1f}"
     )
 
 

@@ -61,7 +61,8 @@ def latency(result: PhaseResult, prompt_tokens: int) -> Interval:
 _BASELINES: tuple[Algorithm, ...] = ("none", "eplb")
 COLUMNS = (
     "GPUs", "phase", "tokens/GPU", "algorithm", "dispatch us", "experts us", "combine us", "rest us", "step ms",
-    "TTFT/TPOT ms", "tokens/s/GPU", "gain over EPLB %", "GPU fan-out", "node fan-out", "load", "slowest in dispatch",
+    "TTFT/TPOT ms", "tokens/s/GPU", "gain over EPLB %", "GPU fan-out", "node fan-out", "load", "active slots",
+    "slowest in dispatch",
 )  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def rows(results: Sequence[PhaseResult], prompt_tokens: int) -> list[list[str]]:
             *(f"{getattr(r, f'{name}_us').value:.0f}" for name in ("dispatch", "experts", "combine", "rest")),
             f"{r.step_ms.value:.1f} [{r.step_ms.lower:.1f}, {r.step_ms.upper:.1f}]",
             f"{latency(r, prompt_tokens).value:.1f}", f"{r.tokens_per_second_per_gpu:.0f}", gain,
-            f"{r.gpu_fanout:.2f}", f"{r.node_fanout:.2f}", f"{r.load_max_over_mean:.2f}", r.slowest["dispatch"],
+            f"{r.gpu_fanout:.2f}", f"{r.node_fanout:.2f}", f"{r.load_max_over_mean:.2f}", f"{r.active_slots:.1f}",
+            r.slowest["dispatch"],
         ])  # fmt: skip
     return out
 

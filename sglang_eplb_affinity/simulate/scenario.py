@@ -49,6 +49,28 @@ def default_arm(algorithm: Algorithm, mode: DeepEPMode, rule: DispatchRule | Non
     return Arm(algorithm, rule or ("static" if mode == "low_latency" else "cover"))
 
 
+def arms_of(algorithms: Sequence[Algorithm], mode: DeepEPMode, rules: Sequence[DispatchRule] = ()) -> list[Arm]:
+    """One of each algorithm; affinity with each of ``rules``, without any in low latency with ``primary`` too."""
+    arms = []
+    for algorithm in algorithms:
+        arms += [default_arm(algorithm, mode, rule) for rule in (rules if algorithm == "affinity" else ()) or (None,)]
+        if algorithm == "affinity" and not rules and mode == "low_latency":
+            arms.append(Arm(algorithm, "primary"))
+    return arms
+
+
+def runs_of(
+    system: System, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], resamples: int,
+    rules: Sequence[DispatchRule] = (),
+) -> int:  # fmt: skip
+    """How often :func:`simulate` reports progress: after each map and each batch."""
+    return sum(len(arms_of(algorithms, mode_of(system, phase), rules)) for phase, _ in phases) * (resamples + 1)
+
+
+def mode_of(system: System, phase: Phase) -> DeepEPMode:
+    return system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
+
+
 def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int) -> DispatchRule:
     """The rule that a server asked for ``rule`` follows in a pass of so many tokens on each GPU."""
     if rule != "primary":
@@ -75,8 +97,8 @@ class PhaseResult:
     """One arm, phase and batch size on one system. Times in us (layer) and ms (step); one entry per resampled batch.
 
     ``load_max_over_mean`` is of single passes of ``tokens_per_gpu``, the mean of them (what ``evaluate`` calls
-    ``pass_load_max_over_mean``). ``slowest``: which link or GPU was slowest in dispatch, experts and combine, and in
-    how many of the layers.
+    ``pass_load_max_over_mean``), and ``active_slots`` those that have tokens on the GPU that has most of them.
+    ``slowest``: which link or GPU was slowest in dispatch, experts and combine, and in how many of the layers.
     """
 
     gpus: int
@@ -96,6 +118,7 @@ class PhaseResult:
     gpu_fanout: float
     node_fanout: float
     load_max_over_mean: float
+    active_slots: float
     slowest: dict[str, str]
 
     @property
@@ -137,13 +160,12 @@ def run_batch(
 
 def simulate(
     system: System, source: RoutingSource, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], *,
-    resamples: int = 8, rule: DispatchRule | None = None, effort: Effort = "fast",
+    resamples: int = 8, rules: Sequence[DispatchRule] = (), effort: Effort = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> list[PhaseResult]:  # fmt: skip
     """All algorithms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
 
-    ``rule`` and ``effort`` are affinity's. ``progress`` is called with 1 after each map and each batch:
-    ``len(phases) * len(algorithms) * (resamples + 1)`` times.
+    ``rules`` (:func:`arms_of`) and ``effort`` are affinity's. ``progress`` is called with 1 :func:`runs_of` times.
     """
     if resamples < 2:
         raise InputError(f"--resamples {resamples}: must be at least 2")
@@ -152,10 +174,12 @@ def simulate(
     maps: dict[tuple[Arm, DeepEPMode], ExpertMap] = {}
     results = []
     for phase, tokens_per_gpu in phases:
-        mode = system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
-        served = None if rule is None else served_rule(rule, system, tokens_per_gpu)
-        arms = [dataclasses.replace(default_arm(name, mode, served), effort=effort) for name in algorithms]
-        collected: dict[Arm, list[tuple[list[LayerTime], np.ndarray, float]]] = {arm: [] for arm in arms}
+        mode = mode_of(system, phase)
+        arms = [
+            dataclasses.replace(arm, effort=effort, rule=served_rule(arm.rule, system, tokens_per_gpu))
+            for arm in arms_of(algorithms, mode, rules)
+        ]
+        collected: list[list[tuple[list[LayerTime], np.ndarray, float]]] = [[] for _ in arms]
         for arm in arms:
             if (arm, mode) not in maps:
                 maps[arm, mode] = make_map(arm, window, system, mode)
@@ -163,13 +187,14 @@ def simulate(
                 progress(1)
         for number in range(resamples):
             batch = source.batch(tokens_per_gpu, system.cluster.gpus, phase == "prefill", number)
-            for arm in arms:
-                collected[arm].append(
-                    _one(batch, maps[arm, mode], arm, model, mode, phase == "prefill", tokens_per_gpu)
-                )
+            for arm, samples in zip(arms, collected, strict=True):
+                samples.append(_one(batch, maps[arm, mode], arm, model, mode, phase == "prefill", tokens_per_gpu))
                 if progress is not None:
                     progress(1)
-        results += [_result(system, phase, mode, tokens_per_gpu, arm, collected[arm]) for arm in arms]
+        results += [
+            _result(system, phase, mode, tokens_per_gpu, arm, samples)
+            for arm, samples in zip(arms, collected, strict=True)
+        ]
     return results
 
 
@@ -204,7 +229,7 @@ def _result(
         system.cluster.gpus, phase, mode, tokens_per_gpu, arm.algorithm, system.serving.redundant_experts, arm.rule,
         stage("dispatch_us"), stage("experts_us"), stage("combine_us"), stage("rest_us"), Interval.of(steps), steps,
         tuple((float(row[0]), float(row[1]), float(row[2])) for row in layers),
-        float(figures[0]), float(figures[1]), float(figures[2]),
+        float(figures[0]), float(figures[1]), float(figures[2]), float(np.mean([x.active_slots for x in every])),
         {
             "dispatch": _most_common([x.dispatch_link for x in every]),
             "experts": _most_common([f"GPU {x.experts_gpu}" for x in every]),

@@ -1,9 +1,8 @@
 """Time of one layer and one step, from a batch's traffic and the system's rates.
 
-Experts and attention follow a roofline: reading weights (and KV cache) against multiplying, joined by a fourth-power
-sum. The achieved shares of the peaks come from DeepGEMM's published table for H800 (README of its first release:
-1100-1300 of 1979 TFLOPS for grouped FP8 products, 2.0-2.6 of 3.35 TB/s for small ones); they are assumptions for
-attention and for other GPUs.
+Experts: :mod:`.expert_time`. Attention follows a roofline: reading weights and KV cache against multiplying, joined by
+a fourth-power sum. Its achieved shares of the peaks are those of DeepGEMM's published table for H800 (README of its
+first release: 1100-1300 of 1979 TFLOPS for grouped FP8 products, 2.0-2.6 of 3.35 TB/s for small ones), an assumption.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.simulate.calibration import Calibration, PhaseTime, link_bytes, load_calibration, phase_time
+from sglang_eplb_affinity.simulate.expert_time import active_slots, experts_us
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System
 from sglang_eplb_affinity.simulate.traffic import BatchTraffic
 
@@ -20,14 +20,12 @@ COMPUTE_SHARE = 0.62
 ATTENTION_SHARE = 0.5
 MEMORY_SHARE = 0.70
 ROOFLINE_POWER = 4.0
-TILE = 64  # rows of the matrix products' smallest tile
-EXPERT_LAUNCH_US = 8.0  # two grouped products, activation, quantisation
 LAYER_LAUNCH_US = 20.0  # attention, norms, gate: small kernels in a CUDA graph
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Microseconds of one layer's stages, and who is slowest in each."""
+    """Microseconds of one layer's stages, who is slowest in each, and the most slots of a GPU that have tokens."""
 
     dispatch_us: float
     experts_us: float
@@ -36,6 +34,7 @@ class LayerTime:
     dispatch_link: str
     combine_link: str
     experts_gpu: int
+    active_slots: int
 
     @property
     def communication_us(self) -> float:
@@ -71,24 +70,20 @@ class TimeModel:
             time = phase_time(constants, load, self._nvlink_scale, self._rdma_scale)
             waits = mode == "normal" or prefill  # DeepEP V2's decode does not wait for counts on the CPU
             times.append(PhaseTime(time.us + constants.engine_us * waits, time.slowest_link))
-        experts_us, gpu = self.experts(traffic.slot_load * scale)
+        slot_load = traffic.slot_load * scale
+        experts_us, gpu = self.experts(slot_load)
+        active = int(active_slots(slot_load.reshape(topology.num_gpus, -1)).max())
         return LayerTime(
             times[0].us, experts_us, times[1].us, self.rest_us(tokens, prefill),
-            times[0].slowest_link, times[1].slowest_link, gpu,
+            times[0].slowest_link, times[1].slowest_link, gpu, active,
         )  # fmt: skip
 
     def experts(self, slot_load: np.ndarray) -> tuple[float, int]:
         """(us of the slowest GPU, that GPU) for tokens float64 [slots]."""
-        model, gpu = self.system.model, self.system.gpu
         by_gpu = slot_load.reshape(self.system.topology.num_gpus, -1)
-        active = (by_gpu >= 0.5).sum(1)
-        tiles = np.ceil(by_gpu / TILE).sum(1) * TILE
-        act = by_gpu.sum(1) * (model.dispatch_bytes + model.combine_bytes + 3 * model.intermediate)
-        read = (active * model.expert_bytes + act) / (gpu.hbm_gb_per_s * MEMORY_SHARE * 1e3)
-        multiply = tiles * 2 * model.expert_weights / (gpu.expert_tflops * COMPUTE_SHARE * 1e6)
-        us = _roofline(read, multiply)
+        us = experts_us(by_gpu, self.system.model, self.system.gpu)
         slowest = int(us.argmax())
-        return float(us[slowest]) + EXPERT_LAUNCH_US, slowest
+        return float(us[slowest]), slowest
 
     def rest_us(self, tokens: float, prefill: bool) -> float:
         """Attention, shared experts, norms and gate of one layer, for ``tokens`` on each GPU."""

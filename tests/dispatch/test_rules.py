@@ -62,15 +62,17 @@ def test_each_pass_is_balanced_by_itself(with_source):  # type: ignore[no-untype
     ids = np.argsort(rng.random((count, 16)), axis=-1)[:, :4].astype(np.int16)
     source = np.arange(count, dtype=np.int32) % gpus if with_source else None
     traffic = measure(ids[None], expert_map, topology, "cover_balanced", source, pass_tokens=per_gpu)
-    loads = []
+    loads, active = [], []
     for first in range(0, count, per_gpu * gpus):
         rows = slice(first, first + per_gpu * gpus)
         where = None if source is None else torch.from_numpy(source[rows])
         physical = choose_replicas(torch.from_numpy(ids[rows]), table, topology, 28, "cover_balanced", where, first)
         loads.append(np.bincount(physical.numpy().ravel() // 7, minlength=gpus))
+        active.append((np.bincount(physical.numpy().ravel(), minlength=28).reshape(gpus, 7) > 0).sum(1).max())
     assert (traffic.gpu_load[0] == np.sum(loads, axis=0)).all()
     complete = [load.max() / load.mean() for load in loads[:3]]
     assert traffic.pass_load_max_over_mean[0] == pytest.approx(np.mean(complete))
+    assert traffic.pass_active_slots[0] == pytest.approx(np.mean(active[:3]))
 
 
 @pytest.mark.parametrize("source", [None, 3])

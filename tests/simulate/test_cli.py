@@ -32,7 +32,7 @@ def test_simulate_writes_table_json_and_plots(trace_file, system_file, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SIMULATED. toy") and "recorded routing (trace.npz)" in done.stdout
     data = json.loads(out.read_text())
-    assert data["kind"] == "simulated" and len(data["results"]) == 9
+    assert data["kind"] == "simulated" and len(data["results"]) == 10
     decode = [r for r in data["results"] if r["phase"] == "decode"]
     assert {r["latency_name"] for r in decode} == {"TPOT"}
     assert all("gain_pct_over_eplb" in r for r in decode if r["algorithm"] != "eplb")

@@ -17,6 +17,7 @@ from sglang_eplb_affinity.simulate.scenario import (
     default_arm,
     gain_pct,
     make_map,
+    runs_of,
     served_rule,
     simulate,
     with_overlap,
@@ -43,8 +44,10 @@ def results(system, source):
 
 
 def test_every_arm_and_phase_is_reported_and_adds_up(system, results):
-    assert len(results) == 6
+    affinity = [(r.phase, r.dispatch_rule) for r in results if r.algorithm == "affinity"]
+    assert affinity == [("prefill", "cover"), ("decode", "static"), ("decode", "cover_balanced")] and len(results) == 7
     for r in results:
+        assert 0 < r.active_slots <= system.num_slots / system.cluster.gpus
         layer_us = r.dispatch_us.value + r.experts_us.value + r.combine_us.value + r.rest_us.value
         assert r.step_ms.value == pytest.approx(system.model.moe_layers * layer_us / 1e3)
         assert r.step_ms.lower <= r.step_ms.value <= r.step_ms.upper
@@ -58,6 +61,15 @@ def test_affinity_cuts_fanout_and_prefill_time_where_tokens_have_affinity(result
     assert affinity.dispatch_us.value < eplb.dispatch_us.value
     assert gain_pct(affinity, eplb).value > 0
     assert baseline_of(results, affinity, "eplb") is eplb
+
+
+def test_primary_has_one_active_slot_an_expert_in_small_passes_only(system, source):
+    wide = dataclasses.replace(system, serving=dataclasses.replace(system.serving, redundant_experts=16))
+    rules = ("static", "primary")
+    static, primary = simulate(wide, source, [("decode", 16)], ["affinity"], resamples=2, rules=rules)
+    assert primary.active_slots == 16 / system.cluster.gpus < static.active_slots
+    assert primary.experts_us.value < static.experts_us.value
+    assert runs_of(wide, [("decode", 64)], ["eplb", "affinity"], 2) == 9
 
 
 def test_same_input_gives_same_output(system, source, results):
