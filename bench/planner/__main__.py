@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bench.harness.environment import describe_environment, now, provenance, versions
 from bench.harness.output_paths import ResultFolder
+from bench.planner.loop_day import DAY_CASES, day_entries, day_rows
 from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
 from bench.planner.replicas import REPLICA_CASES, plot_replicas, replica_speed_rows
 from bench.planner.report import report_text
@@ -27,7 +28,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
 
-PARTS = ("quality", "replicas", "curves", "floor", "drift", "rounds", "tried", "torch", "speed")
+PARTS = ("quality", "replicas", "curves", "floor", "drift", "loop", "rounds", "tried", "torch", "speed")
 OWN_TRACE = "bench/data/tiny_moe_plan.npz,bench/data/tiny_moe_test.npz"
 Row = dict[str, Any]
 
@@ -86,6 +87,9 @@ def main(
     if "drift" in chosen:
         drift_cases = [(s, c) for s, c in cases if (c.gpus, c.nodes) == (8, 2) and c.redundant in (0, 8)]
         tables["drift"] = _each("drift", drift_cases, drift_rows)
+    if "loop" in chosen:
+        fitting = [(s, c) for s in splits for c in _chosen(DAY_CASES, labels) if c.fits(s.plan.num_experts)]
+        tables["loop"] = _each("loop", fitting, day_rows)
     if "rounds" in chosen:
         fitting = [(s, c) for s in splits for c in _chosen(ROUND_CASES, labels) if c.fits(s.plan.num_experts)]
         tables["rounds"] = _each("rounds", fitting, round_rows)
@@ -154,6 +158,9 @@ def _entries(tables: dict[str, list[Row]], command: str) -> list[Row]:
         if row["arm"].endswith("512 slots"):
             values = [row["ratio_to_288_min"], row["ratio_to_288"], row["ratio_to_288_max"]]
             add("planner.replicas.dsv3_512.time_ratio_to_288", values, "ratio to 288 slots")
+    for name, values in day_entries(tables.get("loop", [])).items():
+        add(f"loop.day.{name}", values, "ratio to deepseek" if "ratio" in name else "percent")
+        entries[-1]["kind"] = "simulated"  # recorded tokens, but their order over the day is drawn
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in tables.get("quality", []):
         if row["arm"] == "affinity thorough":

@@ -46,6 +46,14 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
             "Means over pairs of domains; `drift.csv` has every pair.",
             _drift(tables["drift"]),
         ]
+    if tables.get("loop"):
+        parts += [
+            "## A day whose domains change (simulated from recorded tokens)",
+            "24 windows of 4096 tokens, each served by the map that was planned on the windows before it, as rounds "
+            "of a server do; EPLB spreads evenly, affinity uses `cover`. `going back`: layers return to their best map "
+            "where they delivered less. `fan-out gain kept`: of affinity that never does.",
+            _plain([_day(row) for row in tables["loop"]]),
+        ]
     if tables.get("rounds"):
         parts += [
             "## Rebalances in a row (fast effort, one seed)",
@@ -94,6 +102,15 @@ def _quality(rows: list[Row]) -> str:
             "seconds": "" if group[0]["seconds"] == "" else _mean(group, "seconds", ".2f"),
         })  # fmt: skip
     return _plain(out)
+
+
+def _day(row: Row) -> Row:
+    return {
+        "trace": row["trace"], "GPUs x nodes": row["case"], "arm": row["arm"],
+        "GPU fan-out": f"{row['gpu_fanout']:.3f}", "node fan-out": f"{row['node_fanout']:.3f}",
+        "load max/mean": f"{row['load_max_over_mean']:.3f}", "ratio to EPLB": f"{row['load_ratio_to_eplb']:.3f}",
+        "fan-out gain kept": f"{row['fanout_gain_kept_pct']:.0f} %", "layers gone back": row["returned_layers"],
+    }  # fmt: skip
 
 
 def _tried(row: Row) -> Row:

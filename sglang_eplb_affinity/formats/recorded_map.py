@@ -25,6 +25,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 
 KEY = "eplb_affinity"
 VERSION = 1
+_OF_ROUNDS = ("promised", "best_map", "best_slots")  # may be missing
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class MapOrigin:
     ``dispatch``: replica choice rule it was planned for. ``written``: date and time, ISO 8601 in UTC.
     ``routing_checksum``, ``routing_tokens``: SHA-256 of the recorded window (counts and token sample) that it was
     planned from, and the window's token-expert assignments in the layer that has most. ``contiguous``, ``recorded``:
-    figures of SGLang's start placement and of this map on that window.
+    figures of SGLang's start placement and of this map on that window. ``promised``, ``best_map``: by layer, null for
+    layers without traffic, what this map and each layer's best one gave on it, under the names of LayerFigures;
+    ``best_slots`` [layers][slots]: the best map where it is another one.
     """
 
     model: ServedModel
@@ -63,6 +66,9 @@ class MapOrigin:
     contiguous: MapFigures | None = None
     recorded: MapFigures | None = None
     map_checksum: str = field(default="")
+    promised: dict[str, list[float | None]] | None = None
+    best_map: dict[str, list[float | None]] | None = None
+    best_slots: list[list[int]] | None = None
 
     def differences(self, model: ServedModel, topology: Topology, num_slots: int) -> list[str]:
         """What does not fit the server, each as ``NAME is A, but the server has B``; empty if all fits."""
@@ -106,7 +112,8 @@ def origin_of(data: Any, expert_map: ExpertMap, source: str) -> MapOrigin | None
         version = about.get("version") if isinstance(about, dict) else None
         raise InputError(f"{source}: its entry {KEY} is of version {version}, but this package reads {VERSION}")
     try:
-        values = {name: about[name] for name in MapOrigin.__dataclass_fields__}
+        values = {name: about[name] for name in MapOrigin.__dataclass_fields__ if name not in _OF_ROUNDS}
+        values |= {name: about.get(name) for name in _OF_ROUNDS}
         values["model"] = ServedModel(**about["model"])
         values["topology"] = Topology(**about["topology"])
         for name in ("contiguous", "recorded"):

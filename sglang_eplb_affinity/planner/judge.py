@@ -57,13 +57,18 @@ def judge(
     row: np.ndarray, counts: np.ndarray, tokens: np.ndarray, topology: Topology, config: PlannerConfig
 ) -> Judgement:
     """The map ``row`` int32 [slots] for tokens int16 [T, k]; loads are taken from counts int64 [experts]."""
-    sums, share = dispatch_sample(row, len(counts), tokens, topology, config.dispatch, NOT_KEPT)
+    sums, share, _ = dispatch_sample(row, len(counts), tokens, topology, config.dispatch, NOT_KEPT)
     load = (share * counts[row]).reshape(topology.num_gpus, -1).sum(1)
-    gpu, node, _, _, copies = (sums / max(len(tokens), 1)).tolist()
+    gpu, node = (sums[:2] / max(len(tokens), 1)).tolist()
+    return Judgement(cost_of(sums, len(tokens), topology, config), gpu, node, float(load.max() / load.mean()))
+
+
+def cost_of(sums: np.ndarray, tokens: int, topology: Topology, config: PlannerConfig) -> float:
+    """The objective per token, from the ``sums`` of :func:`measure_layer` over so many tokens."""
+    gpu, node, _, _, copies = (sums / max(tokens, 1)).tolist()
     normal = config.normal_share
     nodes = config.node_weight if topology.num_nodes > 1 else 0
-    cost = normal * (gpu + nodes * node) + (1 - normal) * nodes * copies
-    return Judgement(cost, gpu, node, float(load.max() / load.mean()))
+    return float(normal * (gpu + nodes * node) + (1 - normal) * nodes * copies)
 
 
 def tokens_by_slot(
@@ -71,14 +76,15 @@ def tokens_by_slot(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(int16 [T, k]: the slot that serves each (token, expert); float64 [slots]: each slot's share of its expert)."""
     chosen = np.full_like(tokens, -1)
-    _, share = dispatch_sample(row, num_experts, tokens, topology, rule, chosen)
+    _, share, _ = dispatch_sample(row, num_experts, tokens, topology, rule, chosen)
     return chosen, share
 
 
 def dispatch_sample(
     row: np.ndarray, num_experts: int, tokens: np.ndarray, topology: Topology, rule: DispatchRule, chosen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(sums int64 [5] as in :func:`measure_layer`, float64 [slots]: each slot's share of its expert's tokens).
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sums int64 [5] as in :func:`measure_layer`, float64 [slots]: each slot's share of its expert's tokens, int64
+    [slots]: assignments of the sample to each slot).
 
     Windows do not record where a token was: the sampled tokens are given to the GPUs in turn.
     """
@@ -92,4 +98,4 @@ def dispatch_sample(
         ONE_PASS, NO_PASS_LOAD,
     )  # fmt: skip
     sampled = np.bincount(row, weights=slot_load, minlength=num_experts)[row]
-    return sums, np.where(sampled > 0, slot_load / np.maximum(sampled, 1), 1 / replicas[row])
+    return sums, np.where(sampled > 0, slot_load / np.maximum(sampled, 1), 1 / replicas[row]), slot_load

@@ -23,12 +23,23 @@ class LayerFigures:
     cost: np.ndarray
 
     @staticmethod
-    def of(window: RoutingWindow, rows: np.ndarray, topology: Topology, config: PlannerConfig) -> LayerFigures | None:
-        """The map ``rows`` int32 [layers, slots] on the window's counts and sample; None without a token sample."""
+    def of(
+        window: RoutingWindow,
+        rows: np.ndarray,
+        topology: Topology,
+        config: PlannerConfig,
+        layers: np.ndarray | None = None,
+    ) -> LayerFigures | None:
+        """The map ``rows`` int32 [layers, slots] on the window's counts and sample; None without a token sample.
+
+        ``layers`` bool [layers]: of these only, nan for the others.
+        """
         if window.tokens is None:
             return None
         judged = over_layers(
-            lambda layer: judge_layer(window, layer, rows[layer], topology, config),
+            lambda layer: (
+                judge_layer(window, layer, rows[layer], topology, config) if layers is None or layers[layer] else None
+            ),
             window.num_layers,
             config.resolved_threads(),
         )
@@ -39,6 +50,27 @@ class LayerFigures:
     def only(self, layers: np.ndarray) -> LayerFigures:
         """nan but for ``layers`` bool [layers]."""
         return LayerFigures(*(np.where(layers, getattr(self, name), np.nan) for name in FIGURES))
+
+    def with_layers(self, other: LayerFigures | None, layers: np.ndarray) -> LayerFigures:
+        """``other`` for ``layers`` bool [layers], these figures for the rest."""
+        if other is None:
+            return self
+        return LayerFigures(*(np.where(layers, getattr(other, name), getattr(self, name)) for name in FIGURES))
+
+    def to_json(self) -> dict[str, list[float | None]]:
+        """By figure, a value for each layer; None for nan, which JSON lacks."""
+        return {name: [round(float(v), 6) if np.isfinite(v) else None for v in getattr(self, name)] for name in FIGURES}
+
+    @staticmethod
+    def of_json(data: dict[str, list[float | None]] | None, layers: int) -> LayerFigures | None:
+        """Raises ValueError, KeyError or TypeError for what :meth:`to_json` does not write for so many layers."""
+        if data is None:
+            return None
+        arrays = [np.array([np.nan if v is None else float(v) for v in data[name]]) for name in FIGURES]
+        for name, values in zip(FIGURES, arrays, strict=True):
+            if values.shape != (layers,):
+                raise ValueError(f"{name} has {len(values)} values, but the map has {layers} layers")
+        return LayerFigures(*arrays)
 
     def means(self) -> dict[str, float]:
         """Over layers with traffic; empty where there is none."""

@@ -36,6 +36,7 @@ class MapRecorder:
             routing_tokens=record.tokens,
             contiguous=record.contiguous,
             recorded=record.after,
+            **({} if record.history is None else record.history.to_file(in_force)),
         )
         save_recorded_map(self._path, in_force, origin)
         logger.info("[eplb-affinity] map of round %d recorded in %s", record.round, self._path)

@@ -15,8 +15,12 @@ from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
+from sglang_eplb_affinity.planner.layer_figures import LayerFigures
 from sglang_eplb_affinity.planner.layout import align
+from sglang_eplb_affinity.rebalance.delivery import Delivery
+from sglang_eplb_affinity.rebalance.going_back import with_best_maps
 from sglang_eplb_affinity.rebalance.layer_moves import LayerPlan, layer_plan
+from sglang_eplb_affinity.rebalance.map_history import Comparison, Judging, MapHistory, compare
 from sglang_eplb_affinity.rebalance.round_record import routing_checksum
 
 Algorithm = Literal["affinity", "deepseek", "deepseek_hierarchical"]
@@ -43,19 +47,20 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """``current``: the map in force; ``first``: no planned map is in force yet."""
+    """``current``: the map in force; ``first``: no planned map is in force yet; ``history``: of the rounds before."""
 
     window: RoutingWindow
     current: ExpertMap
     settings: PlanSettings
     first: bool = False
+    history: MapHistory | None = None
 
 
 @dataclass(frozen=True)
 class PlanReply:
     """``layers``: what is to move, largest gain first; empty with ``result`` other than ``planned``.
 
-    The rest is as in RoundRecord.
+    ``history``: for the next round's request. The rest is as in RoundRecord.
     """
 
     result: Literal["planned", "unchanged", "skipped", "failed"]
@@ -67,18 +72,21 @@ class PlanReply:
     contiguous: MapFigures | None = None
     seconds: float = 0.0
     routing_checksum: str | None = None
+    delivery: Delivery | None = None
+    history: MapHistory | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
     """``planned``: the map after the round. ``layers``: those that differ from the map in force, largest gain first.
 
-    ``reason``: why there is none, where a plan exists.
+    ``reason``: why there is none, where a plan exists, or why layers go back. ``comparison`` None: no token sample.
     """
 
     planned: ExpertMap
     layers: tuple[int, ...]
     reason: str | None = None
+    comparison: Comparison | None = None
 
 
 def plan_round(request: PlanRequest) -> PlanReply:
@@ -96,8 +104,26 @@ def plan_round(request: PlanRequest) -> PlanReply:
         )
         for layer in choice.layers
     )  # fmt: skip
+    if choice.comparison is not None:
+        figures["delivery"] = choice.comparison.delivery
+        figures["history"] = next_history(choice.comparison, window, current, choice.planned, settings)
     seconds = time.perf_counter() - began
     return PlanReply("planned" if layers else "unchanged", choice.reason, layers, seconds=seconds, **figures)
+
+
+def judging_of(window: RoutingWindow, settings: PlanSettings) -> Judging:
+    return Judging(settings.topology, settings.planner.for_window(window), settings.algorithm == "affinity")
+
+
+def next_history(
+    comparison: Comparison, window: RoutingWindow, before: ExpertMap, after: ExpertMap, settings: PlanSettings
+) -> MapHistory:
+    """Once ``after`` is in force: what it promises on ``window``, and what is known of the maps before it."""
+    old, new = before.physical_to_logical, after.physical_to_logical
+    changed = (old != new).any(1)
+    judging, delivered = judging_of(window, settings), comparison.delivery.delivered
+    promised = LayerFigures.of(window, new, judging.topology, judging.config, changed)
+    return comparison.after(old, new, delivered.with_layers(promised, changed))
 
 
 def choose_layers(request: PlanRequest) -> Choice:
@@ -105,7 +131,16 @@ def choose_layers(request: PlanRequest) -> Choice:
     current, settings = request.current, request.settings
     settings = replace(settings, planner=settings.planner.for_window(request.window))
     placed = _place(replace(request, settings=settings))
+    comparison = compare(request.history, request.window, current, judging_of(request.window, settings))
+    back, why = np.zeros(current.num_layers, bool), None
+    if comparison is not None:
+        limits = [limit for limit in (settings.staging_rows, settings.planner.max_moves) if limit is not None]
+        placed, comparison, why = with_best_maps(
+            placed, current, comparison, settings.topology, min(limits, default=None)
+        )
+        back[list(comparison.delivery.returned)] = True
     gain, worth = layer_gains(request.window, current, placed, settings)
+    worth |= back
     differs = placed.physical_to_logical != current.physical_to_logical
     arrivals = differs.reshape(len(differs), settings.topology.num_gpus, -1).sum(2).max(1)
     room = np.inf if settings.staging_rows is None else settings.staging_rows
@@ -115,7 +150,7 @@ def choose_layers(request: PlanRequest) -> Choice:
     least, reason = settings.planner.minimum_gain, None
     if not chosen and (least or worth.any()):
         reason = f"no layer gains {least or 0:.2%}" + (f" within {settings.staging_rows} moves" if worth.any() else "")
-    return Choice(ExpertMap(rows, current.num_experts), tuple(chosen), reason)
+    return Choice(ExpertMap(rows, current.num_experts), tuple(chosen), why or reason, comparison)
 
 
 def figures_of_round(

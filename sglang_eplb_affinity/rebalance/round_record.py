@@ -15,6 +15,7 @@ from sglang_eplb_affinity.dispatch.map_figures import MapFigures
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.rebalance.delivery import Delivery
+from sglang_eplb_affinity.rebalance.map_history import MapHistory
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class RoundRecord:
     ``commit_ms``: for each committed layer the time that the forward passes stood still for it on this rank.
     ``passes``: forward passes from the trigger to the end of the round. ``routing_checksum``: SHA-256 of the window's
     counts and token sample. ``delivery``: what the map in force gave on that window, beside what was promised.
+    ``history``: what is known of maps after the round.
     """
 
     result: Result
@@ -56,6 +58,7 @@ class RoundRecord:
     reason: str | None = None
     routing_checksum: str | None = None
     delivery: Delivery | None = None
+    history: MapHistory | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The log line: flat, figures as ``NAME_contiguous``, ``NAME_before`` and ``NAME_after``, phases as

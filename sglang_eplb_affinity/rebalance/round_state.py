@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sglang_eplb_affinity.rebalance.background import Task
 from sglang_eplb_affinity.rebalance.commit import CommitTicket, StagedLayer
+from sglang_eplb_affinity.rebalance.delivery import Delivery
 from sglang_eplb_affinity.rebalance.layer_moves import KEEPS, LayerPlan
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply
 from sglang_eplb_affinity.rebalance.round_record import Result, RoundRecord
@@ -82,7 +83,14 @@ class RoundState:
             seconds=(self.moved or now) - self.began,
             reason=self.given_up or reply.reason,
             routing_checksum=reply.routing_checksum,
+            delivery=_committed_only(reply.delivery, committed),
+            history=reply.history,
         )
+
+
+def _committed_only(delivery: Delivery | None, committed: Sequence[LayerPlan]) -> Delivery | None:
+    layers = {plan.layer for plan in committed}
+    return delivery and replace(delivery, returned=tuple(layer for layer in delivery.returned if layer in layers))
 
 
 def _from_other_gpus(plan: LayerPlan, slots_per_gpu: int) -> int:

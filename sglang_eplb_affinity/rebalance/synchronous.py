@@ -18,7 +18,15 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.rebalance.first_rank import from_rank_0, this_rank
-from sglang_eplb_affinity.rebalance.plan_round import PlanRequest, PlanSettings, choose_layers, figures_of_round
+from sglang_eplb_affinity.rebalance.map_history import Comparison, MapHistory, compare
+from sglang_eplb_affinity.rebalance.plan_round import (
+    PlanRequest,
+    PlanSettings,
+    choose_layers,
+    figures_of_round,
+    judging_of,
+    next_history,
+)
 from sglang_eplb_affinity.rebalance.round_record import Result, RoundRecord
 
 logger = logging.getLogger(__name__)
@@ -30,12 +38,20 @@ class SynchronousRounds:
     """One for each rank. ``algorithm``: the server's, whoever plans. ``report`` is told on rank 0.
 
     ``planned``: the first map in force was planned, not SGLang's start placement, so that the first round may improve
-    on it. ``device``: where a broadcast's message must be.
+    on it. ``device``: where a broadcast's message must be. ``history``: of the map at the start; kept on rank 0.
     """
 
     def __init__(
-        self, settings: PlanSettings, algorithm: str, report: Report, device: Any, *, planned: bool = False
+        self,
+        settings: PlanSettings,
+        algorithm: str,
+        report: Report,
+        device: Any,
+        *,
+        planned: bool = False,
+        history: MapHistory | None = None,
     ) -> None:
+        self.history = history
         self.settings, self.algorithm, self.report, self.device = settings, algorithm, report, device
         self.planned = planned
         self.number = 0
@@ -54,6 +70,8 @@ class SynchronousRound:
         self._number = rounds.number
         self._started = self._planned_at = time.perf_counter()
         self._phase_seconds: dict[str, float] = {}
+        self._reason: str | None = None
+        self._comparison: Comparison | None = None
 
     def plan(self) -> ExpertMap | None:
         """A collective call: the map to put in force, None to keep it (nothing recorded, no gain, or a failure)."""
@@ -61,12 +79,12 @@ class SynchronousRound:
             # The window is the same on all ranks, so all of them return here.
             self._report("skipped", self._before, {}, "no tokens recorded")
             return None
-        rounds, before, reasons = self._rounds, self._before, [""]
-        request = PlanRequest(self._window, before, rounds.settings, first=not rounds.planned)
+        rounds, before = self._rounds, self._before
+        request = PlanRequest(self._window, before, rounds.settings, not rounds.planned, rounds.history)
 
         def choose() -> np.ndarray:
             choice = choose_layers(request)
-            reasons[0] = choice.reason or ""
+            self._reason, self._comparison = choice.reason, choice.comparison
             return choice.planned.physical_to_logical
 
         answer = from_rank_0(choose, before.physical_to_logical.shape, rounds.device)
@@ -78,7 +96,7 @@ class SynchronousRound:
             self._report("failed", before, {}, f"{type(answer.error).__name__}: {answer.error}")
             return None
         if np.array_equal(answer.rows, before.physical_to_logical):
-            self._report("unchanged", before, {}, reasons[0] or None)
+            self._report("unchanged", before, {}, self._reason)
             return None
         return ExpertMap(answer.rows, before.num_experts)
 
@@ -90,7 +108,7 @@ class SynchronousRound:
         layers = sorted(bytes_per_expert)
         ids = self._before.physical_to_logical.copy()
         ids[layers] = planned.physical_to_logical[layers]
-        self._report("applied", ExpertMap(ids, self._before.num_experts), bytes_per_expert)
+        self._report("applied", ExpertMap(ids, self._before.num_experts), bytes_per_expert, self._reason)
 
     def _report(
         self, result: Result, after: ExpertMap, bytes_per_expert: Mapping[int, int], reason: str | None = None
@@ -109,6 +127,14 @@ class SynchronousRound:
     ) -> RoundRecord:
         settings = self._rounds.settings
         figures = figures_of_round(self._window, self._before, after, settings)
+        # SGLang's own algorithms, and plans that failed, have compared nothing yet.
+        comparison = self._comparison or compare(
+            self._rounds.history, self._window, self._before, judging_of(self._window, settings)
+        )
+        if comparison is not None:
+            history = next_history(comparison, self._window, self._before, after, settings)
+            figures |= {"delivery": comparison.delivery, "history": history}
+            self._rounds.history = history
         moved = moved_experts(self._before, after, settings.topology)
         changed = np.flatnonzero((self._before.physical_to_logical != after.physical_to_logical).any(1))
         return RoundRecord(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.rebalance.map_history import MapHistory
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings
 from sglang_eplb_affinity.rebalance.planner_client import PlannerFailed
 from sglang_eplb_affinity.rebalance.window_reduce import sample_shares
@@ -67,7 +68,7 @@ class WindowShape:
 
 
 class WindowExchange:
-    """``planner`` on rank 0 only. ``rank`` and ``world`` are those of ``group``."""
+    """``planner`` and ``history`` (of the map at the start) on rank 0 only. ``rank``, ``world``: those of ``group``."""
 
     def __init__(
         self,
@@ -77,7 +78,9 @@ class WindowExchange:
         group: dist.ProcessGroup | None,
         rank: int,
         world: int,
+        history: MapHistory | None = None,
     ) -> None:
+        self._history = history
         self._shape, self._settings, self._planner = shape, settings, planner
         self._group, self._rank, self._world = group, rank, world
 
@@ -148,7 +151,9 @@ class WindowExchange:
             total = sum((other.numpy() for other, _ in room.values()), counts)
             sample = torch.cat([own, *(tokens for _, tokens in room.values())], 1).numpy()
             window = RoutingWindow(total.sum(0), None, sample, phase_counts=total)
-            return self._planner.plan(PlanRequest(window, current, self._settings, first))
+            reply = self._planner.plan(PlanRequest(window, current, self._settings, first, self._history))
+            self._history = reply.history or self._history
+            return reply
         except PlannerFailed as error:
             return PlanReply("failed", str(error))
         except Exception as error:

@@ -71,7 +71,8 @@ def start(model_runner: Any, settings: Settings) -> AsyncRebalancer:
     planner = PlannerProcess(plans, config.phase_limit_seconds) if world_rank == 0 else None
     if planner is not None:
         atexit.register(planner.close)
-    exchange = WindowExchange(shape, plans, planner, plan, world_rank, world)
+    history = None if process.loaded_map is None else process.loaded_map.history
+    exchange = WindowExchange(shape, plans, planner, plan, world_rank, world, history)
 
     current = ExpertMap(metadata.physical_to_logical_map_cpu.numpy().astype(np.int32), metadata.num_logical_experts)
     verifier = None

@@ -22,6 +22,7 @@ from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.rebalance.first_rank import from_rank_0
+from sglang_eplb_affinity.rebalance.map_history import MapHistory
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 from sglang_eplb_affinity.sglang_hooks import process
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
@@ -89,11 +90,13 @@ class Comparison:
 
 
 class LoadedMap:
-    """On rank 0: what is said of a loaded map."""
+    """On rank 0: what is said of a loaded map. ``history``: what its file says of the rounds before."""
 
     def __init__(self, initial: InitialMap, loaded: ExpertMap, topology: Topology, rule: DispatchRule) -> None:
         self._initial, self._loaded, self._topology, self._rule = initial, loaded, topology, rule
         self._measured = False
+        origin = initial.origin
+        self.history = None if origin is None else MapHistory.of_file(loaded, origin, initial.source)
 
     def log_loaded(self) -> None:
         record = {"event": "loaded", "source": self._initial.source, **self._placed()}

@@ -75,7 +75,12 @@ def _metrics(settings: Settings, metadata: Any, dp_rank: int | None) -> Placemen
     labels = dict(settings.reports.labels or {})
     if settings.reports.own_map:
         labels["dp_rank"] = str(dp_rank)
-    return PlacementMetrics(labels, settings.topology, map_of(metadata))
+    metrics = PlacementMetrics(labels, settings.topology, map_of(metadata))
+    history = None if process.loaded_map is None else process.loaded_map.history
+    if history is not None:
+        metrics.set_means("promised", history.promised)
+        metrics.set_means("best_map", history.best_figures)
+    return metrics
 
 
 def _map_recorder(settings: Settings, path: str) -> MapRecorder:

@@ -32,6 +32,7 @@ def synchronous(settings: Settings) -> SynchronousRounds:
         partial(report, observers=process.observers),
         settings.device,
         planned=settings.loads_map,
+        history=None if process.loaded_map is None else process.loaded_map.history,
     )
 
 

@@ -67,6 +67,10 @@ class RunningServer:
     def rebalances(self) -> LogSummary:
         return parse_log(self.log.read_text(errors="replace"))
 
+    def get(self, path: str, timeout: float = 120) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
+            return bytes(response.read())
+
     def post(self, path: str, body: dict[str, object] | None = None, timeout: float = 120) -> bytes:
         request = urllib.request.Request(
             self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}

@@ -3,6 +3,7 @@
 `make test SGLANG=...` runs this on the version that is not the default.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,11 @@ def test_outputs_stay_over_two_rebalances(extra: tuple[str, ...], models: Path, 
             moved += record["result"] == "applied" and record["moved_experts"] > 0
             assert seen < 8
         assert record["mode"] == ("asynchronous" if extra else "synchronous")
+        # The map in force was put there by a round before: what became of its promise, and the map before it.
+        later = traffic.until_round(record["round"] + 1)
+        for of in ("promised", "delivered", "previous_map", "best_map"):
+            assert later[f"{of}_load"] >= 1 and later[f"{of}_gpu_fanout"] >= 1 and later[f"{of}_cost"] > 0
+        assert later["delivered_gpu_fanout"] == pytest.approx(later["gpu_fanout_before"], abs=1e-3)
+        assert later["promised_gpu_fanout"] == pytest.approx(record["gpu_fanout_after"], abs=1e-3)
+        states = json.loads(server.get("/server_info"))["internal_states"]
+        assert states[0]["eplb_affinity"] == rounds(server)[-1]

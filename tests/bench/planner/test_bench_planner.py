@@ -8,6 +8,7 @@ import json
 import numpy as np
 from click.testing import CliRunner
 
+from bench.planner import loop_day
 from bench.planner.__main__ import main
 from bench.planner.quality import Case, Split
 from bench.planner.rounds import round_rows
@@ -16,7 +17,7 @@ from bench.planner.torch_search import Problem, numba_search, torch_search
 from bench.planner.tried import several_splits, tried_rows
 from bench.publish.summary import parse_figures
 from sglang_eplb_affinity.dispatch.evaluate import measure
-from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig
 from sglang_eplb_affinity.planner.budget import budget_for
@@ -37,6 +38,25 @@ def test_quality_and_curves(tmp_path):  # type: ignore[no-untyped-def]
         assert row["arm"] != "deepseek" or float(row["gpu_fanout_ratio"]) == 1
     figures = parse_figures(json.loads((tmp_path / "out" / "summary_entries.json").read_text()), "summary_entries.json")
     assert "planner.small.8x2.node_fanout_ratio" in {figure.name for figure in figures}
+
+
+def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(loop_day, "WINDOWS", 4)
+    trace = synthetic_trace(2048, 1, 32, 4)
+    assert trace.sequence is not None
+    domain = (trace.sequence // 2 % 2).astype(np.int8)
+    path = tmp_path / "small.npz"
+    RoutingTrace(trace.topk_ids, 32, trace.sequence, domain, ("a", "b")).save(path)
+    args = ["--trace", str(path), "--part", "loop", "--case", "8x2", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, args, catch_exceptions=False).exit_code == 0
+    rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "out" / "loop.csv").open())}
+    assert set(rows) == set(loop_day.ARMS) and float(rows["deepseek"]["load_ratio_to_eplb"]) == 1
+    assert [float(rows[arm]["fanout_gain_kept_pct"]) for arm in ("deepseek", "affinity")] == [0, 100]
+    figures = parse_figures(json.loads((tmp_path / "out" / "summary_entries.json").read_text()), "summary_entries.json")
+    found = {figure.name: figure for figure in figures}
+    assert set(found) == {"loop.day.load_ratio_to_eplb", "loop.day.fanout_gain_kept_pct"}
+    expected = float(rows["affinity, going back"]["fanout_gain_kept_pct"])
+    assert abs(found["loop.day.fanout_gain_kept_pct"].value - expected) < 1e-3
 
 
 def test_rounds_that_need_a_gain_move_fewer_experts():
