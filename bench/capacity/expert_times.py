@@ -16,7 +16,7 @@ from sglang_eplb_affinity.simulate.expert_time import products_us
 from sglang_eplb_affinity.simulate.system import load_system
 
 MEASURED = "results/decode/expert-slots-h200.json"
-FITTED = "deepseek-v3"  # of SHAPES; the other was not looked at
+FITTED = "deepseek-v3"  # of SHAPES; the other is not in the fit
 
 
 @dataclass(frozen=True)

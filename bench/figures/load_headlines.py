@@ -22,10 +22,10 @@ _METRICS = {
 # The figures by which the use of replicas is known: name, load, arms (the first that was measured), metric, baseline.
 # LINK stands for the run's link; a name without it is taken over the GPUs' own link only.
 _NAMED = (
-    ("bench.replicas.LINK.full_prefill", PREFILL, ("cover-balanced-32", "cover-32"), "full_prefill_ms", "vanilla"),
-    ("bench.decode.p90_tpot", DECODE, ("primaries", "affinity"), "p90_tpot_ms", "vanilla"),
-    ("decode.primaries.tpot", DECODE, ("primaries",), "p90_tpot_ms", "vanilla"),
-    ("decode.primaries.tpot", DECODE, ("primaries",), "p90_tpot_ms", "none"),
+    ("bench.replicas.LINK.full_prefill", PREFILL, ("cover-balanced-32", "primary-32", "cover-32"), "full_prefill_ms", "vanilla"),
+    ("bench.decode.p90_tpot", DECODE, ("primary", "affinity"), "p90_tpot_ms", "vanilla"),
+    ("decode.primaries.tpot", DECODE, ("primary",), "p90_tpot_ms", "vanilla"),
+    ("decode.primaries.tpot", DECODE, ("primary",), "p90_tpot_ms", "none"),
 )
 _PRIMARIES_AT = 32  # requests a GPU
 # Tokens/s lost in decode passes: name, arm, the arm without it, metric, and what it is a part of.
