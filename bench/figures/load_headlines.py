@@ -21,8 +21,9 @@ _METRICS = {
 }
 # The figures by which the use of replicas is known: name, load, arms (the first that was measured), metric, baseline.
 # LINK stands for the run's link; a name without it is taken over the GPUs' own link only.
+_MANY = ("cover-balanced-32", "primary-32", "cover-32")
 _NAMED = (
-    ("bench.replicas.LINK.full_prefill", PREFILL, ("cover-balanced-32", "primary-32", "cover-32"), "full_prefill_ms", "vanilla"),
+    ("bench.replicas.LINK.full_prefill", PREFILL, _MANY, "full_prefill_ms", "vanilla"),
     ("bench.decode.p90_tpot", DECODE, ("primary", "affinity"), "p90_tpot_ms", "vanilla"),
     ("decode.primaries.tpot", DECODE, ("primary",), "p90_tpot_ms", "vanilla"),
     ("decode.primaries.tpot", DECODE, ("primary",), "p90_tpot_ms", "none"),
