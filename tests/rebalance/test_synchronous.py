@@ -1,5 +1,10 @@
 """One synchronous round: what is skipped, what fails, and what the record says."""
 
+import dataclasses
+import gc
+import os
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -92,3 +97,34 @@ def test_a_first_round_ignores_the_cap_on_moves_as_no_planned_map_is_in_force(mo
     found.finish(planned, SIZES)
     rounds.begin(some_window(), planned).plan()
     assert [(config.max_moves, config.warm_start) for config in seen] == [(None, False), (1, True)]
+
+
+def test_200_rounds_keep_nothing() -> None:
+    """Of windows, maps, histories and files. The moves of weights between them are SGLang's own."""
+    random = np.random.default_rng(3)
+    windows = []
+    for _ in range(8):  # each with other pairs of experts that tokens choose together
+        pairs = random.permutation(EXPERTS).reshape(-1, 2)
+        ids = pairs[random.integers(0, len(pairs), (120, LAYERS))]
+        windows.append(RoutingWindow.from_trace(RoutingTrace(ids.astype(np.int16), EXPERTS)))
+    plans = PlanSettings("affinity", dataclasses.replace(PLANNER, threads=1), Topology(4, 2))
+    results: list[str] = []
+    rounds = SynchronousRounds(plans, "affinity", lambda record, after: results.append(record.result), "cpu")
+    in_force, held = HOME, []
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            now = rounds.begin(windows[number % 8], in_force)
+            planned = now.plan()
+            if planned is not None:
+                now.finish(planned, SIZES)
+                in_force = planned
+            if number in (99, 199):
+                gc.collect()
+                held.append((tracemalloc.get_traced_memory()[0], len(os.listdir("/proc/self/fd"))))
+    finally:
+        tracemalloc.stop()
+    assert results.count("applied") >= 100 and "failed" not in results
+    (early, descriptors), (late, descriptors_late) = held
+    assert late - early < 100_000, f"{late - early} bytes more after 100 further rounds"
+    assert descriptors_late <= descriptors
