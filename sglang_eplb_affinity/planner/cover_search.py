@@ -58,19 +58,18 @@ def _retarget(where, replicas, e, g, h):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def search_cover(  # type: ignore[no-untyped-def]
-    bits, halves, members, item_load, slot_expert, slots_per_gpu, gpus_per_node, num_nodes, gpu_weight, node_weight,
-    spread_weight, load_cap, load_free, load_scale, profile, imbalance_weight, home, move_cost, max_moves, temperatures,
-    neg_log, steps_per_stage, seed,
-):  # fmt: skip
+def search_cover(slot_expert, sample, grid, costs, balance, moves, steps):  # type: ignore[no-untyped-def]
     """Improve ``slot_expert`` int32 [slots] in place; returns (proposed, accepted) int64.
 
-    bits uint64 [experts, words] and members int64 [experts] (its popcounts): the token sample; item_load int64
-    [experts]: load of each expert over the whole window. The cost of imbalance is a sum of squares times
-    ``imbalance_weight`` >> SHIFT: of each GPU's load above ``load_free`` times ``load_scale`` / 2**20, and of its
-    columns of profile int32 [experts, columns] (load by block of time). The rest as in swap_search.search_swaps.
+    sample: TokenSets; grid, costs, balance, moves and steps: see search_arguments.py; ``moves.unit`` is not looked at.
     No GPU may hold an expert twice at the start.
     """
+    bits, halves, members, item_load = sample
+    slots_per_gpu, gpus_per_node, num_nodes = grid
+    gpu_weight, node_weight, spread_weight, move_cost = costs
+    load_cap, load_free, load_scale, profile, imbalance_weight = balance
+    home, max_moves = moves.home, moves.most
+    temperatures, neg_log, steps_per_stage, seed = steps
     slots = slot_expert.shape[0]
     experts, words = bits.shape
     gpus = slots // slots_per_gpu

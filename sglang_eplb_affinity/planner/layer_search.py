@@ -17,8 +17,9 @@ from sglang_eplb_affinity.planner.layer_problem import LayerProblem
 from sglang_eplb_affinity.planner.layout import without_duplicates
 from sglang_eplb_affinity.planner.numbering import MOST_GPUS, numbering
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG
-from sglang_eplb_affinity.planner.replica_search import Balance, Costs, Moves, Steps, search_replicas
+from sglang_eplb_affinity.planner.replica_search import search_replicas
 from sglang_eplb_affinity.planner.replica_steps import adapt_replicas
+from sglang_eplb_affinity.planner.search_arguments import Balance, Costs, Grid, Items, Moves, Steps, TokenSets
 from sglang_eplb_affinity.planner.survival import Survive, unit_gpus, with_survivors
 from sglang_eplb_affinity.planner.swap_search import search_swaps
 from sglang_eplb_affinity.planner.token_service import sample_of
@@ -78,13 +79,16 @@ def _move_slots(
     profile = np.rint(share[:, None] * problem.imbalance.block_profile[slot_expert]).astype(np.int32)
     slot_item = np.arange(slots, dtype=np.int32)
     start, members = token_lists(by_slot, slots)
+    balance = problem.imbalance
     search_swaps(
-        by_slot, expert_bitmaps(by_slot, slots), start, members, slot_item, slot_expert, item_load,
-        slots // topology.num_gpus, topology.gpus_per_node, topology.num_nodes, weights.gpu, weights.node,
-        problem.load_cap, problem.imbalance.load_free, problem.imbalance.load_scale, profile, len(by_slot),
-        problem.home, _move_cost(problem, by_slot), problem.max_moves, temperatures, NEG_LOG,
-        annealing.steps_per_stage, problem.seed,
-    )  # fmt: skip
+        slot_item,
+        Items(by_slot, expert_bitmaps(by_slot, slots), start, members, slot_expert, item_load),
+        Grid(slots // topology.num_gpus, topology.gpus_per_node, topology.num_nodes),
+        Costs(weights.gpu, weights.node, 0, _move_cost(problem, by_slot)),
+        Balance(problem.load_cap, balance.load_free, balance.load_scale, profile, len(by_slot)),
+        Moves(problem.home, problem.max_moves, 0),
+        Steps(temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed),
+    )
     return slot_expert[slot_item]
 
 
@@ -93,27 +97,23 @@ def _choose_replicas(
     weights: _Weights, annealing: Annealing, temperatures: np.ndarray,
 ) -> None:  # fmt: skip
     """Improve ``slot_expert`` in place: places, and which experts have replicas."""
-    balance = problem.imbalance
+    given = problem.imbalance
+    grid = Grid(len(slot_expert) // topology.num_gpus, topology.gpus_per_node, topology.num_nodes)
+    costs = Costs(weights.gpu, weights.node, weights.spread, _move_cost(problem, tokens))
+    balance = Balance(problem.load_cap, given.load_free, given.load_scale, given.block_profile, len(tokens))
+    moves = Moves(problem.home, problem.max_moves, unit_gpus(survive, topology))
+    steps = Steps(temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed)
     if topology.num_gpus > MOST_GPUS:
         experts = len(problem.counts)
         bits = expert_bitmaps(tokens, experts)
-        search_cover(
-            bits, _coin_bitmaps(experts, bits.shape[1]), np.bincount(tokens[tokens >= 0], minlength=experts),
-            problem.counts, slot_expert, len(slot_expert) // topology.num_gpus, topology.gpus_per_node,
-            topology.num_nodes, weights.gpu, weights.node, weights.spread, problem.load_cap, balance.load_free,
-            balance.load_scale, balance.block_profile, len(tokens), problem.home, _move_cost(problem, tokens),
-            problem.max_moves, temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed,
-        )  # fmt: skip
+        members = np.bincount(tokens[tokens >= 0], minlength=experts)
+        sample = TokenSets(bits, _coin_bitmaps(experts, bits.shape[1]), members, problem.counts)
+        search_cover(slot_expert, sample, grid, costs, balance, moves, steps)
         return
     names = numbering(topology.num_gpus, topology.num_nodes)
     search_replicas(
-        sample_of(tokens, problem.counts, len(names.bit)), slot_expert, names, len(slot_expert) // topology.num_gpus,
-        topology.gpus_per_node, topology.num_nodes,
-        Costs(weights.gpu, weights.node, weights.spread, _move_cost(problem, tokens)),
-        Balance(problem.load_cap, balance.load_free, balance.load_scale, balance.block_profile, len(tokens)),
-        Moves(problem.home, problem.max_moves, unit_gpus(survive, topology)),
-        Steps(temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed),
-    )  # fmt: skip
+        sample_of(tokens, problem.counts, len(names.bit)), slot_expert, names, grid, costs, balance, moves, steps
+    )
 
 
 def _move_cost(problem: LayerProblem, tokens: np.ndarray) -> int:

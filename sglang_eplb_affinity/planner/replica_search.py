@@ -20,49 +20,6 @@ from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, collect, keep,
 PARTS = 4  # a proposal is first tried on one part of its tokens
 
 
-class Costs(NamedTuple):
-    """Integer costs: a token's copy to a GPU and to a node, an expert's copy to a node (low latency), a move."""
-
-    gpu: int
-    node: int
-    spread: int
-    move: int
-
-
-class Balance(NamedTuple):
-    """What a GPU's load may be and costs; loads as in the counts of the window.
-
-    No GPU may be loaded over ``cap``. Above ``free`` a load times ``scale`` / 2**20 costs its square, and so do the
-    sums of the columns of profile int32 [experts, columns] (load by block of time), all times ``weight`` >> SHIFT.
-    """
-
-    cap: int
-    free: int
-    scale: int
-    profile: np.ndarray
-    weight: int
-
-
-class Moves(NamedTuple):
-    """home uint8 [experts, gpus]: 1 where an expert costs no move; at most ``most`` experts new to each GPU.
-
-    ``unit``: GPUs of what may be lost (0: nothing); an expert on two such units at the start stays on two.
-    """
-
-    home: np.ndarray
-    most: int
-    unit: int
-
-
-class Steps(NamedTuple):
-    """As of random_steps.schedule, one stage a temperature; proposals per stage; the seed of the proposals."""
-
-    temperatures: np.ndarray
-    neg_log: np.ndarray
-    per_stage: int
-    seed: int
-
-
 class Places(NamedTuple):
     """slot_expert int32 [slots]; holds int64 [experts, gpus], 1 where a GPU holds it; replicas int64 [experts]."""
 
@@ -190,13 +147,14 @@ def _even_load(places, served, even, a, b, g, h):  # type: ignore[no-untyped-def
 
 @kernel
 def search_replicas(  # type: ignore[no-untyped-def]
-    sample, slot_expert, numbering, slots_per_gpu, gpus_per_node, num_nodes, costs, balance, moves, steps
+    sample, slot_expert, numbering, grid, costs, balance, moves, steps
 ):
     """Improve ``slot_expert`` int32 [slots] in place; returns (proposed, tried, accepted) int64.
 
     No GPU may hold an expert twice at the start. A proposal may not raise the load over the cap.
     Costs are integers: visits in tokens times weight.
     """
+    slots_per_gpu, gpus_per_node, num_nodes = grid
     slots = slot_expert.shape[0]
     experts = sample.bits.shape[0]
     gpus = slots // slots_per_gpu

@@ -105,48 +105,26 @@ def _both_alone(bits, alone_bits, a, b, g, h):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def search_swaps(  # type: ignore[no-untyped-def]
-    tokens,
-    bits,
-    start,
-    members,
-    slot_item,
-    item_expert,
-    item_load,
-    slots_per_gpu,
-    gpus_per_node,
-    num_nodes,
-    gpu_weight,
-    node_weight,
-    load_cap,
-    load_free,
-    load_scale,
-    profile,
-    imbalance_weight,
-    home,
-    move_cost,
-    max_moves,
-    temperatures,
-    neg_log,
-    steps_per_stage,
-    seed,
-):
+def search_swaps(slot_item, items, grid, costs, balance, moves, steps):  # type: ignore[no-untyped-def]
     """Improve ``slot_item`` int32 [slots] in place; returns (proposed, accepted) int64.
 
-    tokens int16 [T, k] of items; bits, start, members: their sets; item_expert int32 [items]; item_load int64 [items];
-    home uint8 [experts, gpus]: 1 where an expert is in the current map (then a move to elsewhere costs ``move_cost``
-    and no GPU may hold more than ``max_moves`` new ones). A swap may not raise any GPU over ``load_cap`` unless it
-    lowers the excess. The cost of imbalance is a sum of squares times ``imbalance_weight`` >> SHIFT: of each GPU's load
-    above ``load_free`` times ``load_scale`` / 2**20, and of each GPU's columns of profile int32 [items, columns] (load
-    by block of time). Costs are integers: fan-out in tokens times weight.
+    items, grid, costs, balance, moves and steps: see search_arguments.py; ``costs.spread`` and ``moves.unit`` are not
+    looked at. A swap may not raise any GPU over the cap unless it lowers the excess. Costs are integers: fan-out in
+    tokens times weight.
     """
+    tokens, bits, start, members, item_expert, item_load = items
+    slots_per_gpu, gpus_per_node, num_nodes = grid
+    gpu_weight, node_weight, move_cost = costs.gpu, costs.node, costs.move
+    load_cap, load_free, load_scale, profile, imbalance_weight = balance
+    home, max_moves = moves.home, moves.most
+    temperatures, neg_log, steps_per_stage, seed = steps
     slots = slot_item.shape[0]
     gpus = slots // slots_per_gpu
-    items = bits.shape[0]
+    num_items = bits.shape[0]
     words = bits.shape[1]
     total = tokens.shape[0]
-    place = np.empty(items, np.int32)
-    node_place = np.empty(items, np.int32)
+    place = np.empty(num_items, np.int32)
+    node_place = np.empty(num_items, np.int32)
     load = np.zeros(gpus, np.int64)
     new_here = np.zeros(gpus, np.int64)
     experts = home.shape[0]
@@ -160,21 +138,21 @@ def search_swaps(  # type: ignore[no-untyped-def]
         new_here[place[item]] += 1 - home[item_expert[item], place[item]]
     count = np.zeros((total, gpus), np.uint8)
     alone = np.zeros((gpus, words), np.uint64)
-    enter = np.zeros((items, gpus), np.int32)
-    leave = np.zeros(items, np.int32)
+    enter = np.zeros((num_items, gpus), np.int32)
+    leave = np.zeros(num_items, np.int32)
     _init_level(tokens, place, count, alone, enter, leave)
     two_levels = num_nodes > 1 and node_weight > 0
     levels = num_nodes if two_levels else 1
     node_count = np.zeros((total if two_levels else 1, levels), np.uint8)
     node_alone = np.zeros((levels, words), np.uint64)
-    node_enter = np.zeros((items, levels), np.int32)
-    node_leave = np.zeros(items, np.int32)
+    node_enter = np.zeros((num_items, levels), np.int32)
+    node_leave = np.zeros(num_items, np.int32)
     if two_levels:
         _init_level(tokens, node_place, node_count, node_alone, node_enter, node_leave)
 
     columns = profile.shape[1]
     gpu_profile = np.zeros((gpus, columns), np.int32)
-    for item in range(items):
+    for item in range(num_items):
         for c in range(columns):
             gpu_profile[place[item], c] += profile[item, c]
 

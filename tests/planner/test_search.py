@@ -12,6 +12,7 @@ from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
 from sglang_eplb_affinity.planner.cover_evaluation import evaluate_cover, pin_gpu
 from sglang_eplb_affinity.planner.layer_search import _coin_bitmaps
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG, next_random, schedule
+from sglang_eplb_affinity.planner.search_arguments import Balance, Costs, Grid, Items, Moves, Steps
 from sglang_eplb_affinity.planner.swap_search import search_swaps
 from tests.planner.test_plan import skewed_tokens
 
@@ -34,10 +35,14 @@ def test_swap_search_only_takes_swaps_that_help(nodes):  # type: ignore[no-untyp
         for stage in range(30):
             before = row.copy()
             search_swaps(
-                tokens, expert_bitmaps(tokens, 16), start, members, row, np.arange(16, dtype=np.int32), counts, 4,
-                4 // nodes, nodes, 8, 16, 1 << 40, 0, 0, np.zeros((16, 1), np.int32), 0, np.ones((16, 4), np.uint8), 0,
-                1 << 30, np.zeros(1, np.int64), NEG_LOG, 40, stage * 7 + seed,
-            )  # fmt: skip
+                row,
+                Items(tokens, expert_bitmaps(tokens, 16), start, members, np.arange(16, dtype=np.int32), counts),
+                Grid(4, 4 // nodes, nodes),
+                Costs(8, 16, 0, 0),
+                Balance(1 << 40, 0, 0, np.zeros((16, 1), np.int32), 0),
+                Moves(np.ones((16, 4), np.uint8), 1 << 30, 0),
+                Steps(np.zeros(1, np.int64), NEG_LOG, 40, stage * 7 + seed),
+            )
             now = fanouts(tokens, row, topology)
             assert 8 * now[0] + 16 * (now[1] if nodes > 1 else 0) <= 8 * last[0] + 16 * (last[1] if nodes > 1 else 0)
             assert sorted(before.tolist()) == sorted(row.tolist())

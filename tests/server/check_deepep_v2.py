@@ -57,7 +57,8 @@ def main() -> None:
         partial_logical_to_all_physical_map_num_valid=(replicas >= 0).sum(1),
     )
     metadata = SimpleNamespace(num_layers=3, num_logical_experts=4, num_physical_experts=6)
-    parallel = SimpleNamespace(moe_ep_rank=RANK, moe_tp_rank=0, attn_dp_size=1)
+    attention = dict(attn_dp_size=1, attn_cp_size=1, attn_cp_rank=0, attn_tp_size=1, attn_tp_rank=0)
+    parallel = SimpleNamespace(moe_ep_rank=RANK, moe_tp_rank=0, **attention)
     buffer, extend = Buffer(), [True]
     found: dict[str, Any] = {}
     with (
