@@ -89,7 +89,8 @@ def test_what_ends_it_ends_the_command() -> None:
         inside = psutil.Process(int(process.stdout.readline()))
         process.terminate()
         assert process.wait(30)
-    assert not inside.is_running()
+    _, alive = psutil.wait_procs([inside], timeout=30)
+    assert not alive
 
 
 @pytest.mark.parametrize(("arguments", "message"), [((), "no command"), (("--gbit", "0", "true"), "--gbit 0.0")])

@@ -35,16 +35,17 @@ def test_ratios_of_large_sizes_alone_say_nothing_about_small_ones() -> None:
 
 def test_headline_figures_are_the_largest_ratios() -> None:
     times = {"ours_dynamic": 1.0, "ours_static": 1.0, "ours_cover": 3.0, "ours_cover_balanced": 3.0, "empty": 1.0}
-    times |= {"upstream_dynamic": 10.0, "upstream_static": 5.0}
+    times |= {"upstream_dynamic": 10.0, "upstream_static": 5.0, "upstream_lp": 100.0}
     us = {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()}
     source = {"hardware": "1 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
     cells = [{"tokens": 16, "us": us}]
-    result = {"provenance": source, "date": "2026-01-01", "ratios": kernel_times.ratios(cells)}
+    result = {"provenance": source, "date": "2026-01-01", "ratios": kernel_times.ratios(cells), "cells": cells}
     found = {figure.name: figure for figure in parse_figures(kernel_times.entries(result), "test")}
     assert found["kernel.time_ratio_to_upstream.max"].value == 0.3
     assert "ours_cover" in found["kernel.time_ratio_to_upstream.max"].unit
     assert found["kernel.static.eager_time_ratio_to_upstream.max"].value == 0.2
     assert found["kernel.cover_balanced.time_ratio_to_upstream.max"].value == 0.3
+    assert found["kernel.cover_balanced.time_ratio_to_lp.max"].value == 0.03
     assert found["kernel.cover.time_ratio_to_empty.max"].value == 3.0
     large = {**result, "ratios": kernel_times.ratios([{"tokens": 8192, "us": us}])}
     assert not any("empty" in entry["name"] for entry in kernel_times.entries(large))
