@@ -14,7 +14,7 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import PlannerConfig
-from sglang_eplb_affinity.planner.judge import judge
+from sglang_eplb_affinity.planner.layer_figures import LayerFigures
 
 
 def drifted_layers(
@@ -24,18 +24,10 @@ def drifted_layers(
 
     ``window`` is what was recorded since the plan, with a token sample. Layers without traffic are not drifted.
     """
-    if window.tokens is None:
+    ours, theirs = (LayerFigures.of(window, m.physical_to_logical, topology, config) for m in (affinity, eplb))
+    if ours is None or theirs is None:
         raise InputError("load guard: the routing window has no token sample")
-    out = np.zeros(window.num_layers, dtype=bool)
-    for layer in range(window.num_layers):
-        counts = window.counts[layer]
-        tokens = window.tokens[layer]
-        tokens = np.ascontiguousarray(tokens[(tokens >= 0).any(1)], dtype=np.int16)
-        if not counts.any() or not len(tokens):
-            continue
-        ours, theirs = (judge(m.physical_to_logical[layer], counts, tokens, topology, config) for m in (affinity, eplb))
-        out[layer] = ours.load > theirs.load * (1 + config.max_load_increase)
-    return out
+    return np.asarray(ours.load > theirs.load * (1 + config.max_load_increase))
 
 
 def guarded_map(affinity: ExpertMap, eplb: ExpertMap, drifted: np.ndarray) -> ExpertMap:

@@ -15,7 +15,7 @@ from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
-from sglang_eplb_affinity.planner.layer_figures import LayerFigures
+from sglang_eplb_affinity.planner.layer_figures import LayerFigures, sampled
 from sglang_eplb_affinity.planner.layout import align
 from sglang_eplb_affinity.rebalance.delivery import Delivery
 from sglang_eplb_affinity.rebalance.going_back import with_best_maps
@@ -136,8 +136,9 @@ def choose_layers(request: PlanRequest) -> Choice:
     if comparison is not None:
         limits = [limit for limit in (settings.staging_rows, settings.planner.max_moves) if limit is not None]
         placed, comparison, why = with_best_maps(
-            placed, current, comparison, settings.topology, min(limits, default=None)
-        )
+            placed, current, comparison, request.window.counts, settings.topology, settings.planner.survive,
+            min(limits, default=None),
+        )  # fmt: skip
         back[list(comparison.delivery.returned)] = True
     gain, worth = layer_gains(request.window, current, placed, settings)
     worth |= back
@@ -213,6 +214,6 @@ def layer_gains(
 def _judged(window: RoutingWindow, expert_map: ExpertMap, layer: int, settings: PlanSettings) -> Judgement:
     tokens = np.empty((0, 1), np.int16)
     if window.tokens is not None:
-        tokens = np.ascontiguousarray(window.tokens[layer][(window.tokens[layer] >= 0).any(1)], dtype=np.int16)
+        tokens = sampled(window, layer)
     row = expert_map.physical_to_logical[layer]
     return judge(row, window.counts[layer], tokens, settings.topology, settings.planner)

@@ -92,8 +92,8 @@ def placement_in_force(model_runner: Any, rank: int) -> None:
 
     from sglang_eplb_affinity.sglang_hooks import forcing, location, observing, topk_step
 
-    settings = process.settings()
-    if get_global_expert_location_metadata() is None and (settings.eplb or settings.records or settings.loads_map):
+    settings, metadata = process.settings(), get_global_expert_location_metadata()
+    if metadata is None and (settings.eplb or settings.records or settings.loads_map):
         raise InputError(
             f"{settings.model_path}: SGLang does not say how many experts {settings.architecture} has "
             "(get_model_config_for_expert_location), so they can be neither placed nor recorded; leave out EPLB, "
@@ -102,7 +102,6 @@ def placement_in_force(model_runner: Any, rank: int) -> None:
     observing.start(settings, adapter().dp_rank(model_runner))
     if settings.forced_routing is not None:
         process.forced_routing = forcing.init(settings, rank)
-    metadata = get_global_expert_location_metadata()
     if settings.table_rule == "primary" and metadata is not None:
         location.with_primaries(metadata, settings.topology)
     if settings.chooses_replicas:

@@ -140,10 +140,10 @@ def evaluate_candidates(
 
 def candidate_runs(
     system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None,
-    rules: Sequence[DispatchRule] = (),
+    rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> int:  # fmt: skip
     """How often ``evaluate_candidates`` reports progress."""
-    arms = sum(len(arms_of(ALGORITHMS, mode, rules)) for mode in modes_of(system, phase))
+    arms = sum(len(arms_of(ALGORITHMS, mode, rules)) for mode in modes or modes_of(system, phase))
     return len(redundancies or redundancy_choices(system)) * arms * (resamples + 1)
 
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_eplb_affinity.simulate.recommend import Candidate, evaluate_candidates, gain, redundancy_choices
-from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval
+from sglang_eplb_affinity.simulate.recommend import Candidate, candidate_runs, evaluate_candidates, gain
+from sglang_eplb_affinity.simulate.scenario import Interval
 from sglang_eplb_affinity.simulate.source import RoutingSource
-from sglang_eplb_affinity.simulate.system import System
+from sglang_eplb_affinity.simulate.system import DeepEPMode, System
+
+_MODES: tuple[DeepEPMode, ...] = ("v2",)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def compare_v2(
     with_v2 = dataclasses.replace(system.serving, decode_mode="v2", overlap="none")
     candidates = evaluate_candidates(
         dataclasses.replace(system, serving=with_v2), source, "decode", tokens, resamples, progress, redundancies,
-        modes=("v2",),
+        modes=_MODES,
     )  # fmt: skip
     eplb, affinity = (
         min((c for c in candidates if c.result.algorithm == name), key=lambda c: float(c.step_ms().mean()))
@@ -69,7 +71,7 @@ def compare_v2(
 
 def comparison_runs(system: System, resamples: int, redundancies: Sequence[int] | None = None) -> int:
     """How often :func:`compare_v2` reports progress."""
-    return len(redundancies or redundancy_choices(system)) * len(ALGORITHMS) * (resamples + 1)
+    return candidate_runs(system, "decode", resamples, redundancies, modes=_MODES)
 
 
 def _text(interval: Interval) -> str:

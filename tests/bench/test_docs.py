@@ -21,19 +21,10 @@ from bench.publish.results_page import results_page
 from bench.publish.summary import Figure, load_figures
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ADDED
+from tests.bench.sample_figure import FIGURE as SAMPLE
 
-FIGURE = Figure(
-    name="bench.nvlink.qps_ratio_to_vanilla",
-    value=1.02,
-    lower=0.98,
-    upper=1.06,
-    unit="ratio",
-    kind="measured",
-    hardware="2 x NVIDIA H200 (of 4 in the host), 32 cores",
-    versions={"sglang": "0.5.17"},
-    commit="abcdef1",
-    date="2026-11-21",
-    command="make bench",
+FIGURE = replace(
+    SAMPLE, name="bench.nvlink.qps_ratio_to_vanilla", hardware="2 x NVIDIA H200 (of 4 in the host), 32 cores"
 )
 TEXT = "# Title\n<!-- results:begin bench.cpu -->\nold\n<!-- results:end bench.cpu -->\nrest\n"
 SUMMARY = ROOT / "results" / "summary.json"

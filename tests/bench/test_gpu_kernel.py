@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.gpu import kernel_times, kernel_tuning
+from bench.gpu import kernel_report, kernel_times, kernel_tuning
 from bench.publish.summary import parse_figures
 from sglang_eplb_affinity.device.launch_shape import LaunchShape, default_shapes
 from sglang_eplb_affinity.dispatch.rules import KERNEL_RULES
@@ -18,7 +18,7 @@ def test_kernel_ratios_take_the_worst_size() -> None:
             "us": {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()},
         }
 
-    found = kernel_times.ratios([cell(128, 1.2, 4.0), cell(8192, 5.0, 8.0)])
+    found = kernel_report.ratios([cell(128, 1.2, 4.0), cell(8192, 5.0, 8.0)])
     assert found["to_upstream"]["ours_dynamic / upstream_dynamic"] == {"graph": 0.625, "eager": 0.625}
     assert found["to_upstream"]["ours_cover / upstream_dynamic"]["graph"] == 0.75
     assert found["to_empty_up_to_128_tokens"]["ours_dynamic"]["graph"] == 1.2
@@ -28,7 +28,7 @@ def test_ratios_of_large_sizes_alone_say_nothing_about_small_ones() -> None:
     times = dict.fromkeys(("ours_dynamic", "ours_static", "ours_cover", "ours_cover_balanced", "empty"), 2.0)
     times |= {"upstream_dynamic": 4.0, "upstream_static": 8.0}
     us = {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()}
-    found = kernel_times.ratios([{"tokens": 8192, "us": us}])
+    found = kernel_report.ratios([{"tokens": 8192, "us": us}])
     assert found["to_upstream"]["ours_static / upstream_static"]["graph"] == 0.25
     assert found["to_empty_up_to_128_tokens"]["ours_cover"]["graph"] is None
 
@@ -39,16 +39,16 @@ def test_headline_figures_are_the_largest_ratios() -> None:
     us = {name: {mode: {"median": t} for mode in ("graph", "eager")} for name, t in times.items()}
     source = {"hardware": "1 x GPU", "versions": {"torch": "2"}, "commit": "abcdef1"}
     cells = [{"tokens": 16, "us": us}]
-    result = {"provenance": source, "date": "2026-01-01", "ratios": kernel_times.ratios(cells), "cells": cells}
-    found = {figure.name: figure for figure in parse_figures(kernel_times.entries(result), "test")}
+    result = {"provenance": source, "date": "2026-01-01", "ratios": kernel_report.ratios(cells), "cells": cells}
+    found = {figure.name: figure for figure in parse_figures(kernel_report.entries(result), "test")}
     assert found["kernel.time_ratio_to_upstream.max"].value == 0.3
     assert "ours_cover" in found["kernel.time_ratio_to_upstream.max"].unit
     assert found["kernel.static.eager_time_ratio_to_upstream.max"].value == 0.2
     assert found["kernel.cover_balanced.time_ratio_to_upstream.max"].value == 0.3
     assert found["kernel.cover_balanced.time_ratio_to_lp.max"].value == 0.03
     assert found["kernel.cover.time_ratio_to_empty.max"].value == 3.0
-    large = {**result, "ratios": kernel_times.ratios([{"tokens": 8192, "us": us}])}
-    assert not any("empty" in entry["name"] for entry in kernel_times.entries(large))
+    large = {**result, "ratios": kernel_report.ratios([{"tokens": 8192, "us": us}])}
+    assert not any("empty" in entry["name"] for entry in kernel_report.entries(large))
 
 
 def test_sizes_are_all_or_those_asked_for() -> None:

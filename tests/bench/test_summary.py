@@ -7,22 +7,9 @@ from click.testing import CliRunner
 
 from bench.__main__ import main
 from bench.harness.engine import ROOT
-from bench.publish.summary import Figure, load_figures, merge_figures, parse_figures
+from bench.publish.summary import load_figures, merge_figures, parse_figures
 from sglang_eplb_affinity.domain.errors import InputError
-
-FIGURE = Figure(
-    name="bench.cpu.qps_ratio_to_vanilla",
-    value=1.02,
-    lower=0.98,
-    upper=1.06,
-    unit="ratio",
-    kind="measured",
-    hardware="2 cores",
-    versions={"sglang": "0.5.17"},
-    commit="abcdef1",
-    date="2026-11-21",
-    command="make bench",
-)
+from tests.bench.sample_figure import FIGURE
 
 
 @pytest.mark.parametrize(

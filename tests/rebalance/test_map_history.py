@@ -19,7 +19,9 @@ from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, origin_of
 from sglang_eplb_affinity.planner import PlannerConfig
-from sglang_eplb_affinity.planner.layer_figures import FIGURES
+from sglang_eplb_affinity.planner.block_spread import Excess
+from sglang_eplb_affinity.planner.layer_figures import FIGURES, LayerFigures
+from sglang_eplb_affinity.rebalance.going_back import with_best_maps
 from sglang_eplb_affinity.rebalance.map_history import HOLD_ROUNDS, Judging, MapHistory, compare
 from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
 from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
@@ -28,6 +30,7 @@ from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 
 EXPERTS, GPUS = 8, 4
 SETTINGS = PlanSettings("affinity", PlannerConfig(minimum_gain=0.02, threads=1), Topology(GPUS))
+JUDGED = SETTINGS.topology, SETTINGS.planner
 JUDGING = Judging(SETTINGS.topology, SETTINGS.planner, by_cost=True)
 NEXT, FAR = np.arange(EXPERTS), np.array([0, 2, 4, 6, 1, 3, 5, 7])  # partners share a GPU; partners two GPUs apart
 
@@ -110,6 +113,31 @@ def test_going_back_keeps_to_the_room_for_moves() -> None:
     bad, history = after_a_bad_move()
     reply = round_of(bad, window(1, 5), history, max_moves=1)
     assert reply.delivery is not None and reply.delivery.returned == ()
+
+
+def test_no_layer_goes_back_to_a_map_that_loses_more_with_a_rank() -> None:
+    """Every expert is on two ranks in force, and under the best map experts 6 and 7 on one only."""
+    safe = np.array([0, 1, 2, 3, 4, 5, 6, 7] * 2)
+    best = np.array([0, 1, 2, 6, 3, 4, 5, 7, 0, 1, 2, 3, 4, 5, 0, 1])
+    found = window(1, 3)
+    in_force = both_layers(safe)
+    history = MapHistory.starting(in_force, LayerFigures.of(found, both_layers(best).physical_to_logical, *JUDGED))  # type: ignore[arg-type]
+    history = replace(history, best=both_layers(best).physical_to_logical)
+    comparison = compare(history, found, in_force, JUDGING)
+    assert comparison is not None
+    comparison = replace(comparison, best=history.best, back=np.array([False, True]), excesses={1: Excess(1, 1, 0, 0)})
+    for survive, returned in (("none", (1,)), ("rank", ())):
+        after, judged, _ = with_best_maps(
+            in_force,
+            in_force,
+            comparison,
+            found.counts,
+            SETTINGS.topology,
+            survive,
+            None,  # type: ignore[arg-type]
+        )
+        assert judged.delivery.returned == returned
+        assert np.array_equal(after.physical_to_logical[1], best if returned else safe)
 
 
 def test_a_map_that_gives_more_becomes_the_best() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 import urllib.request
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.engines.emulated_hosts import NAMES, EmulatedHosts
 from bench.figures.rebalance_log import LogSummary, parse_log
@@ -26,6 +28,21 @@ TEXT = (
 WORDS = (TEXT + " the quick brown fox jumps over a lazy dog").split(" ")
 OUTPUT_TOKENS = 64
 NUM_PROMPTS = 14
+
+
+def found_by(module: str) -> dict[str, Any]:
+    """What a module of tests.server finds where SGLang can be imported: a process of its own with the CPU engine."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.server.{module}"],
+        env={**os.environ, **cpu_environment(1)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-2000:]
+    return dict(json.loads(lines[0]))
 
 
 @dataclass(frozen=True)

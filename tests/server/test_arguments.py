@@ -122,6 +122,7 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "phase": [*AFFINITY, "--eplb-affinity-phase", "decode"],
         "phase without a recorder": [*EP2, "--eplb-affinity-phase", "decode"],
         "phase of another role": [*AFFINITY, "--disaggregation-mode", "prefill", "--eplb-affinity-phase", "decode"],
+        "megamoe": [*AFFINITY, "--moe-runner-backend", "flashinfer_megamoe"],
         "every": [*AFFINITY, "--expert-affinity-record-every", "0"],
         "every too large": [*AFFINITY, "--expert-affinity-record-every", "2000"],
         "last": [*AFFINITY, "--expert-affinity-record-last-passes", "1001"],
@@ -131,6 +132,16 @@ def results(models: Path, files: Path) -> dict[str, dict]:
     for name in [*names, "recorded.json", "ascend4.json"]:
         cases[name] = [*AFFINITY, "--init-expert-location", str(files / name)]
     lines = [["--model-path", str(models / "qwen3moe"), "--device", "cpu", *flags] for flags in cases.values()]
+    # LongCat-Flash's name for experts without weights behind the others.
+    zero = files / "zero"
+    zero.mkdir()
+    for file in (models / "qwen3moe").iterdir():
+        (zero / file.name).symlink_to(file)
+    (zero / "config.json").unlink()
+    config = json.loads((models / "qwen3moe" / "config.json").read_text()) | {"zero_expert_num": 8}
+    (zero / "config.json").write_text(json.dumps(config))
+    cases["zero experts"] = []
+    lines.append(["--model-path", str(zero), "--device", "cpu", *AFFINITY])
     cases["dense"] = []
     lines.append(["--model-path", str(models / "dense"), "--device", "cpu", *AFFINITY])
     done = subprocess.run(
@@ -212,6 +223,8 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("a2a", "works with --moe-a2a-backend none, deepep, mooncake, nixl, mori, flashinfer, megamoe, pplx"),
         ("cover a2a", "so --ep-dispatch-algorithm cover finds none; works with"),
         ("runner", "--moe-runner-backend triton_kernel: chooses experts inside its kernel"),
+        ("zero experts", "its router also chooses 8 zero experts, which no map has; leave out EPLB"),
+        ("megamoe", "--moe-runner-backend flashinfer_megamoe: "),
         ("primary tokens", "--eplb-affinity-primary-tokens 64: needs --ep-dispatch-algorithm primary"),
         ("primary tokens negative", "--eplb-affinity-primary-tokens -1: must be 0 or more"),
         ("every", "--expert-affinity-record-every 0: must be at least 1"),

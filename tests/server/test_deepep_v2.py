@@ -1,32 +1,18 @@
 """DeepEP V2: what SGLang's dispatcher sends is what our step chose, and only real tokens are counted, by phase."""
 
 import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from bench.harness.engine import ROOT, cpu_environment
 from tests.server.check_deepep_v2 import DECODE, PASSES, PREFILL, SLOTS
+from tests.server.harness import found_by
 
 pytestmark = pytest.mark.skipif(importlib.metadata.version("sglang") == "0.5.17", reason="SGLang 0.5.17 has no V2")
 
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.server.check_deepep_v2"],
-        env={**os.environ, **cpu_environment(1)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-2000:]
-    return dict(json.loads(lines[0]))
+    return found_by("check_deepep_v2")
 
 
 @pytest.mark.parametrize(("name", "rows"), [("prefill", PREFILL), ("decode", DECODE)])

@@ -1,14 +1,10 @@
 """Every target TopK looks its placement up, whatever its model hands over; draft layers keep their own order."""
 
 import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from bench.harness.engine import ROOT, cpu_environment
+from tests.server.harness import found_by
 
 pytestmark = pytest.mark.skipif(
     importlib.metadata.version("sglang") != "0.5.17", reason="SGLang mended this itself after 0.5.17"
@@ -17,17 +13,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.server.check_dispatch_info"],
-        env={**os.environ, **cpu_environment(1)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-2000:]
-    return dict(json.loads(lines[0]))
+    return found_by("check_dispatch_info")
 
 
 def test_layers_of_the_target_are_numbered_by_their_experts_if_need_be(found: dict) -> None:

@@ -1,14 +1,10 @@
 """What our hooks make of SGLang's own objects: batches as it cuts them, weights as it loads them."""
 
 import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from bench.harness.engine import ROOT, cpu_environment
+from tests.server.harness import found_by
 
 pytestmark = pytest.mark.skipif(
     importlib.metadata.version("sglang") != "0.5.23", reason="the checks name objects as SGLang 0.5.23 does"
@@ -17,17 +13,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.server.check_objects"],
-        env={**os.environ, **cpu_environment(1)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-2000:]
-    return dict(json.loads(lines[0]))
+    return found_by("check_objects")
 
 
 def test_ranks_that_share_a_pass_sample_its_tokens_evenly(found: dict) -> None:
