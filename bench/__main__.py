@@ -47,6 +47,12 @@ def main() -> None:
     """Compare SGLang servers that place experts in different ways."""
 
 
+_LOADS_HELP = (
+    "Comma-separated: main, and names of the profile's further loads, each at all its concurrencies or, as in "
+    "decode:64:256, at some. Default: all."
+)
+
+
 @main.command()
 @click.option("--profile", "profile_name", default="cpu", help="Name of a file in bench/profiles/, or a path (.toml).")
 @click.option("--results-dir", default=str(ROOT / "results"), help="Folder of all runs.")
@@ -54,7 +60,10 @@ def main() -> None:
 @click.option("--sharegpt", "sharegpt_file", help="ShareGPT JSON file. Default: a PyPI package, cached outside git.")
 @click.option("--arms", help=f"Comma-separated; known: {', '.join(ARMS)}. Default: the profile's.")
 @click.option("--concurrency", help="Comma-separated numbers of requests in flight. Default: the profile's.")
-@click.option("--loads", help="Comma-separated: main, and names of the profile's further loads. Default: all.")
+@click.option(
+    "--loads",
+    help=_LOADS_HELP,
+)
 @click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
 @click.option("--model", help="Model path or hub id instead of the profile's.")
 @click.option("--port", type=int, help="Port of the server on 127.0.0.1. Default: the profile's.")
@@ -96,6 +105,7 @@ def run(
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))
     levels = _levels(concurrency) if concurrency is not None else profile.load.concurrency
+    profile = _at_levels(loads, profile)
     load_names = _load_names(loads, profile)
     repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
     source = _source(profile, sharegpt_file)
@@ -211,7 +221,7 @@ def _load_names(text: str | None, profile: Profile) -> tuple[str, ...]:
     """The main load is called `main` on the command line and has no name elsewhere."""
     if text is None:
         return ("", *profile.loads)
-    names = _names(text)
+    names = tuple(name.split(":")[0] for name in _names(text))
     for name in names:
         if name != MAIN and name not in profile.loads:
             known = ", ".join((MAIN, *profile.loads))
@@ -221,17 +231,32 @@ def _load_names(text: str | None, profile: Profile) -> tuple[str, ...]:
     return tuple("" if name == MAIN else name for name in dict.fromkeys(names))
 
 
+def _at_levels(text: str | None, profile: Profile) -> Profile:
+    """Further loads that are followed by concurrencies (`decode:16:512`) only at those."""
+    loads = dict(profile.loads)
+    for name, *levels in (part.split(":") for part in _names(text or "")):
+        if levels and name in loads:
+            load = loads[name]
+            loads[name] = replace(load, requests={c: load.requests_at(c) for c in _levels(",".join(levels), "--loads")})
+        elif levels:
+            raise InputError(
+                f"--loads: {name} in {text!r} is no further load of profile {profile.name!r}; "
+                f"the concurrencies of {MAIN} are those of --concurrency"
+            )
+    return replace(profile, loads=loads)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _levels(text: str) -> tuple[int, ...]:
+def _levels(text: str, flag: str = "--concurrency") -> tuple[int, ...]:
     try:
         levels = tuple(sorted({int(part) for part in _names(text)}))
     except ValueError:
         levels = ()
     if not levels or levels[0] < 1:
-        raise InputError(f"--concurrency: {text!r} is not a list of whole numbers of at least 1, such as 1,4,8")
+        raise InputError(f"{flag}: {text!r} is not a list of whole numbers of at least 1, such as 1,4,8")
     return levels
 
 

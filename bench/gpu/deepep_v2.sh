@@ -12,20 +12,13 @@ say() { echo "== $(($(date +%s) - began)) s: $*"; }
 # NVLink multicast stays off: it can put GPUs that others share out of service.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 export NVSHMEM_REMOTE_TRANSPORT=none NVSHMEM_QP_DEPTH=8192 PYTHONUNBUFFERED=1
-for home in /usr/local/cuda /usr/local/cuda-13*; do # V2's compiler looks below it for more than nvcc
-    [ -z "${CUDA_HOME:-}" ] && [ -x "$home/bin/nvcc" ] && export CUDA_HOME=$home
-done
 nvshmem=$("$python" -c 'import nvidia.nvshmem as m; print(list(m.__path__)[0])')/lib
-export LD_LIBRARY_PATH=$nvshmem:${LD_LIBRARY_PATH:-}
-elastic() { # with NCCL 2.30 before PyTorch's own; one host, so without GPU-initiated networking
-    env PYTHONPATH="$folder/site:$PWD" LD_PRELOAD="$folder/nccl/lib/libnccl.so.2" EP_NCCL_ROOT_DIR="$folder/nccl" \
-        EP_SUPPRESS_NCCL_CHECK=1 EP_REUSE_NCCL_COMM=0 EP_DISABLE_GIN=1 EP_BUFFER_DEBUG="${EP_BUFFER_DEBUG:-}" \
-        EP_JIT_CACHE_DIR="${EP_JIT_CACHE_DIR:-/tmp/deepep-jit}" "$@"
-}
+export LD_LIBRARY_PATH=$nvshmem:${LD_LIBRARY_PATH:-} PYTHONPATH=$PWD V2=$folder
+. bench/gpu/env_v2.sh
 last() { grep -vE '^\s*$' "$1" | tail -n "${2:-3}" | cut -c 1-300; }
 
 say "does DeepEP V2 load?"
-elastic timeout 60 "$python" - >"$out/load.log" 2>&1 <<'PYTHON'
+v2 timeout 60 "$python" - >"$out/load.log" 2>&1 <<'PYTHON'
 import ctypes, torch
 nccl = ctypes.CDLL("libnccl.so.2"); version = ctypes.c_int(); nccl.ncclGetVersion(ctypes.byref(version))
 print("torch", torch.__version__, "NCCL", version.value, torch.cuda.get_device_name(0))
@@ -39,7 +32,7 @@ if [ $code = 0 ]; then
     export EP_BUFFER_DEBUG=1
     one() { # NAME SECONDS ARGUMENTS...
         local name=$1 seconds=$2; shift 2
-        elastic timeout -k 5 $((seconds + 30)) "$python" -m bench.micro.deepep --sections v2 --seconds "$seconds" \
+        v2 timeout -k 5 $((seconds + 30)) "$python" -m bench.micro.deepep --sections v2 --seconds "$seconds" \
             --out "$out/$name.json" "$@" >"$out/$name.log" 2>&1
         echo "$name: exit code $?: $(last "$out/$name.log" 1)"
     }

@@ -60,6 +60,7 @@ TOLERANCE = {"prefill": 1.25, "decode": 1.5}
 EXACT = 1e-5  # a float32 server's error is rounding, whatever the placement
 # What low-latency mode is asked for, of a rank.
 DISPATCH_TOKENS = {"auto": 128, "normal": 128, "low_latency": 1024}
+V2_TOKENS = 2048  # of a rank in a pass, prefill and decode alike: what DeepEP V2's buffer is made for
 INTERVAL = ("--eplb-rebalance-num-iterations", str(ITERATIONS))
 CPU_SIZES = MoeSizes(layers=3, hidden=64, expert_width=32, heads=2, kv_heads=1, head_dim=32)
 Differences = dict[str, np.ndarray]  # of prefill and decode, one dimension each
@@ -74,12 +75,23 @@ def server_flags(gpus: int, cpu: bool = False, mode: str = "auto") -> list[str]:
     """The CPU engine has no DeepEP; replicas are chosen there as it chooses by default."""
     if cpu:
         return [*cpu_flags(), "--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", *INTERVAL]
-    flags = [*deepep_flags(gpus), "--deepep-mode", mode, "--cuda-graph-max-bs-decode", "32"]
-    # Low latency prefills in that mode too, each rank its share of a chunk.
-    chunk = str(gpus * DISPATCH_TOKENS[mode]) if mode == "low_latency" else "4096"
+    flags = [*deepep_flags(gpus), "--cuda-graph-max-bs-decode", "32"]
+    if mode == "v2":
+        flags[flags.index("deepep")] = "deepep_v2"
+    else:
+        flags += ["--deepep-mode", mode]
+    # Low latency prefills in that mode too, each rank its share of a chunk; V2 has one buffer for both.
+    tokens = {"low_latency": DISPATCH_TOKENS["low_latency"], "v2": V2_TOKENS // 2}.get(mode, 4096 // gpus)
+    chunk = str(gpus * tokens)
     flags += [*SHARED_MEMORY, "--max-total-tokens", "50000", "--chunked-prefill-size", chunk]
     flags += ["--eplb-algorithm", "affinity", "--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "cover"]
     return [*flags, *INTERVAL]
+
+
+def deepep_environment(mode: str) -> dict[str, str]:
+    if mode == "v2":
+        return {"SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(V2_TOKENS)}
+    return {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(DISPATCH_TOKENS[mode])}
 
 
 @dataclass(frozen=True)
@@ -224,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=result_file, required=True)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--mode", choices=("auto", "normal", "low_latency"), default="auto", help="of DeepEP")
+    parser.add_argument("--mode", choices=(*DISPATCH_TOKENS, "v2"), default="auto", help="of DeepEP, or its V2")
     parser.add_argument("--rebalances", type=int, default=50)
     host_options(parser)
     timing_options(parser, "asking each server")
@@ -242,11 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cpu" if options.cpu else "cuda"
     build(options.work / "model", CPU_SIZES if options.cpu else SIZES, device)
     flags = server_flags(options.gpus, options.cpu, options.mode)
-    environment = (
-        cpu_environment(2) | own_models_only()
-        if options.cpu
-        else {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(DISPATCH_TOKENS[options.mode])}
-    )
+    environment = cpu_environment(2) | own_models_only() if options.cpu else deepep_environment(options.mode)
     command = "python -m bench.gpu.rebalance_check --out FILE.json" + (" --cpu" if options.cpu else "")
     command += (f" --mode {options.mode}" if options.mode != "auto" else "") + str(hosts)
     found: dict[str, Any] = {"date": now(), "command": command, "provenance": provenance(), "flags": flags}

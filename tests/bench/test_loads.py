@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.__main__ import _at_levels, _load_names
 from bench.figures.headline import default_prefix
 from bench.figures.load_headlines import figures_of_loads
 from bench.figures.metrics import latency_metrics
@@ -47,9 +48,24 @@ def test_each_load_is_measured_at_its_levels_and_in_its_blocks(auto_plan: RunPla
     cells = auto_plan.cells()
     assert len(cells) == len(set(cells)) == len({cell.name for cell in cells})
     of_block = {b: {(c.load, c.concurrency) for c in cells if c.block == b} for b in range(3)}
-    others = {("prefill", 384), ("decode", 64), ("decode", 256)}
+    others = {("prefill", 384), *(("decode", c) for c in (16, 64, 256, 512))}
     assert of_block == {0: {("", 384), *others}, 1: {("", 384), *others}, 2: others}
     assert CellKey(0, "vanilla", 64, "decode").name == "b0-vanilla-decode-c64"
+
+
+def test_a_further_load_is_measured_at_some_of_its_levels() -> None:
+    narrowed = _at_levels("main,decode:512:16", AUTO)
+    assert (
+        narrowed.loads["decode"].requests == {16: 16, 512: 512} and narrowed.loads["prefill"] == AUTO.loads["prefill"]
+    )
+    assert _load_names("main,decode:512:16", narrowed) == ("", "decode")
+    assert _at_levels("prefill,decode", AUTO) == AUTO == _at_levels(None, AUTO)
+    for wrong, said in (
+        ("main:16", "main in 'main:16' is no further load"),
+        ("decode:x", "--loads: 'x' is not a list"),
+    ):
+        with pytest.raises(InputError, match=said):
+            _at_levels(wrong, AUTO)
 
 
 def test_a_run_with_loads_goes_on_where_it_stopped(auto_plan: RunPlan, tmp_path: Path) -> None:
