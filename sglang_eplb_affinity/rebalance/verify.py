@@ -19,6 +19,7 @@ from sglang_eplb_affinity.rebalance.weights import LayerWeights, widest
 
 logger = logging.getLogger(__name__)
 ENVIRONMENT = "EPLB_AFFINITY_VERIFY"
+WRONG = "holds wrong weights"  # in the log line of a rank that found some
 
 
 class WeightVerifier:
@@ -49,9 +50,7 @@ class WeightVerifier:
             (layer, expert) for layer, expert, value in self._slots(in_force) if value != self._expected[layer, expert]
         ]
         if wrong:
-            logger.error(
-                "[eplb-affinity] verify: rank %d holds wrong weights for (layer, expert) %s", self._rank, wrong
-            )
+            logger.error("[eplb-affinity] verify: rank %d %s for (layer, expert) %s", self._rank, WRONG, wrong)
         else:
             logger.info("[eplb-affinity] verify: all %d layers hold what the map says", len(self._weights))
         return len(wrong)

@@ -83,7 +83,7 @@ def test_outputs_equal_those_without_eplb_while_rounds_run(
     check(log, case, batches, expected)
     assert {rebalance.mode for rebalance in log.rebalances} == {"asynchronous"}
     text = (tmp_path / "log").read_text(errors="replace")
-    assert "has wrong weights" not in text and "hold what the map says" in text
+    assert verify.WRONG not in text and "hold what the map says" in text
 
 
 def batches_until_moved(server: RunningServer, rebalances: int, most: int = 12) -> Iterator[list[list[int]]]:
