@@ -122,7 +122,8 @@ def _opening(conversation: dict[str, Any]) -> tuple[Any, Any, Any]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages[:2]):
         return None, None, None
     if chat:
-        messages = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"][:1] + [{"content": ""}]
+        asked = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+        messages = [*asked[:1], {"content": ""}]
     if len(messages) < 2:
         return None, None, None
     prompt, answer = (m.get("value", m.get("content")) for m in messages[:2])
