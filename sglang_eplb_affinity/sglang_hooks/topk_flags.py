@@ -56,12 +56,7 @@ def gains_by_cover(args: ServerArguments) -> bool:
     joins_copies = (args.moe_a2a_backend, args.deepep_mode) == ("deepep", "normal") or (
         args.moe_a2a_backend == "deepep_v2" and (args.nnodes > 1 or args.disaggregation_mode == "prefill")
     )
-    return (
-        is_ours(args)
-        and args.ep_num_redundant_experts > 0
-        and joins_copies
-        and _our_rules_run(args)
-    )
+    return is_ours(args) and args.ep_num_redundant_experts > 0 and joins_copies and _our_rules_run(args)
 
 
 def replaces_counts(args: ServerArguments) -> bool:
