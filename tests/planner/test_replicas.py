@@ -60,7 +60,7 @@ def test_duplicates_give_way_to_experts_that_the_gpu_lacks():
     assert set(parted.tolist()) == {0, 1, 2, 3} and (parted == 0).sum() == 2
 
 
-@pytest.mark.parametrize(("gpus", "nodes"), [(4, 1), (8, 2), (6, 3)])
+@pytest.mark.parametrize(("gpus", "nodes"), [(4, 1), (8, 2), (6, 3), (80, 10), (150, 2)])
 def test_served_tokens_agree_with_the_rule(gpus, nodes):  # type: ignore[no-untyped-def]
     """Fan-outs and loads of the search's own service against the rule; ties go by order instead of the hash."""
     topology, experts, slots = Topology(gpus, nodes), 24, 24 + 3 * gpus + (-24) % gpus
@@ -71,13 +71,43 @@ def test_served_tokens_agree_with_the_rule(gpus, nodes):  # type: ignore[no-unty
     holds = np.zeros((experts, gpus), np.int64)
     holds[row, np.arange(slots) // (slots // gpus)] = 1
     names = numbering(gpus, nodes)
-    served = serve_all(sample_of(tokens, counts, len(names.bit)), holds, names, 1, 1000)
+    served = serve_all(sample_of(tokens, counts, names.classes), holds, names, 1, 1000)
     source = (np.arange(len(tokens)) % gpus).astype(np.int32)
     traffic = measure(tokens[None], ExpertMap(row[None], experts), topology, "cover", source)
     assert (served.cost % 1000).mean() == pytest.approx(traffic.gpu_fanout[0], rel=0.01)
     if nodes > 1:
         assert (served.cost // 1000).mean() == pytest.approx(traffic.node_fanout[0], rel=0.01)
-    assert (served.load >> LOAD_UNIT) == pytest.approx(traffic.gpu_load[0], rel=0.06)
+    difference = np.abs((served.load >> LOAD_UNIT) - traffic.gpu_load[0]) / traffic.gpu_load[0]
+    assert difference.max() < 0.06 if gpus <= 8 else difference.mean() < 0.15  # 60 tokens from each of 80 GPUs
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(4, 1), (6, 2)])
+def test_masks_of_two_words_serve_as_masks_of_one(gpus, nodes):  # type: ignore[no-untyped-def]
+    tokens = skewed_tokens(np.random.default_rng(4), 1, 1000, 24, 4)[0]
+    tokens[::7, 3] = -1
+    counts = np.bincount(tokens[tokens >= 0], minlength=24).astype(np.int64)
+    holds = (np.random.default_rng(5).random((24, gpus)) < 0.4).astype(np.int64)
+    holds[np.arange(24), np.arange(24) % gpus] = 1
+    narrow = numbering(gpus, nodes)
+    wide = narrow._replace(
+        node_masks=np.pad(narrow.node_masks, ((0, 0), (0, 1))), leaders=np.pad(narrow.leaders, (0, 1))
+    )
+    sample = sample_of(tokens, counts, narrow.classes)
+    one, two = (serve_all(sample, holds, names, 8, 16) for names in (narrow, wide))
+    assert (two.masks[:, ::2] == one.masks).all() and not two.masks[:, 1::2].any()
+    assert one.load.sum() == two.load.sum() and one.cost.sum() == pytest.approx(two.cost.sum(), rel=0.01)
+    alone = np.bitwise_count(one.masks) == 1  # the others may be ties, which go by order or by a hash
+    assert (one.servers == two.servers[:, ::2])[alone].all()
+
+
+def test_more_than_64_gpus_are_searched_like_fewer():
+    """80 GPUs on 10 nodes: better than EPLB's map on the window, exact replicas, the same on any number of threads."""
+    window, topology = window_of(skewed_tokens(np.random.default_rng(6), 2, 1500, 64, 4), 64), Topology(80, 10)
+    results = [plan(window, topology, 160, PlannerConfig(threads=threads)) for threads in (1, 2)]
+    assert (results[0].expert_map.physical_to_logical == results[1].expert_map.physical_to_logical).all()
+    report = results[0].report
+    assert report.fallback == ("", "") and (report.planned.cost < 0.9 * report.eplb.cost).all()
+    assert all(len(set(gpu)) == 2 for gpu in results[0].expert_map.physical_to_logical.reshape(-1, 2).tolist())
 
 
 @pytest.mark.parametrize("slots", [20, 32, 48])
