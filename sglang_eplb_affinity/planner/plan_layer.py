@@ -98,7 +98,7 @@ def plan_layer(
         if config.survive != "none" or (by_parted.cost <= by_eplb.cost and by_parted.load <= limit):
             kept, by_kept = parted, by_parted
     if not len(tokens):
-        return result(kept, NO_AFFINITY, by_kept)
+        return unless_in_use_is_better(kept, NO_AFFINITY, by_kept)
 
     problem = problem_of(counts, tokens, eplb, current, topology, config, budget, layer)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.

@@ -9,11 +9,12 @@ from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.dispatch.losses import without_gpus
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.layout import without_duplicates
 from sglang_eplb_affinity.planner.numbering import numbering
+from sglang_eplb_affinity.planner.plan_layer import IN_USE_BETTER
 from sglang_eplb_affinity.planner.redundancy import knee, redundancies_within, slots_within, try_redundancies
 from sglang_eplb_affinity.planner.survival import Survive, uncovered
 from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, sample_of, serve_all
@@ -183,3 +184,30 @@ def test_replicas_that_are_missing_are_made_though_they_gain_nothing():
     result = plan(window, topology, 36, config, current)
     assert (result.expert_map.physical_to_logical[0] == safe[0]).all()
     assert result.report.uncovered is not None and not result.report.uncovered.any()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "experts", "redundancies"),
+    [
+        (8, 2, 64, (0, 8, 16, 40, 64)),
+        (16, 4, 64, (0, 16, 32, 64)),
+        (8, 1, 128, (0, 8, 16, 128)),
+        (72, 1, 128, (16, 88)),
+    ],
+)
+def test_more_slots_never_cost_more_at_the_shapes_of_servers(gpus, nodes, experts, redundancies):  # type: ignore[no-untyped-def]
+    """Top-8 of one layer: what is added to the slots is found and used, while no GPU is loaded over the cap."""
+    window = window_of(skewed_tokens(np.random.default_rng(1), 1, 1200, experts, 8), experts)
+    reports = [plan(window, Topology(gpus, nodes), experts + number).report for number in redundancies]
+    costs = [float(report.planned.cost[0]) for report in reports]
+    assert (np.diff(costs) <= 0).all(), costs
+    for report in reports:
+        assert report.planned.load_max_over_mean[0] <= report.eplb.load_max_over_mean[0] + 0.12
+
+
+def test_without_a_token_sample_a_better_balanced_map_in_force_stays():
+    counts = np.array([[38, 19, 27, 36, 29, 1]], np.int64)
+    in_force = ExpertMap(np.array([[1, 4, 2, 3, 0, 5]], np.int32), 6)
+    result = plan(RoutingWindow(counts), Topology(2), 6, current=in_force)
+    assert result.report.fallback == (IN_USE_BETTER,)
+    assert (result.expert_map.physical_to_logical == in_force.physical_to_logical).all()
