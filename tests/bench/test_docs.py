@@ -86,7 +86,7 @@ def test_rows_of_equal_metrics_make_one_table() -> None:
     figures += [figure("bench.cpu.c.load", 1.5, 0, "emulated"), figure("bench.cpu.seconds"), figure("bench.d.load")]
     grid, rest = figure_tables(figures, ("bench", "cpu"))
     assert grid.splitlines() == [
-        "| | load | qps |",
+        "| | load | reads |",
         "|---|---:|---:|",
         "| a | 1 | 1 |",
         "| b | 1 | 1 |",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -100,3 +101,33 @@ def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Pat
         profile = Profile.named(options["--profile"])
         profile = profile.with_poisson(float(options["--rate"])) if "--rate" in options else profile
         assert _load_names(options.get("--loads"), profile)
+
+
+FAKE_NCCL = """
+#include <stddef.h>
+int ncclCommQueryProperties(void *communicator, char *found) {
+    if (communicator) return 5;
+    *(int *)(found + 36) = 0; *(int *)(found + 48) = 0; /* ginType and railedGinType of NCCL 2.30: none */
+    return 0;
+}
+"""
+ASKING = """
+import ctypes, struct
+properties = ctypes.create_string_buffer(struct.pack("@NII", 56, 1, 23004).ljust(56, bytes([255])))
+query = ctypes.CDLL(None).ncclCommQueryProperties
+print(query(None, properties), *struct.unpack_from("@i", properties, 36), *struct.unpack_from("@i", properties, 48))
+print(query(ctypes.c_void_p(1), properties))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_a_host_without_gin_opens_buffers_of_deepep_v2(tmp_path: Path) -> None:
+    (tmp_path / "nccl" / "lib").mkdir(parents=True)
+    (tmp_path / "fake.c").write_text(FAKE_NCCL)
+    library = tmp_path / "nccl" / "lib" / "libnccl.so.2"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "fake.c"], check=True)
+    found = subprocess.run(
+        ["bash", "bench/gpu/v2.sh", sys.executable, "-c", ASKING],
+        cwd=ROOT, env={**os.environ, "V2": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout == "0 2 2\n5\n"
