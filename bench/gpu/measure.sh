@@ -4,7 +4,7 @@
 #
 #   bash bench/gpu/measure.sh OUT_DIR GROUP...
 #
-# A group is one step, or several that begin at the same time: tests+check+large.normal. Its servers start and compile
+# A group is one step, or several that begin at the same time: tests+check+h200-x2-idle. Its servers start and compile
 # side by side; a step's measuring waits until the step before it is over, so nothing is timed beside anything else.
 #
 #   tests             the GPU tests
