@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,7 +148,7 @@ class Profile:
         server = _build(ServerConfig, data.pop("server", {}), f"{source}: [server]")
         load = _load(data.pop("load", {}), f"{source}: [load]")
         loads = {name: _load(table, f"{source}: [loads.{name}]") for name, table in data.pop("loads", {}).items()}
-        found = {"name": name, "server": server, "load": load, "loads": loads, **data}
+        found = {"name": name, "title": name, "server": server, "load": load, "loads": loads, **data}
         profile: Profile = _build(Profile, found, source)
         profile._check(source)
         return profile
@@ -236,7 +236,7 @@ def _load(table: Mapping[str, Any], source: str) -> LoadConfig:
     try:
         found["requests"] = {int(key): int(value) for key, value in found["requests"].items()}
     except (KeyError, AttributeError, ValueError, TypeError):
-        raise InputError(f"{source} requests must map concurrency to a number of requests") from None
+        raise InputError(f"{source} requests must map requests in flight to those in all, as {{ 64 = 256 }}") from None
     return _build(LoadConfig, found, source)
 
 
@@ -247,8 +247,8 @@ def _build(kind: type[T], table: Mapping[str, Any], source: str) -> T:
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(table) - names):
         raise InputError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(names))}")
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
+    if missing := sorted(needed - set(table)):
+        raise InputError(f"{source}: {', '.join(missing)} missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise InputError(f"{source}: {str(error).split('() ')[-1]}") from None
+    return kind(**values)

@@ -86,7 +86,7 @@ def test_a_run_with_loads_goes_on_where_it_stopped(auto_plan: RunPlan, tmp_path:
     [
         ('kind = "poems"', r"\[loads.x\] kind is 'poems', but must be one of requests, prefill, decode"),
         ('kind = "decode"\noutput_tokens = 2', r"\[loads.x\] output_tokens must be at least 4"),
-        ("requests = 3", r"\[loads.x\] requests must map concurrency"),
+        ("requests = 3", r"\[loads.x\] requests must map requests in flight"),
     ],
 )
 def test_a_wrong_load_is_refused_with_its_name(wrong: str, said: str) -> None:

@@ -1,4 +1,6 @@
 import json
+import re
+import textwrap
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +9,7 @@ import pytest
 
 from bench.engines.emulated_link.settings import LinkSettings
 from bench.harness.arms import ARMS
-from bench.harness.engine import write_model_config
+from bench.harness.engine import ROOT, write_model_config
 from bench.harness.links import Link, link_environment, with_link
 from bench.harness.profile import PROFILE_DIR, Profile
 from bench.harness.rehearsal import rehearsal
@@ -26,6 +28,14 @@ def test_every_profile_is_valid(path: Path) -> None:
         assert profile.load.requests_at(c) >= 2 * c, "too few requests to reach the concurrency"
 
 
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="no documentation in this checkout")
+def test_the_profile_of_the_documentation_is_valid() -> None:
+    page = (ROOT / "docs" / "benchmarking.md").read_text()
+    (block,) = re.findall(r"^    \[server\]\n(?:    .*\n)+", page, re.MULTILINE)
+    profile = Profile.parse(textwrap.dedent(block), name="mine", source="docs/benchmarking.md")
+    assert profile.title == "mine" and profile.load.requests and profile.server.model
+
+
 def parse(text: str) -> Profile:
     return Profile.parse('title = "t"\n' + text, name="p", source="p.toml")
 
@@ -40,7 +50,8 @@ def test_requests_between_the_profiles_points() -> None:
     ("text", "said"),
     [
         ("[server", "not TOML"),
-        ("[server]\nranks = 1\n[load]\noutput_tokens = 8\n[load.requests]\n1 = 8\n", "model"),
+        ("[server]\nranks = 1\n[load]\noutput_tokens = 8\n[load.requests]\n1 = 8\n", r"\[server\]: model missing"),
+        (MINIMAL.replace("output_tokens = 8\n", ""), r"\[load\]: output_tokens missing"),
         (MINIMAL.replace("ranks", "rank"), "rank"),
         (MINIMAL.replace("4 = 40", "four = 40"), "requests"),
         (MINIMAL.replace("4 = 40", "4 = 0"), "requests"),
