@@ -57,12 +57,16 @@ _LOADS_HELP = (
 @click.option("--profile", "profile_name", default="cpu", help="Name of a file in bench/profiles/, or a path (.toml).")
 @click.option("--results-dir", default=str(ROOT / "results"), help="Folder of all runs.")
 @click.option("--run", "run_name", help="Name of the run; an existing one is continued. Default: by date and time.")
-@click.option("--sharegpt", "sharegpt_file", help="ShareGPT JSON file. Default: a PyPI package, cached outside git.")
+@click.option(
+    "--sharegpt",
+    "sharegpt_file",
+    help='Prompts: ShareGPT JSON or JSON Lines, or {"prompt": ...} lines. Default: a PyPI package, cached.',
+)
 @click.option("--arms", help=f"Comma-separated; known: {', '.join(ARMS)}. Default: the profile's.")
 @click.option("--concurrency", help="Comma-separated numbers of requests in flight. Default: the profile's.")
+@click.option("--loads", help=_LOADS_HELP)
 @click.option(
-    "--loads",
-    help=_LOADS_HELP,
+    "--rate", type=float, help="One more load, poisson: the main one's requests arriving at so many a second."
 )
 @click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
 @click.option("--model", help="Model path or hub id instead of the profile's.")
@@ -84,6 +88,7 @@ def run(
     arms: str | None,
     concurrency: str | None,
     loads: str | None,
+    rate: float | None,
     blocks: int | None,
     model: str | None,
     port: int | None,
@@ -105,10 +110,11 @@ def run(
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))
     levels = _levels(concurrency) if concurrency is not None else profile.load.concurrency
-    profile = _at_levels(loads, profile)
+    profile = _at_levels(loads, profile if rate is None else profile.with_poisson(rate))
     load_names = _load_names(loads, profile)
     repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
     source = _source(profile, sharegpt_file)
+    turns = sharegpt.read_turns(source) if source else []
     digest = hashlib.sha256(source.read_bytes()).hexdigest() if source else ""
     check_sglang()
     check_gpus(profile)
@@ -120,7 +126,7 @@ def run(
     folder.write_json("run.json", plan.to_json())
     if not (folder.path / "environment.json").is_file():
         folder.write_json("environment.json", describe_environment(command_line()))
-    if not _measure(folder, plan, source, seconds, hold):
+    if not _measure(folder, plan, turns, seconds, hold):
         click.echo(
             f"not finished; go on with: python -m bench run --run {folder.name} (and the same options)", err=True
         )
@@ -187,7 +193,9 @@ main.add_command(docs)
 main.add_command(docs, "readme")
 
 
-def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: float | None, hold: Path | None) -> bool:
+def _measure(
+    folder: RunFolder, plan: RunPlan, turns: list[sharegpt.Turn], seconds: float | None, hold: Path | None
+) -> bool:
     """Measure what is missing; False when it was interrupted or out of time."""
     requests = {c: plan.profile.load_named(c.load).requests_at(c.concurrency) for c in plan.cells()}
     left = {c for sitting in folder.left(plan) for c in sitting.cells}
@@ -195,7 +203,6 @@ def _measure(folder: RunFolder, plan: RunPlan, source: Path | None, seconds: flo
     progress = ConsoleProgress(sum(requests.values()), sum(n for c, n in requests.items() if c not in left))
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        turns = sharegpt.first_turns(sharegpt.load(source)) if source else []
         return Runner(folder, plan, turns, progress, seconds, hold).run()
     except KeyboardInterrupt:
         return False

@@ -27,7 +27,7 @@ from bench.calibration.measured import load_measured
 from bench.capacity import expert_times
 from bench.capacity.docs import fill
 from bench.capacity.replicas import replica_gains
-from bench.capacity.v2 import HEADLINE, v2_rows, v2_table
+from bench.capacity.v2 import HEADLINE, V2_MEASURED, fanout_ratio, v2_rows, v2_table
 from bench.harness.engine import ROOT
 from bench.harness.environment import now, provenance, versions
 from bench.harness.output_paths import ResultFolder
@@ -38,7 +38,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
 PAGE = "docs/capacity_results.md"
-DEEPEP = ("results/deepep/h200-x2.json", "results/deepep/h200-x4.json")
+DEEPEP = ("results/deepep/h200-x2.json", "results/deepep/h200-x4.json", V2_MEASURED)
 FULL, SMALL = ("--layers", "6", "--resamples", "8"), ("--layers", "4", "--resamples", "5")
 RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("deepseek-v3-h800", "8,16,32,64,144,320", FULL),
@@ -130,11 +130,13 @@ def v2_command(out: Path) -> None:
     first, source = rows[0], provenance()
     entry = {
         "name": HEADLINE, "value": first["gain %"], "lower": first["lower"], "upper": first["upper"],
-        "unit": "% shorter decode step than EPLB's best, both with DeepEP V2 (assumed constants)", "kind": "simulated",
+        "unit": "% shorter decode step than EPLB's best, both with DeepEP V2 (constants of 2 GPUs, assumed beyond)",
+        "kind": "simulated",
         "hardware": f"simulated {first['GPUs']} x H200 ({first['preset']}), routing fitted to the tiny MoE's recording",
         "versions": versions(), "commit": source["commit"], "date": now(), "command": "python -m bench.capacity v2",
     }  # fmt: skip
-    text = json.dumps({"entries": [entry]}, indent=2) + "\n"
+    measured = fanout_ratio(load_measured(ROOT / V2_MEASURED))
+    text = json.dumps({"entries": [entry, measured]}, indent=2) + "\n"
     write_atomically(folder / "deepep_v2_summary_entries.json", text.encode())
     fill(ROOT / PAGE, folder)
 

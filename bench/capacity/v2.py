@@ -16,6 +16,7 @@ from sglang_eplb_affinity.simulate.system import DeepEPMode, System, load_system
 
 LAYERS, RESAMPLES = 2, 4
 HEADLINE = "simulate.v2.deepseek_v3_ep32.decode_gain_pct"
+V2_MEASURED = "results/deepep/h200-x2-v2.json"
 # Preset, GPUs, redundant experts to choose from, for both algorithms alike.
 RUNS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
     ("deepseek-v3-h200", 32, (32, 256)),
@@ -58,6 +59,25 @@ def v2_rows(
         })  # fmt: skip
         done(rows[-1])
     return rows
+
+
+def fanout_ratio(data: dict[str, Any]) -> dict[str, Any]:
+    """Summary entry: dispatch and combine in a graph where tokens visit one of two GPUs, over both; 128 tokens a GPU.
+
+    ``data``: a result of `python -m bench.micro.deepep --sections v2`. The bounds are those of its repeats.
+    """
+    where = {"mode": "v2_graph", "hidden": 7168, "dtype": "fp8", "tokens": 128}
+    one, both = (
+        next(row for row in data["sections"]["v2"]["rows"] if row.items() >= {**where, "routing": routing}.items())
+        for routing in ("spread", "2")
+    )
+    a, b = one["round_trip_us"], both["round_trip_us"]
+    return {
+        "name": "deepep_v2.decode.ratio_fanout1_to_2.128", "value": a["median"] / b["median"],
+        "lower": a["repeat_min"] / b["repeat_max"], "upper": a["repeat_max"] / b["repeat_min"],
+        "unit": "ratio", "kind": "measured", "hardware": data["hardware"], "versions": data["versions"],
+        "commit": data["commit"], "date": data["date"], "command": data["command"],
+    }  # fmt: skip
 
 
 def v2_table(rows: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVL
 export NVSHMEM_REMOTE_TRANSPORT=none NVSHMEM_QP_DEPTH=8192 PYTHONUNBUFFERED=1
 nvshmem=$("$python" -c 'import nvidia.nvshmem as m; print(list(m.__path__)[0])')/lib
 export LD_LIBRARY_PATH=$nvshmem:${LD_LIBRARY_PATH:-} PYTHONPATH=$PWD V2=$folder
-. bench/gpu/env_v2.sh
+v2() { bash bench/gpu/v2.sh "$@"; }
 last() { grep -vE '^\s*$' "$1" | tail -n "${2:-3}" | cut -c 1-300; }
 
 say "does DeepEP V2 load?"

@@ -1,7 +1,7 @@
 /* Lets DeepEP V2 builds from before DeepEP PR 630 open a buffer on one host without GPU-initiated networking (GIN).
  *
  * They refuse a communicator that has none, even with EP_DISABLE_GIN=1, which then asks for none: nothing but that check
- * reads the type that is answered here. Preloaded before NCCL by bench/gpu/env_v2.sh; the structure is NCCL 2.30's.
+ * reads the type that is answered here. Preloaded before NCCL by bench/gpu/v2.sh; the structure is NCCL 2.30's.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -86,9 +86,12 @@ def load(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    found.append(json.loads(line))
+                    item = json.loads(line)
                 except ValueError:
                     raise InputError(f"{path}: line {number} is not JSON") from None
+                if not isinstance(item, dict):
+                    raise InputError(f"{path}: line {number} is not a JSON object")
+                found.append(item)
     else:
         found, _ = recover(text)
     if not found:
@@ -97,14 +100,43 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def first_turns(conversations: list[dict[str, Any]]) -> list[Turn]:
-    """First human prompt and its answer of each conversation that begins with one, in file order."""
+    """First prompt of each conversation, in file order, and its answer where there is one.
+
+    A ShareGPT conversation counts if it begins with a human who is answered; one of chat messages (``messages``) by its
+    first user message; ``{"prompt": "..."}`` is a prompt alone.
+    """
     turns = []
     for conversation in conversations:
-        messages = conversation.get("conversations") or conversation.get("conversation") or []
-        if len(messages) < 2 or not all(isinstance(m, dict) for m in messages[:2]):
-            continue
-        prompt, answer = (m.get("value", m.get("content")) for m in messages[:2])
-        speaker = messages[0].get("from", messages[0].get("role"))
+        speaker, prompt, answer = _opening(conversation)
         if speaker in _HUMAN and isinstance(prompt, str) and isinstance(answer, str) and prompt.strip():
             turns.append(Turn(prompt, answer))
+    return turns
+
+
+def _opening(conversation: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Who speaks first, what, and the answer; whatever the file says."""
+    if "prompt" in conversation:
+        return "user", conversation["prompt"], ""
+    chat = conversation.get("messages")
+    messages = chat or conversation.get("conversations") or conversation.get("conversation")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages[:2]):
+        return None, None, None
+    if chat:
+        asked = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+        messages = [*asked[:1], {"content": ""}]
+    if len(messages) < 2:
+        return None, None, None
+    prompt, answer = (m.get("value", m.get("content")) for m in messages[:2])
+    return messages[0].get("from", messages[0].get("role")), prompt, answer
+
+
+def read_turns(path: Path) -> list[Turn]:
+    """The prompts of a file; InputError if it has none."""
+    conversations = load(path)
+    turns = first_turns(conversations)
+    if not turns:
+        raise InputError(
+            f"{path}: none of {len(conversations)} entries has a prompt; one is "
+            '{"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or a ShareGPT conversation'
+        )
     return turns

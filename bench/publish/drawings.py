@@ -104,7 +104,7 @@ def _placement(left: float, width: float, title: str, experts: np.ndarray, used:
 def gains_drawing(figures: Sequence[Figure]) -> str:
     """The rows of the README's table as points with intervals; left of the line is shorter than SGLang's EPLB."""
     rows = headline_rows(figures)
-    row_height, top, left, right, width = 28, 44, 545, 20, 960
+    row_height, top, left, right, width = 28, 44, 595, 20, 1010  # 76 characters of a wide font fit
     height = top + row_height * len(rows) + 44
     low = min([-5.0, *(row.lower for row in rows)])
     high = max([5.0, *(row.upper for row in rows)])
@@ -126,7 +126,7 @@ def gains_drawing(figures: Sequence[Figure]) -> str:
     parts.append(svg.text(x_of(0), height - 7, "% of the time under SGLang's EPLB", 12, svg.GREY, "middle"))
     for number, row in enumerate(rows):
         y, color = top + row_height * number + row_height / 2 - 4, _COLORS[row.kind]
-        parts.append(svg.text(left - 84, y + 4, row.label, 12, svg.INK, "end"))
+        parts.append(svg.text(left - 84, y + 4, row.label.replace("`", ""), 12, svg.INK, "end"))
         parts.append(svg.text(left - 76, y + 4, row.kind, 12, color, "start", row.verdict == 0))
         parts.append(svg.line(x_of(row.lower), y, x_of(row.upper), y, color, 3))
         parts.append(svg.circle(x_of(row.change), y, 5.5, color))

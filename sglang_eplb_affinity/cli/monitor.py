@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.errors import missing_package
 
 if TYPE_CHECKING:
     from sglang_eplb_affinity.monitor.history import ServerHistory
@@ -71,7 +71,7 @@ def monitor_command(urls: tuple[str, ...], once: bool, form: str, alerts: tuple[
 
 def _needs(module: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise InputError(f"monitor needs {module}: pip install 'sglang-eplb-affinity[monitor]'")
+        raise missing_package("monitor", module, "monitor")
 
 
 def _read(servers: Sequence[ServerHistory], limits: Sequence[Limit]) -> tuple[list[Alert], list[str]]:

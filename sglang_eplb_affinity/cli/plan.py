@@ -11,6 +11,7 @@ import click
 
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
 from sglang_eplb_affinity.cli.progress import progress
+from sglang_eplb_affinity.dispatch.primaries import uneven_layers
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -146,6 +147,12 @@ def plan_command(
         placed = eplb_placement(window.counts, topology, slots, hierarchical=hierarchical, num_groups=groups)
         placed.aligned(placed.num_layers + added, dense_layers, str(out), "the model").save(out)
         click.echo(f"{out}: {window.num_layers} layers, {slots} slots by {algorithm}", err=True)
+        uneven = uneven_layers(placed, topology) if dispatch == "primary" else ()
+        if len(uneven):
+            say(
+                f"{out}: {len(uneven)} of {window.num_layers} layers allow no even choice of one active slot an "
+                "expert; --algorithm affinity makes maps that do"
+            )
         return
     with progress(window.num_layers, "planning") as done:
         planned = plan(window, topology, slots, config, current, progress=done)

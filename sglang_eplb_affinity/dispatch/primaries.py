@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
@@ -93,6 +94,18 @@ def primaries_of(replicas: np.ndarray, topology: Topology, num_slots: int) -> np
     slots_per_gpu = topology.slots_per_gpu(num_slots)
     of_layers = [primary_slots(table[n], count[n], topology.num_gpus, slots_per_gpu) for n in range(len(table))]
     return np.stack(of_layers) if of_layers else np.empty(table.shape[:2], np.int32)
+
+
+def over_share(primary: np.ndarray, topology: Topology, num_slots: int) -> int:
+    """Experts beyond their GPU's share, experts / GPUs rounded up; 0: even. ``primary`` [experts]: primary slots."""
+    has = np.bincount(primary // topology.slots_per_gpu(num_slots), minlength=topology.num_gpus)
+    return int(np.maximum(has - -(-len(primary) // topology.num_gpus), 0).sum())
+
+
+def uneven_layers(expert_map: ExpertMap, topology: Topology) -> np.ndarray:
+    """int64: the layers of ``expert_map`` that allow no even choice."""
+    of_layers = primaries_of(expert_map.logical_to_all_physical(), topology, expert_map.num_slots)
+    return np.flatnonzero([over_share(primary, topology, expert_map.num_slots) for primary in of_layers])
 
 
 def most_tokens(num_experts: int, top_k: int, num_gpus: int, own_tokens: bool) -> int:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError, missing_package
 from sglang_eplb_affinity.domain.reading import MAX_BYTES, name_of, read_bytes, text_of
 
 MAX_ELEMENTS = 1 << 28
@@ -41,9 +41,6 @@ def read_content(path: str | os.PathLike[str], source: str | None = None) -> Any
     return parse_json(text, source)
 
 
-SIMULATE = "`pip install '.[simulate]'` in the checkout brings what YAML files and simulations need"
-
-
 def parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
@@ -59,7 +56,7 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         import yaml
     except ImportError:
-        raise InputError(f"{source}: needs the package PyYAML, which is not installed; {SIMULATE}") from None
+        raise missing_package(source, "PyYAML", "simulate") from None
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
@@ -162,7 +159,7 @@ def _torch_load(data: bytes, source: str) -> Any:
     try:
         import torch
     except ImportError:
-        raise InputError(f"{source}: reading it needs torch, which is not installed") from None
+        raise missing_package(source, "PyTorch", "dumps") from None
     try:
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception:  # torch raises many types on foreign files

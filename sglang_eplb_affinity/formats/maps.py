@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sglang_eplb_affinity.domain.content import read_content
-from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError, missing_package
 from sglang_eplb_affinity.domain.expert_map import ExpertMap, map_rows
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.domain.reading import name_of
@@ -117,7 +117,7 @@ def _save_pt(expert_map: ExpertMap, path: Path) -> None:
     try:
         import torch
     except ImportError:
-        raise InputError(f"{path}: writing .pt needs torch, which is not installed") from None
+        raise missing_package(str(path), "PyTorch", "dumps") from None
     buffer = io.BytesIO()
     ids = torch.from_numpy(expert_map.physical_to_logical.astype(np.int64))
     torch.save({"physical_to_logical_map": ids}, buffer)

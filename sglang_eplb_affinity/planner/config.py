@@ -36,7 +36,8 @@ class PlannerConfig:
     ``shift_weight``: of what a GPU's load would deviate by in the windows before this one (``RoutingWindow.earlier``),
     against dispatch; multiplies the measured default. 0: the window alone counts.
     ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it. ``primary``
-    becomes the rule of a server's large passes.
+    becomes the rule of a server's large passes, and sets ``even_primaries``.
+    ``even_primaries``: every map allows as many primary slots on each GPU, whatever that costs (even_primaries.py).
     ``incremental``: improve the current map instead of planning anew; only experts that pay for their move are moved.
     ``warm_start``: the search starts from the current map, less hot, wherever that costs less than EPLB's: a plan then
     refines it and moves less. A layer for which that fails is planned anew.
@@ -64,6 +65,7 @@ class PlannerConfig:
     shift_weight: float = 1.0
     effort: Effort = "fast"
     dispatch: DispatchRule = "cover"
+    even_primaries: bool = False
     seed: int = 0
     incremental: bool = False
     warm_start: bool = False
@@ -85,6 +87,8 @@ class PlannerConfig:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"planner: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.dispatch == "primary":
+            object.__setattr__(self, "even_primaries", True)
         object.__setattr__(self, "dispatch", planned_rule(self.dispatch))
         if self.prefill_share is not None and not 0.0 <= self.prefill_share <= 1.0:
             raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")

@@ -11,6 +11,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.budget import SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.earlier_windows import earlier_of
+from sglang_eplb_affinity.planner.even_primaries import lost_evenness, with_even_primaries
 from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
 from sglang_eplb_affinity.planner.layer_problem import LayerProblem, problem_of
 from sglang_eplb_affinity.planner.layer_search import search_layer, thin
@@ -91,9 +92,23 @@ def plan_layer(
     def result(slots: np.ndarray, fallback: str, judged: Judgement) -> LayerPlan:
         return LayerPlan(slots, fallback, by_eplb, judged, in_use, limit)
 
+    def even(row: np.ndarray) -> np.ndarray:
+        """``row`` as ``even_primaries`` asks; the cheapest way within the load cap, where there is one."""
+        if not config.even_primaries:
+            return row
+
+        def rank(changed: np.ndarray) -> tuple[float, ...]:
+            judged = judged_of(changed)
+            lost = survives_better(row, changed, counts, topology, config.survive)
+            return float(lost), max(judged.load - limit, 0.0), judged.objective
+
+        return with_even_primaries(row, counts, tokens, topology, rank)
+
     def unless_in_use_is_better(slots: np.ndarray, fallback: str, judged: Judgement) -> LayerPlan:
-        survives = config.survive == "none"  # what is in force may not
-        if survives and in_use is not None and in_use.objective <= judged.objective and in_use.load <= judged.load:
+        stays = config.survive == "none"  # what is in force may not survive, and may not be even
+        if config.even_primaries and current is not None:
+            stays = stays and not lost_evenness(slots, current, len(counts), topology)
+        if stays and in_use is not None and in_use.objective <= judged.objective and in_use.load <= judged.load:
             assert current is not None
             return result(current, IN_USE_BETTER, in_use)
         return result(slots, fallback, judged)
@@ -103,8 +118,11 @@ def plan_layer(
         by_parted = judged_of(parted)
         if config.survive != "none" or (by_parted.cost <= by_eplb.cost and by_parted.load <= limit):
             kept, by_kept = parted, by_parted
+        if config.even_primaries:
+            kept = even(kept)
+            by_kept = judged_of(kept)
     if not len(tokens):
-        return result(kept, NO_AFFINITY, by_kept)
+        return unless_in_use_is_better(kept, NO_AFFINITY, by_kept)
 
     problem = problem_of(counts, tokens, eplb, current, topology, config, budget, layer, earlier.shares)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
@@ -122,10 +140,14 @@ def plan_layer(
             if not config.keeps_current:  # what only moves slots may have put both replicas on one node
                 found = with_survivors(found, counts, topology, config.survive)
             if current is not None:
-                settled = _settle(found, current, problem, topology, config)
+                settled = _settle(even(found), current, problem, topology, config)
+                if settled is None and config.even_primaries:
+                    settled = _settle(found, current, problem, topology, config)  # fewer moves
                 if settled is None:
                     return MOVE_CAP
                 found = settled
+            else:
+                found = even(found)
             judged = judged_of(found)
             lighter = judged.load < by_kept.load - 0.005
             over = max(judged.load - cap, judged.load_p95 - p95_cap)
@@ -201,12 +223,14 @@ def unless_little_gain(
 ) -> LayerPlan:
     """``result``, or the map in use where that gains less than ``PlannerConfig.minimum_gain`` asks for.
 
-    Replicas that are missing for the loss of a rank or node are made whatever they gain.
+    Replicas that are missing for the loss of a rank or node, or for even primaries, are made whatever they gain.
     """
     if current is None or config.minimum_gain is None or result.planned is None or result.current is None:
         return result
     if worth_moving(result.current, result.planned, result.load_cap, config.minimum_gain):
         return result
     if survives_better(result.slots, current, counts, topology, config.survive):
+        return result
+    if config.even_primaries and lost_evenness(result.slots, current, len(counts), topology):
         return result
     return replace(result, slots=current, fallback=LITTLE_GAIN, planned=result.current)

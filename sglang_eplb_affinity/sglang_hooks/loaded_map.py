@@ -15,6 +15,7 @@ import numpy as np
 
 from sglang_eplb_affinity.dispatch.evaluate import moved_experts
 from sglang_eplb_affinity.dispatch.map_figures import MapFigures
+from sglang_eplb_affinity.dispatch.primaries import uneven_layers
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -63,6 +64,9 @@ def load(settings: Settings, model_config: Any, ep_rank: int) -> Any | None:
     if initial:
         process.loaded_map = LoadedMap(initial[0], loaded, settings.topology, settings.rule)
         process.loaded_map.log_loaded()
+        uneven = uneven_layers(loaded, settings.topology) if settings.table_rule == "primary" else ()
+        if len(uneven):
+            logger.info("[eplb-affinity] %d layers of the map allow no even choice of primary slots", len(uneven))
     return metadata_of(loaded, settings.topology, settings.table_rule, settings.device, ep_rank)
 
 

@@ -49,16 +49,14 @@ def _is_cuda() -> bool:
 def gains_by_cover(args: ServerArguments) -> bool:
     """Whether `cover` is the better default: our maps, replicas to choose from, and a token sent once per destination.
 
-    That is DeepEP's normal mode, and DeepEP V2 in prefill and decode. The low-latency mode sends a copy per expert, so
-    `auto` keeps SGLang's `static`.
+    That is DeepEP's normal mode, and DeepEP V2 over several hosts and in a prefill server. Within a host V2's decode
+    gains nothing by it and pays for every slot that is read (docs/capacity_planning.md). The low-latency mode sends a
+    copy per expert, so `auto` keeps SGLang's `static`.
     """
-    joins_copies = (args.moe_a2a_backend, args.deepep_mode) == ("deepep", "normal")
-    return (
-        is_ours(args)
-        and args.ep_num_redundant_experts > 0
-        and (joins_copies or args.moe_a2a_backend == "deepep_v2")
-        and _our_rules_run(args)
+    joins_copies = (args.moe_a2a_backend, args.deepep_mode) == ("deepep", "normal") or (
+        args.moe_a2a_backend == "deepep_v2" and (args.nnodes > 1 or args.disaggregation_mode == "prefill")
     )
+    return is_ours(args) and args.ep_num_redundant_experts > 0 and joins_copies and _our_rules_run(args)
 
 
 def replaces_counts(args: ServerArguments) -> bool:

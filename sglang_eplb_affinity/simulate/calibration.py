@@ -1,13 +1,14 @@
 """Time of one dispatch or combine from the bytes on each link, with constants fitted to DeepEP measurements.
 
     t = base + fill * bytes of a copy / NVLink rate + per_peer * NVLink peers + (rdma_base if RDMA is used)
-        + (copies ** 4 + nvlink ** 4 + channels ** 4 + wire ** 4 + rdma ** 4) ** (1/4)
+        + (copies ** 4 + nvlink ** 4 + channels ** 4 + wire ** 4 + rdma ** 4 + rows ** 4) ** (1/4)
 
     copies = tokens * per_token + copies * per_copy         work of the kernels for each token and copy of any size
     nvlink = source bytes / source rate + bytes of copies / rate                     what the kernels' SMs move
     channels = (copies to the busiest GPU beyond its buffers) * (bytes / rate + per_copy)
     wire   = bytes over NVLink / rate                                                what the link carries
     rdma   = bytes over RDMA / rate
+    rows   = per_row * the most experts of one token on one GPU   DeepEP V2's combine adds them up one after another
 
 where copies and bytes are those of the busiest GPU (and NIC) of the batch. They overlap: the slowest decides, and
 the fourth-power sum adds a little where two are near. Channels: DeepEP deals its SMs out evenly to destinations (in
@@ -18,7 +19,7 @@ takes the first copies. Fitted by :mod:`.calibrate`; constants in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -71,6 +72,7 @@ class PhaseConstants:
     channel_buffer_copies: float = 0.0
     channel_local_share: float = 1.0
     engine_us: float = 0.0
+    per_row_us: float = 0.0
 
     @property
     def has_channels(self) -> bool:
@@ -103,7 +105,8 @@ class LinkBytes:
     """Bytes of the busiest GPU and NIC in one phase, and who they are. -1: nobody (the link is not used).
 
     ``tokens`` are those of each GPU, ``copies`` those of the busiest one; ``received`` the copies that arrive at the
-    busiest; ``wire`` the bytes that really cross NVLink, into or out of one GPU.
+    busiest; ``wire`` the bytes that really cross NVLink, into or out of one GPU; ``most_rows`` the most experts of one
+    token on one GPU.
     """
 
     nvlink: float
@@ -114,6 +117,7 @@ class LinkBytes:
     copies: float = 0.0
     wire: float = 0.0
     received: float = 0.0
+    most_rows: float = 0.0
     nvlink_gpu: int = -1
     nvlink_direction: str = ""
     rdma_gpu: int = -1
@@ -146,8 +150,10 @@ def phase_time(
         size = load.source / load.tokens
         us += constants.fill_tokens * size / (constants.nvlink_gb_per_s * nvlink_scale * 1e3)
     channels = constants.channels_us(load, nvlink_scale)
-    transfer = sum(term**OVERLAP_POWER for term in (copies, nvlink, channels, wire, rdma)) ** (1 / OVERLAP_POWER)
-    if transfer < us:
+    rows = constants.per_row_us * load.most_rows
+    terms = (copies, nvlink, channels, wire, rdma, rows)
+    transfer = sum(term**OVERLAP_POWER for term in terms) ** (1 / OVERLAP_POWER)
+    if transfer < us or rows >= max(terms):
         slowest = "latency"
     elif rdma > max(nvlink, channels, wire, copies):
         slowest = f"RDMA {load.rdma_direction} GPU {load.rdma_gpu}"
@@ -159,7 +165,7 @@ def phase_time(
 
 def link_bytes(
     counters: np.ndarray, mode: str, phase: str, bytes_per_copy: float, tokens_per_gpu: float, peers: int,
-    constants: PhaseConstants | None = None,
+    constants: PhaseConstants | None = None, most_rows: int = 0,
 ) -> LinkBytes:  # fmt: skip
     """Bytes of the busiest links from ``counters`` [NUM_COUNTERS, gpus]; combine sends dispatch's copies back."""
     constants = constants or PhaseConstants(0.0, 0.0)
@@ -186,7 +192,7 @@ def link_bytes(
     rdma, rdma_gpu, rdma_direction = _busiest(rdma_in, rdma_out, names)
     return LinkBytes(
         nvlink * bytes_per_copy, rdma * bytes_per_copy, tokens_per_gpu * bytes_per_copy, peers, tokens_per_gpu, nvlink,
-        wire, float(received.max()), nvlink_gpu, nvlink_direction, rdma_gpu, rdma_direction,
+        wire, float(received.max()), float(most_rows), nvlink_gpu, nvlink_direction, rdma_gpu, rdma_direction,
     )  # fmt: skip
 
 
@@ -195,23 +201,6 @@ def _busiest(inward: np.ndarray, outward: np.ndarray, names: tuple[str, str]) ->
     if inward[into] >= outward[out]:
         return float(inward[into]), into, names[0]
     return float(outward[out]), out, names[1]
-
-
-def assumed_v2(normal: PhaseConstants, low_latency: PhaseConstants) -> PhaseConstants:
-    """DeepEP V2's constants where nobody has measured them: an assumption, made of V1's.
-
-    What V2 moves is what normal mode moves (impls/{hybrid_,}{dispatch,combine}.cuh: one copy for each scale-out rank,
-    from there one for each rank of it), at normal mode's rates; every warp takes tokens to any destination, so there
-    are no channels, no pipeline to fill and no cost of each peer but low-latency mode's. Its latency is low-latency
-    mode's, and over RDMA that of one NVLink hop more. In decode nobody waits for counts on the CPU; what prefill waits
-    is normal mode's.
-    """
-    hop = min(low_latency.base_us, normal.base_us)
-    return replace(
-        normal, base_us=hop, rdma_base_us=low_latency.base_us + low_latency.rdma_base_us,
-        per_peer_us=low_latency.per_peer_us, fill_tokens=0.0,
-        channel_gb_per_s=0.0, channel_copy_ns=0.0, channel_buffer_copies=0.0, channel_local_share=1.0,
-    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -226,7 +215,4 @@ def load_calibration(name: str) -> Calibration:
         raise InputError(f"cluster.calibration: {name!r} is not one of {', '.join(sorted(data))}")
     entry = data[name]
     phases = {key: PhaseConstants(**values) for key, values in entry["phases"].items()}
-    for phase in ("dispatch", "combine"):
-        if f"v2.{phase}" not in phases:
-            phases[f"v2.{phase}"] = assumed_v2(phases[f"normal.{phase}"], phases[f"low_latency.{phase}"])
     return Calibration(name, entry["nvlink_gb_per_s"], entry["rdma_gb_per_s"], tuple(entry["sources"]), phases)

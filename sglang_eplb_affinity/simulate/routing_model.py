@@ -21,8 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.content import SIMULATE
-from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.domain.errors import InputError, missing_package
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.system import Model
@@ -48,7 +47,7 @@ def fit_layer(ids: np.ndarray, num_experts: int, groups: int = GROUPS, seed: int
     try:
         from scipy.cluster.vq import kmeans2
     except ImportError:
-        raise InputError(f"routing of a model: needs the package SciPy, which is not installed; {SIMULATE}") from None
+        raise missing_package("routing of a model that was not recorded", "SciPy", "simulate") from None
 
     hot = np.zeros((len(ids), num_experts), np.float32)
     np.put_along_axis(hot, ids.astype(np.int64), 1.0, axis=1)

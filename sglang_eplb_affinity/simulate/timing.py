@@ -66,7 +66,7 @@ class TimeModel:
         times = []
         for phase, size in (("dispatch", model.dispatch_bytes), ("combine", model.combine_bytes)):
             constants = self.calibration.phases[f"{mode}.{phase}"]
-            load = link_bytes(counters, mode, phase, size, tokens, peers, constants)
+            load = link_bytes(counters, mode, phase, size, tokens, peers, constants, traffic.most_rows)
             time = phase_time(constants, load, self._nvlink_scale, self._rdma_scale)
             waits = mode == "normal" or prefill  # DeepEP V2's decode does not wait for counts on the CPU
             times.append(PhaseTime(time.us + constants.engine_us * waits, time.slowest_link))

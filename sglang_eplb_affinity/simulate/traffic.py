@@ -35,11 +35,13 @@ class BatchTraffic:
     ``LATENCY_NVLINK_*`` count copies within a node, those of a GPU to itself included; ``OWN_NODE_TOKENS`` the tokens
     that need at least one GPU of their own node; ``NORMAL_FORWARDED`` the copies that a GPU hands out in its node
     (of its own tokens and of those that came over RDMA), to itself too; ``LATENCY_LOCAL`` a GPU's copies to itself.
+    ``most_rows``: the most experts that one token has on one GPU, rows that its one copy stands for there.
     """
 
     counters: np.ndarray
     slot_load: np.ndarray
     num_tokens: int
+    most_rows: int = 0
 
     @property
     def gpu_load(self) -> np.ndarray:
@@ -65,13 +67,14 @@ class BatchTraffic:
 
 @kernel
 def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_nodes, rule, counters, slot_load):  # type: ignore[no-untyped-def]
-    """Add all tokens int16 [T, k] from source int32 [T] to counters and slot_load."""
+    """Add all tokens int16 [T, k] from source int32 [T] to counters and slot_load; the most rows of a copy."""
     num_gpus = counters.shape[1]
     k = tokens.shape[1]
     gpu_mark = np.full(num_gpus, -1, np.int64)
     node_mark = np.full(num_nodes, -1, np.int64)
     seen_gpu = np.full(num_gpus, -1, np.int64)
     seen_node = np.full(num_nodes, -1, np.int64)
+    rows, most_rows = np.zeros(num_gpus, np.int64), 0
     free = np.empty(table.shape[1], np.int64)
     slots = np.empty(k, np.int64)
     static = slots_of_sources(table, replicas, num_gpus, slots_per_gpu, gpus_per_node, rule, True)
@@ -110,7 +113,7 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
                     counters[NORMAL_RDMA_OUT, home] += 1
                     counters[NORMAL_RDMA_IN, node * gpus_per_node + index] += 1
             if seen_gpu[gpu] != t:
-                seen_gpu[gpu] = t
+                seen_gpu[gpu], rows[gpu] = t, 0
                 counters[NORMAL_RECEIVED, gpu] += 1
                 forwarder = node * gpus_per_node + index
                 counters[NORMAL_FORWARDED, forwarder] += 1
@@ -118,6 +121,9 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
                     counters[NORMAL_LOCAL, gpu] += 1
                 elif forwarder != gpu:
                     counters[NORMAL_NVLINK_OUT, forwarder] += 1
+            rows[gpu] += 1
+            most_rows = max(most_rows, rows[gpu])
+    return most_rows
 
 
 def batch_traffic(
@@ -127,7 +133,7 @@ def batch_traffic(
     counters = np.zeros((NUM_COUNTERS, topology.num_gpus), np.int64)
     slot_load = np.zeros(expert_map.num_slots, np.int64)
     one = ExpertMap(expert_map.physical_to_logical[layer : layer + 1], expert_map.num_experts)
-    _count(
+    most_rows = _count(
         np.ascontiguousarray(tokens, dtype=np.int16),
         np.ascontiguousarray(source, dtype=np.int32),
         one.logical_to_all_physical()[0],
@@ -139,4 +145,4 @@ def batch_traffic(
         counters,
         slot_load,
     )
-    return BatchTraffic(counters, slot_load, len(tokens))
+    return BatchTraffic(counters, slot_load, len(tokens), int(most_rows))

@@ -1,7 +1,8 @@
 """A decode server with DeepEP V2 beside the setting that is recommended with V1.
 
-V2 (SGLang 0.5.23, ``--moe-a2a-backend deepep_v2``) sends a token once per rank in decode too, so fan-out pays there. It
-is compared and not recommended: its constants are assumptions where nobody has measured them (calibration.assumed_v2).
+V2 (SGLang 0.5.23, ``--moe-a2a-backend deepep_v2``) sends a token once per rank in decode too. It is compared and not
+recommended: its constants were measured on two GPUs of one host, and beyond it they are assumptions
+(bench.calibration.calibrate, ``assumed_v2``).
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ class V2Comparison:
 
         a, e = self.affinity.result, self.eplb.result
         return (
-            f"with DeepEP V2 (--moe-a2a-backend deepep_v2; assumed constants): EPLB {of(self.eplb)}, affinity with "
+            "with DeepEP V2 (--moe-a2a-backend deepep_v2; constants of 2 GPUs, assumed beyond): "
+            f"EPLB {of(self.eplb)}, affinity with "
             f"{a.redundant} redundant experts {of(self.affinity)}, {_text(self.over_eplb)} over EPLB, GPU fan-out "
             f"{e.gpu_fanout:.2f} to {a.gpu_fanout:.2f}; against the above ({of(self.v1)}): {_text(self.over_v1)}"
         )
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "constants": "assumed",
+            "constants": "measured on 2 GPUs of a host, assumed beyond",
             "eplb_step_ms": float(self.eplb.step_ms().mean()),
             "affinity_step_ms": float(self.affinity.step_ms().mean()),
             "redundant_experts": self.affinity.result.redundant,

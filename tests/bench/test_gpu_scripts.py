@@ -5,9 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
+from bench.__main__ import _load_names
 from bench.harness.engine import ROOT
+from bench.harness.profile import Profile
 
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
@@ -78,3 +85,49 @@ def test_a_share_without_gpus_is_refused() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert "error: share.sh: share 0 of 2 is empty: the host has GPUs '0'" in done.stderr
+
+
+@pytest.mark.parametrize(("plan", "runs"), [("costs", 4), ("ep4", 2)])
+def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Path) -> None:
+    checkout(tmp_path)
+    (tmp_path / "work" / "results").mkdir(parents=True)
+    work = {"WORK": f"{tmp_path}/work", "CARRY": f"{tmp_path}/work/carry", "START": str(int(time.time()))}
+    done = script(tmp_path, f"bench/gpu/plans/{plan}.sh", REHEARSE="1", PYTHON="python3", **work)
+    assert done.returncode == 0 and "over" in done.stdout, done.stdout + done.stderr
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len(calls) == runs and all("--rehearse" in call for call in calls)
+    for call in calls:
+        options = dict(pairwise(call))
+        profile = Profile.named(options["--profile"])
+        profile = profile.with_poisson(float(options["--rate"])) if "--rate" in options else profile
+        assert _load_names(options.get("--loads"), profile)
+
+
+FAKE_NCCL = """
+#include <stddef.h>
+int ncclCommQueryProperties(void *communicator, char *found) {
+    if (communicator) return 5;
+    *(int *)(found + 36) = 0; *(int *)(found + 48) = 0; /* ginType and railedGinType of NCCL 2.30: none */
+    return 0;
+}
+"""
+ASKING = """
+import ctypes, struct
+properties = ctypes.create_string_buffer(struct.pack("@NII", 56, 1, 23004).ljust(56, bytes([255])))
+query = ctypes.CDLL(None).ncclCommQueryProperties
+print(query(None, properties), *struct.unpack_from("@i", properties, 36), *struct.unpack_from("@i", properties, 48))
+print(query(ctypes.c_void_p(1), properties))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_a_host_without_gin_opens_buffers_of_deepep_v2(tmp_path: Path) -> None:
+    (tmp_path / "nccl" / "lib").mkdir(parents=True)
+    (tmp_path / "fake.c").write_text(FAKE_NCCL)
+    library = tmp_path / "nccl" / "lib" / "libnccl.so.2"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "fake.c"], check=True)
+    found = subprocess.run(
+        ["bash", "bench/gpu/v2.sh", sys.executable, "-c", ASKING],
+        cwd=ROOT, env={**os.environ, "V2": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout == "0 2 2\n5\n"

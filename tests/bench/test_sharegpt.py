@@ -36,13 +36,23 @@ def test_first_turns_begin_with_a_human_and_have_an_answer() -> None:
     ]
 
 
+def test_prompts_alone_and_chat_messages_are_read_too(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "short"}, {"role": "user", "content": "five"}]
+    entries = [{"prompt": "six"}, {"messages": chat}, {"prompt": ["seven"]}, {"messages": chat[:1]}, {"messages": "x"}]
+    assert sharegpt.first_turns(entries) == [sharegpt.Turn("six", ""), sharegpt.Turn("five", "")]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, entries[2:])))
+    with pytest.raises(InputError, match=r'mine\.jsonl: none of 3 entries has a prompt; one is \{"prompt": "\.\.\."\}'):
+        sharegpt.read_turns(file)
+
+
 def test_json_lines_are_read_too(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     file.write_text("\n".join(map(json.dumps, CONVERSATIONS)) + "\n\n")
     assert sharegpt.load(file) == CONVERSATIONS
 
 
-@pytest.mark.parametrize("content", ["", "no json", '{"id": 1}\n{broken'])
+@pytest.mark.parametrize("content", ["", "no json", '{"id": 1}\n{broken', '{"id": 1}\n7'])
 def test_useless_files_are_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "sharegpt.json"
     file.write_text(content)

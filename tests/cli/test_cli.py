@@ -219,3 +219,14 @@ def test_plan_within_a_memory_budget_and_evaluate_without_a_rank(trace, tmp_path
     ):
         failed = run(*wrong)
         assert isinstance(failed.exception, InputError) and flag in str(failed.exception)
+
+
+def test_plan_says_which_maps_of_eplb_allow_no_even_primaries(tmp_path: Path) -> None:
+    trace = Path(__file__).parents[2] / "bench/data/tiny_moe_plan.npz"
+    for algorithm, says in (("deepseek", True), ("affinity", False)):
+        done = run(
+            "plan", "--trace", trace, "--gpus", 8, "--redundant", 8, "--algorithm",
+            algorithm, "--dispatch", "primary", "--effort", "fast", "--out", tmp_path / "map.json",
+        )  # fmt: skip
+        assert done.exit_code == 0
+        assert ("6 of 6 layers allow no even choice" in done.output) == says

@@ -76,7 +76,10 @@ def test_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     code += "from sglang_eplb_affinity.cli import main; sys.argv[1:] = ['monitor', 'a:1']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert done.stderr == "error: monitor needs rich: pip install 'sglang-eplb-affinity[monitor]'\n"
+    assert (
+        done.stderr
+        == "error: monitor: needs rich, which is not installed: `pip install '.[monitor]'` in the checkout\n"
+    )
 
 
 def drawn(servers: list[ServerHistory], width: int) -> str:

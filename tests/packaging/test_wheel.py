@@ -1,5 +1,6 @@
 """What `pip install .` brings: the offline tools, and nothing of the benchmark."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -72,9 +73,24 @@ def test_offline_tools_import_nothing_else(wheel: Path) -> None:
         "import sglang_eplb_affinity\n"
         "print(sglang_eplb_affinity.__file__)\n"
         "assert FIRST_STEPS.count('\\n') < 11 and 'demo' in FIRST_STEPS\n"
-        "sys.argv = ['x', 'recommend', '--trace', 'x.npz', '--topology', 'deepseek-v3-h200']\n"
-        "main()\n"
+        "recommend = ['recommend', '--trace', 'x.npz', '--topology', 'deepseek-v3-h200']\n"
+        "for argv in (recommend, ['inspect', '--dump', 'd.pt']):\n"
+        "    sys.argv[1:] = argv\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 2, end.code\n"
+        "import numpy as np\n"
+        "from sglang_eplb_affinity.simulate.routing_model import fit_layer\n"
+        "fit_layer(np.zeros((4, 2), np.int16), 4)\n"
     )
+    with zipfile.ZipFile(wheel.parent / "d.pt", "w") as archive:
+        archive.writestr("d/data.pkl", b"")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=wheel.parent)
     assert str(wheel) in done.stdout, done.stderr
-    assert done.returncode == 2 and "PyYAML, which is not installed; `pip install" in done.stderr
+    errors = [line for line in done.stderr.splitlines() if ", which is not installed: `pip install '.[" in line]
+    assert [re.findall(r"needs (\w+).*\[(\w+)\]", line) for line in errors] == [
+        [("PyYAML", "simulate")],
+        [("PyTorch", "dumps")],
+        [("SciPy", "simulate")],
+    ], done.stderr

@@ -194,7 +194,7 @@ def test_deepep_v2_is_served_direct_and_hybrid_and_what_cannot_be_is_refused_in_
     results: dict[str, dict],
 ) -> None:
     rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in ("v2", "v2 hybrid", "v2 primary")}
-    assert rules == {"v2": "cover", "v2 hybrid": "cover", "v2 primary": "primary"}, results
+    assert rules == {"v2": "static", "v2 hybrid": "static", "v2 primary": "primary"}, results
     refused = {
         "v2 elastic": "--ep-dispatch-algorithm cover: works on cuda and cpu without --elastic-ep-backend",
         "v2 mode": "--expert-distribution-recorder-mode per_token: --eplb-algorithm affinity needs mode stat",

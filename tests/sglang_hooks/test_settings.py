@@ -10,6 +10,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
 from sglang_eplb_affinity.sglang_hooks.settings import Settings, num_groups_of
+from sglang_eplb_affinity.sglang_hooks.topk_flags import gains_by_cover
 from tests.sglang_hooks.arguments import TEXT, server_arguments
 
 
@@ -84,3 +85,19 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
     for mode, phase in (("null", "both"), ("prefill", "prefill"), ("decode", "decode")):
         assert Settings.of(server_arguments(disaggregation_mode=mode)).recording.phase == phase
     assert Settings.of(server_arguments(eplb_affinity_phase="decode")).recording.phase == "decode"
+
+
+@pytest.mark.parametrize(
+    ("flags", "cover"),
+    [
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "normal"}, True),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto"}, False),
+        ({"moe_a2a_backend": "deepep_v2"}, False),
+        ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "decode"}, False),
+        ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "prefill"}, True),
+        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2}, True),
+        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "ep_num_redundant_experts": 0}, False),
+    ],
+)
+def test_cover_is_the_default_where_fanout_pays(flags: dict, cover: bool) -> None:
+    assert gains_by_cover(server_arguments(**flags)) is cover

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.calibration import calibrate
+from bench.calibration.measured import measured_points
 from bench.calibration.published import Point, published_points, random_tokens
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.calibration import (
@@ -60,18 +61,32 @@ def test_measured_points_and_stored_constants():
     )  # fmt: skip
 
 
-def test_assumed_constants_of_v2():
-    """At a fan-out of 8 V2 moves what low latency moves; at 1 an eighth of it. Decode does not wait on the CPU."""
-    phases = load_calibration("h200-cx7").phases
-    v2, low, normal = (phases[f"{mode}.dispatch"] for mode in ("v2", "low_latency", "normal"))
-    assert v2.base_us == min(low.base_us, normal.base_us) and not v2.has_channels and v2.fill_tokens == 0
-    assert v2.base_us + v2.rdma_base_us == pytest.approx(2 * low.base_us + low.rdma_base_us)
-    assert (v2.nvlink_gb_per_s, v2.rdma_gb_per_s) == (normal.nvlink_gb_per_s, normal.rdma_gb_per_s)
+def test_constants_of_v2():
+    """At a fan-out of 8 V2 moves what low latency moves; at 1 an eighth of it, and its combine adds up eight rows."""
+    for name, nvlink in (("h200-cx7", 450.0), ("gb200-nvl72", 900.0)):
+        phases = load_calibration(name).phases
+        dispatch, combine, low = phases["v2.dispatch"], phases["v2.combine"], phases["low_latency.dispatch"]
+        assert not dispatch.has_channels and dispatch.fill_tokens == 0
+        assert dispatch.rdma_base_us == pytest.approx(low.base_us + low.rdma_base_us)
+        assert dispatch.wire_gb_per_s == pytest.approx(0.85 * nvlink) and dispatch.engine_us > 0 == combine.engine_us
+        assert combine.per_row_us > 4 * dispatch.per_row_us
     counters = np.zeros((NUM_COUNTERS, 8))
     counters[LATENCY_NVLINK_OUT] = counters[LATENCY_NVLINK_IN] = 8 * 128
     counters[NORMAL_RECEIVED] = counters[NORMAL_FORWARDED] = 128
-    assert link_bytes(counters, "v2", "dispatch", 100, 128, 7, v2).nvlink == 128 * 100
+    few = link_bytes(counters, "v2", "dispatch", 100, 128, 7, most_rows=8)
+    assert few.nvlink == 128 * 100 and few.most_rows == 8
     assert link_bytes(counters, "low_latency", "dispatch", 100, 128, 7).nvlink == 8 * 128 * 100
+    one, eight = (phase_time(combine, dataclasses.replace(few, most_rows=rows)) for rows in (1, 8))
+    assert eight.us > one.us and eight.slowest_link == "latency"
+
+
+def test_measured_points_of_v2_are_near_but_for_its_combine():
+    data = json.loads((MEASURED[0].parent / "h200-x2-v2.json").read_text())
+    for phase, most, hidden in (("dispatch", 12, (2048, 4096, 7168)), ("combine", 30, (7168,))):
+        constants = load_calibration("h200-cx7").phases[f"v2.{phase}"]
+        points = measured_points(data, f"v2.{phase}", constants.local_share, constants.channel_local_share)
+        rows = calibrate.compare([p for p in points if any(f"hidden {h}," in p.label for h in hidden)], constants)
+        assert len(rows) == 110 * len(hidden) and max(abs(row.error_pct) for row in rows) <= most
 
 
 def test_fit_recovers_known_constants():

@@ -52,6 +52,8 @@ def test_kernel_equals_reference(trace, rule, gpus, nodes, slots):
     found = t.batch_traffic(ids[:, 0], source, expert_map, 0, topology, rule)
     np.testing.assert_array_equal(found.counters, plain_count(physical, source, topology, slots))
     np.testing.assert_array_equal(found.slot_load, np.bincount(physical.ravel(), minlength=slots))
+    of_gpu = physical // (slots // gpus)
+    assert found.most_rows == max(np.bincount(row).max() for row in of_gpu)
 
 
 def test_totals_are_consistent(trace):

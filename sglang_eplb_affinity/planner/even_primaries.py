@@ -1,0 +1,107 @@
+"""Maps that allow every GPU as many primary slots as any other (dispatch/primaries.py).
+
+A map allows it unless some set of GPUs holds all replicas of more experts than its share (Hall's theorem). Every map of
+every shape can be mended, by as many changed slots as there are experts over the share, and by no fewer: let S be the
+GPUs that chains of moves from an overfull GPU reach. All replicas of S's experts are in S, so some GPU outside of S
+has fewer primaries than its share, and hence a slot that is not primary. Given one of S's experts, that slot takes the
+end of a chain; what it held keeps its primary slot. One slot moves at most one expert, so fewer do not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from sglang_eplb_affinity.dispatch.primaries import over_share, primaries_of
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
+
+JUDGED = 6  # candidates of a step that are judged on the sample, of each order
+
+
+def with_even_primaries(
+    row: np.ndarray, counts: np.ndarray, tokens: np.ndarray, topology: Topology,
+    rank: Callable[[np.ndarray], tuple[float, ...]],
+) -> np.ndarray:  # fmt: skip
+    """``row`` int32 [slots] with as few slots changed that no GPU has more primaries than its share.
+
+    counts int64 [experts]; tokens int16 [T, k], for what moves where. Each step swaps a slot of an overfull set of GPUs
+    with one that is not primary, or gives that one to it, whichever of the likeliest has the lowest ``rank``.
+    """
+    out = row.copy()
+    pairs: np.ndarray | None = None
+    while True:
+        primary = _primaries(out, len(counts), topology)
+        if not over_share(primary, topology, len(out)):
+            return out
+        if pairs is None:
+            pairs = _pairs(tokens, len(counts))
+        out = min(_likeliest(out, primary, counts, pairs, topology), key=rank)
+
+
+def lost_evenness(planned: np.ndarray, current: np.ndarray, num_experts: int, topology: Topology) -> bool:
+    """Whether ``current`` has more experts over a GPU's share of primaries than ``planned``, int32 [slots] both."""
+    over = [over_share(_primaries(row, num_experts, topology), topology, len(row)) for row in (planned, current)]
+    return over[0] < over[1]
+
+
+def _primaries(row: np.ndarray, num_experts: int, topology: Topology) -> np.ndarray:
+    table = ExpertMap(row[None], num_experts).logical_to_all_physical()
+    return np.asarray(primaries_of(table, topology, len(row))[0])
+
+
+def _pairs(tokens: np.ndarray, num_experts: int) -> np.ndarray:
+    """float32 [experts, experts]: tokens of the sample that chose both."""
+    chose = np.zeros((len(tokens), num_experts), np.float32)
+    at, column = np.nonzero(tokens >= 0)
+    chose[at, tokens[at, column]] = 1
+    return chose.T @ chose
+
+
+def _likeliest(
+    row: np.ndarray, primary: np.ndarray, counts: np.ndarray, pairs: np.ndarray, topology: Topology
+) -> Iterator[np.ndarray]:
+    """Rows after one step: those that shift the least load, and those whose experts fire most with their new GPU's."""
+    experts, per_gpu = len(counts), len(row) // topology.num_gpus
+    gpu_of = np.arange(len(row)) // per_gpu
+    holds = np.zeros((experts, topology.num_gpus), bool)
+    holds[row, gpu_of] = True
+    has = np.bincount(primary // per_gpu, minlength=topology.num_gpus)
+    share = -(-experts // topology.num_gpus)
+    closed = has > share
+    while True:  # the GPUs that chains of moves reach
+        reached = closed | holds[closed[primary // per_gpu]].any(0)
+        if (reached == closed).all():
+            break
+        closed = reached
+    spare = (has < share) & ~closed
+    free = np.flatnonzero(spare[gpu_of] & (primary[row] != np.arange(len(row))))
+    inside = np.flatnonzero(closed[gpu_of] & closed[primary[row] // per_gpu])
+    load = counts / np.bincount(row, minlength=experts)
+    near = pairs @ holds.astype(np.float32)  # [experts, gpus]
+    g, h = gpu_of[inside][:, None], gpu_of[free][None]
+    e, f = row[inside][:, None], row[free][None]
+    gained = near[e, h] - near[f, h]
+    after = load * np.bincount(row, minlength=experts)
+    less = after / np.maximum(np.bincount(row, minlength=experts) - 1, 1)
+    more = after / (np.bincount(row, minlength=experts) + 1)
+    swapped = np.where(holds[f, g], np.inf, np.abs(load[e] - load[f]))
+    taken = np.abs(more[e] - load[f]) + np.abs(less[f] - load[f]) + np.abs(load[e] - more[e])
+    seen: set[tuple[bool, int, int]] = set()
+    scale = max(float(np.abs(gained).max(initial=0)), 1e-9)
+    mean = counts.sum() / topology.num_gpus
+    for swaps, shift, worth in (
+        (True, swapped, gained + near[f, g] - near[e, g]), (False, np.broadcast_to(taken, swapped.shape), gained)
+    ):  # fmt: skip
+        for order in (shift, shift / mean - 0.1 * worth / scale):
+            for flat in np.argsort(order, axis=None, kind="stable")[:JUDGED].tolist():
+                i, j = divmod(flat, len(free))
+                if not np.isfinite(shift[i, j]) or (swaps, i, j) in seen:
+                    continue
+                seen.add((swaps, i, j))
+                new = row.copy()
+                new[free[j]] = row[inside[i]]
+                if swaps:
+                    new[inside[i]] = row[free[j]]
+                yield new
