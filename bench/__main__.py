@@ -64,9 +64,9 @@ _LOADS_HELP = (
 )
 @click.option("--arms", help=f"Comma-separated; known: {', '.join(ARMS)}. Default: the profile's.")
 @click.option("--concurrency", help="Comma-separated numbers of requests in flight. Default: the profile's.")
+@click.option("--loads", help=_LOADS_HELP)
 @click.option(
-    "--loads",
-    help=_LOADS_HELP,
+    "--rate", type=float, help="One more load, poisson: the main one's requests arriving at so many a second."
 )
 @click.option("--blocks", type=int, help="How often everything is measured. Default: the profile's.")
 @click.option("--model", help="Model path or hub id instead of the profile's.")
@@ -88,6 +88,7 @@ def run(
     arms: str | None,
     concurrency: str | None,
     loads: str | None,
+    rate: float | None,
     blocks: int | None,
     model: str | None,
     port: int | None,
@@ -109,7 +110,7 @@ def run(
         profile = replace(profile, server=replace(profile.server, port=_at_least(1, port, "--port")))
     arm_names = tuple(a.name for a in arms_named(_names(arms) if arms is not None else profile.arms))
     levels = _levels(concurrency) if concurrency is not None else profile.load.concurrency
-    profile = _at_levels(loads, profile)
+    profile = _at_levels(loads, profile if rate is None else profile.with_poisson(rate))
     load_names = _load_names(loads, profile)
     repeats = profile.blocks if blocks is None else _at_least(1, blocks, "--blocks")
     source = _source(profile, sharegpt_file)

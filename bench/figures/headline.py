@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.figures.compare import block_ratios, compare
+from bench.figures.cost_headlines import figures_of_costs
 from bench.figures.load_headlines import figures_of_loads
 from bench.figures.metrics import PLACEMENT
 from bench.figures.stats import noise_floor_pct
@@ -48,7 +49,8 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
     ``ARM.balancedness``, ``ARM.gpu_fanout``, ``ARM.node_fanout``: the placement served, median over rows, interval
     from the least to the largest row. On GPUs also the ratios of the affinity arm (and of ``cover``) to vanilla at the
     largest concurrency (interval over blocks) and, with an A/A arm, `bench.noise_floor_pct` (on 4 GPUs
-    `ep4.bench.noise_floor_pct`). A CPU run gives no speeds: they mean nothing.
+    `ep4.bench.noise_floor_pct`), which is of all concurrencies, and that of each metric at the largest; further loads
+    (load_headlines) and what EPLB costs by itself (cost_headlines). A CPU run gives no speeds: they mean nothing.
     """
     latest = folder.store.latest()
     records = [latest[cell] for cell in plan.cells() if cell in latest and not latest[cell].void]
@@ -63,7 +65,7 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
         named += [(f"{prefix}.{name}", values) for name, values in _speeds(main_load(frame), kind)]
         noise = f"{of_ranks(plan.profile.server.ranks)}bench"
         named += [(f"{noise}.{name}", values) for name, values in _noise(main_load(frame), kind)]
-        named += figures_of_loads(frame, plan, prefix)
+        named += figures_of_loads(frame, plan, prefix) + figures_of_costs(frame, plan)
     return [Figure(name=name, **values, **common) for name, values in named]
 
 
@@ -129,8 +131,14 @@ def _speeds(frame: pd.DataFrame, kind: str) -> list[_Row]:
 
 def _noise(frame: pd.DataFrame, kind: str) -> list[_Row]:
     rows: list[_Row] = []
-    noise = block_ratios(frame, "vanilla-again", "vanilla", list(HEADLINE))
-    if noise:
-        floor = round(noise_floor_pct(noise), 4)
-        rows.append(("noise_floor_pct", {"value": floor, "lower": floor, "upper": floor, "unit": "%", "kind": kind}))
+    if frame.empty:
+        return rows
+    largest = frame[frame["concurrency"] == frame["concurrency"].max()]
+    single = [(f".{metric.removesuffix('_ms')}", largest, [metric]) for metric in _RATIOS if metric in frame]
+    for name, of, metrics in [("", frame, list(HEADLINE)), *single]:
+        if noise := block_ratios(of, "vanilla-again", "vanilla", metrics):
+            floor = round(noise_floor_pct(noise), 4)
+            unit = f"%, at {of['concurrency'].max()} concurrent" if name else "%"
+            values = {"value": floor, "lower": floor, "upper": floor, "unit": unit, "kind": kind}
+            rows.append((f"noise_floor_pct{name}", values))
     return rows

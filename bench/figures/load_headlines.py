@@ -1,4 +1,4 @@
-"""Headline figures of a profile's further loads: full prefill passes, common decoding, what EPLB costs by itself."""
+"""Headline figures of a profile's further loads: full prefill passes, common decoding, requests that just arrive."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pandas as pd
 from bench.figures.compare import block_ratios, compare
 from bench.figures.stats import noise_floor_pct
 from bench.harness.links import Link
-from bench.harness.profile import DECODE, PREFILL
+from bench.harness.profile import DECODE, PREFILL, REQUESTS
 from bench.harness.run_folder import RunPlan
 
 Row = tuple[str, dict[str, Any]]
 
 _METRICS = {
+    REQUESTS: {"p50_ttft_ms": "p50_ttft", "p90_tpot_ms": "p90_tpot", "p95_itl_ms": "p95_itl", "qps": "qps"},
     PREFILL: {"full_prefill_ms": "full_prefill"},
     DECODE: {"decode_step_ms": "decode_step", "p90_tpot_ms": "p90_tpot", "p95_itl_ms": "p95_itl"},
 }
@@ -29,24 +30,11 @@ _NAMED = (
     ("decode.primaries.tpot", DECODE, ("primary",), "p90_tpot_ms", "none"),
 )
 _PRIMARIES_AT = 32  # requests a GPU
-# Tokens/s lost in decode passes: name, arm, the arm without it, metric, and what it is a part of.
-_DECODING = "without EPLB, in decode passes"
-_LOSSES = (
-    ("overhead.low_latency.decode_loss_pct", "affinity-idle", "plain", "decode_step_ms", _DECODING),
-    ("overhead.low_latency.decode_loss_pct.upstream", "vanilla-idle", "plain", "decode_step_ms", _DECODING),
-    (
-        "async.throughput_loss_pct",
-        "async-needless",
-        "affinity-idle",
-        "p50_tpot_ms",
-        "without rounds, one in 1000 passes",
-    ),
-)
 
 
 def figures_of_loads(frame: pd.DataFrame, plan: RunPlan, prefix: str) -> list[Row]:
     """``prefix``.LOAD.ARM.METRIC_ratio_to_BASELINE for every arm but the A/A one, LOAD with its concurrency where it
-    has several; the named figures; losses, per cent; and the noise floor of each load where the run has an A/A arm."""
+    has several; the named figures; and the noise floor of each load where the run has an A/A arm."""
     found: list[Row] = []
     for name in filter(None, plan.loads):
         rows, load = frame[frame["load"] == name], plan.profile.loads[name]
@@ -55,7 +43,7 @@ def figures_of_loads(frame: pd.DataFrame, plan: RunPlan, prefix: str) -> list[Ro
             where = f"{name}{level}" if len(load.concurrency) > 1 else name
             found += _ratios(cells, metrics, f"{prefix}.{where}", plan)
             found += _named(cells, load.kind, int(level), plan)
-        found += _noise(rows, list(metrics), f"{prefix}.{name}.noise_floor_pct", plan) + _losses(rows, plan)
+        found += _noise(rows, list(metrics), f"{prefix}.{name}.noise_floor_pct", plan)
     return found
 
 
@@ -79,18 +67,6 @@ def _named(cells: pd.DataFrame, kind: str, level: int, plan: RunPlan) -> list[Ro
             continue
         for row in compare(cells[cells["arm"].isin((arm, baseline))], baseline, [metric]).to_dict("records"):
             found.append((f"{name.replace('LINK', link.name)}_ratio_to_{baseline}", _values(row, plan)))
-    return found
-
-
-def _losses(rows: pd.DataFrame, plan: RunPlan) -> list[Row]:
-    found: list[Row] = []
-    for name, arm, without, metric, of in _LOSSES:
-        pair = rows[rows["arm"].isin((arm, without))]
-        for row in compare(pair, without, [metric]).to_dict("records"):
-            # A pass that takes r times as long makes 1/r of the tokens.
-            values = _values(row, plan)
-            loss = {key: round(100 * (1 - 1 / values[key]), 4) for key in ("value", "lower", "upper")}
-            found.append((name, {**values, **loss, "unit": f"% of tokens/s {of}"}))
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from bench.figures.rebalance_log import FAILED, UNCHANGED, LogSummary, mean_of
 from bench.figures.server_log import batch_lines, decode_steps, full_prefills, queue_metrics
@@ -11,6 +13,7 @@ from bench.figures.steady import (
     client_metrics,
     decode_metrics,
     decode_window,
+    in_flight,
     steady_metrics,
     steady_window,
 )
@@ -43,7 +46,11 @@ def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_
         window = decode_window(log)
         if window is None:
             return found
-        found |= decode_metrics(log, window, targets) | client_metrics(log, window) | decode_steps(server_log)
+        measured = decode_metrics(log.first(load.token_streams) if load.token_streams else log, window, targets)
+        if load.token_streams:  # the rate of a few of them
+            measured.pop("output_tokens_per_s", None)
+            measured["mean_concurrency"] = in_flight(log, window)
+        found |= measured | client_metrics(log, window) | decode_steps(server_log)
         return found | queue_metrics(lines, log.epoch + window.start, log.epoch + window.end)
     window = steady_window(log, concurrency, bool(load.request_rate))
     if window is None:
@@ -51,6 +58,10 @@ def latency_metrics(log: RequestLog, load: LoadConfig, concurrency: int, server_
     found |= steady_metrics(log, window, targets) | client_metrics(log, window)
     found |= queue_metrics(lines, log.epoch + window.start, log.epoch + window.end)
     return found | full_prefills(lines)
+
+
+def _p99(values: Sequence[float]) -> float | None:
+    return float(np.percentile(values, 99)) if values else None
 
 
 def placement_metrics(
@@ -61,7 +72,8 @@ def placement_metrics(
     ``*_initial``: the placement the server started with, on its first window. ``*_served``: the placement in use
     during the cell, on the traffic of the cell (mean over its rebalances after the first that moved experts).
     ``*_planned``: what the new maps promised on the windows they were planned on. ``probed``: the initial placement
-    of a server that never rebalances, measured on the warm-up prompts.
+    of a server that never rebalances, measured on the warm-up prompts. ``commit_ms_p99``: how long asynchronous rounds
+    stopped the server for a layer, over those of the cell that moved experts.
     """
     out: dict[str, float | int | None] = {
         "rebalances": len(cell.rebalances) or cell.upstream_ends,
@@ -71,6 +83,7 @@ def placement_metrics(
         "moved_experts": sum(r.moved_experts for r in cell.rebalances if r.moved),
         "plan_seconds": mean_of(cell.rebalances, "plan_seconds"),
         "rebalance_seconds": mean_of(cell.rebalances, "seconds"),
+        "commit_ms_p99": _p99([ms for r in cell.rebalances if r.moved for ms in r.commit_ms]),
     }
     life = server_life.rebalances
     before_cell = len(life) - len(cell.rebalances)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +15,7 @@ _RECORD = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})\s*$")
 # SGLang's own lines, one for each rank; they do not say whether any expert moved.
 _UPSTREAM_END = re.compile(r"^\[(?P<time>[\d-]+ [\d:.]+)(?P<rank>[^\]]*)\] \[EPLBManager\] rebalance end")
 
+WRONG_WEIGHTS = "holds wrong weights"  # verify.WRONG, without importing torch
 APPLIED, UNCHANGED, FAILED, SKIPPED = "applied", "unchanged", "failed", "skipped"
 
 
@@ -44,6 +45,12 @@ class Rebalance:
     reason: str | None = None  # why nothing was applied
     plan_seconds: float | None = None
     seconds: float | None = None
+    commit_ms: tuple[float, ...] = ()  # of an asynchronous round, for each layer: how long serving stopped for it
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Rebalance:
+        """From JSON, which has no tuples."""
+        return Rebalance(**{**values, "commit_ms": tuple(map(float, values.get("commit_ms", ())))})
 
     @property
     def moved(self) -> bool:
@@ -56,6 +63,7 @@ class LogSummary:
     rebalances: tuple[Rebalance, ...]
     upstream_ends: int  # rebalances that SGLang itself reports as ended, counted on its first rank
     malformed: int = 0  # lines of ours that could not be read
+    wrong_weights: int = 0  # checks of weights that found a slot with another expert's than the map says
 
     def with_result(self, result: str) -> int:
         return sum(r.result == result for r in self.rebalances)
@@ -84,7 +92,7 @@ def parse_log(text: str) -> LogSummary:
                 found.append(record)
         elif match := _UPSTREAM_END.match(line):
             ends[match.group("rank")] = ends.get(match.group("rank"), 0) + 1
-    return LogSummary(tuple(found), max(ends.values(), default=0), malformed)
+    return LogSummary(tuple(found), max(ends.values(), default=0), malformed, text.count(WRONG_WEIGHTS))
 
 
 def _read(payload: str, line: str) -> Rebalance | None:
@@ -92,7 +100,7 @@ def _read(payload: str, line: str) -> Rebalance | None:
         data: dict[str, Any] = json.loads(payload)
         known = {key: value for key, value in data.items() if key in _FIELDS and value is not None}
         stamp = LOG_TIME.match(line)
-        return Rebalance(time=stamp.group("time") if stamp else None, **known)
+        return Rebalance.of({**known, "time": stamp.group("time") if stamp else None})
     except (ValueError, TypeError, AttributeError):
         return None
 

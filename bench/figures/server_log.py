@@ -129,33 +129,3 @@ def decode_steps(text: str) -> dict[str, float]:
         return {}
     steps = [1000 * running / rate for running, rate in rates if running == most]
     return {"decode_step_ms": round(median(steps), 4), "decode_step_requests": float(most)}
-
-
-def pass_rates(text: str) -> dict[str, float]:
-    """Tokens/s of a rank in the passes of a load: ``decode_throughput`` and ``prefill_throughput``, medians over lines.
-
-    Only decode lines with the most requests count, and only where the rank's line before them was one too, since a line
-    covers the passes since then (40 unless --decode-log-interval says otherwise); of prefills those with the most
-    tokens. What has no such line is left out. Unlike the throughput of a load, these do not depend on how its prefills
-    and decodes happen to follow each other.
-    """
-    decodes: list[tuple[int, float]] = []
-    prefills: list[tuple[int, float]] = []
-    before: dict[str, tuple[str, int]] = {}
-    for line in text.splitlines():
-        match, rate = _BATCH.match(line), _RATE.search(line)
-        if match is None or rate is None:
-            continue
-        now = (match["phase"], int(match["running"]))
-        if now[0] == "Decode":
-            if before.get(match["rank"]) == now:
-                decodes.append((now[1], float(rate["rate"])))
-        elif tokens := _NEW_TOKENS.search(line):
-            prefills.append((int(tokens["tokens"]), float(rate["rate"])))
-        before[match["rank"]] = now
-    found = {}
-    for name, lines in (("decode_throughput", decodes), ("prefill_throughput", prefills)):
-        if lines:
-            most = max(number for number, _ in lines)
-            found[name] = median(rate for number, rate in lines if number == most)
-    return found

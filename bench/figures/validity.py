@@ -102,6 +102,8 @@ def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float
 
 
 def _rebalance_reasons(arm: Arm, server_life: LogSummary, cell: LogSummary, one_map: bool) -> list[str]:
+    if wrong := server_life.wrong_weights:
+        return [f"{wrong} checks of the weights found a slot that does not hold what the map says"]
     if not arm.may_rebalance or one_map:
         seen = max(len(server_life.rebalances), server_life.upstream_ends)
         of = "that rebalances nothing" if arm.uses_eplb else "without EPLB"

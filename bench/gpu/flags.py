@@ -6,7 +6,6 @@ import argparse
 import math
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -32,17 +31,6 @@ def deepep_flags(gpus: int) -> list[str]:
     ]
 
 
-def ranks_of(flags: Sequence[str]) -> int:
-    """Of a server that was started with ``flags``."""
-    return int(flags[flags.index("--tp") + 1])
-
-
-def decode_graphs(largest: int) -> list[str]:
-    """CUDA graphs of a few batch sizes: capturing all that SGLang would takes as long as measuring with them."""
-    sizes = [size for size in (1, 8, 32, 64, 128) if size < largest]
-    return ["--cuda-graph-bs-decode", *map(str, [*sizes, largest])]
-
-
 def cpu_flags() -> list[str]:
     """The CPU engine on two ranks: every comparison can be rehearsed where there is no GPU (its times mean nothing)."""
     flags = ["--device", "cpu", "--tp", "2", "--ep", "2", "--attention-backend", "torch_native", "--disable-cuda-graph"]
@@ -59,21 +47,6 @@ def need_gpus(program: str, gpus: int = 1) -> None:
         raise InputError(f"{program}: needs a CUDA GPU, but PyTorch sees none")
     if not 0 < gpus <= found:
         raise InputError(f"{program}: --gpus {gpus}, but this host has {found}")
-
-
-def gpu_gib() -> float:
-    """Memory of the first GPU in GiB."""
-    import torch
-
-    return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
-
-
-def used_gib() -> list[float]:
-    """Memory in use on each GPU in GiB, of all processes together."""
-    import torch
-
-    found = [torch.cuda.mem_get_info(gpu) for gpu in range(torch.cuda.device_count())]
-    return [round((total - free) / 2**30, 1) for free, total in found]
 
 
 def wait_for(path: Path | None, seconds: float = HOLD_SECONDS) -> None:

@@ -4,34 +4,32 @@
 #
 #   bash bench/gpu/measure.sh OUT_DIR GROUP...
 #
-# The large model takes 33 GB of each GPU a server, three servers a step: no two large steps in one group.
-#
-# A group is one step, or several that begin at the same time: tests+check+large.normal. Its servers start and compile
+# A group is one step, or several that begin at the same time: tests+check+h200-x2-idle. Its servers start and compile
 # side by side; a step's measuring waits until the step before it is over, so nothing is timed beside anything else.
 #
 #   tests             the GPU tests
 #   tuning            the fastest launch shape of the kernel for each rule and size
 #   kernel            time of one layer, ours beside SGLang's path and an empty kernel
 #   check             logits and weights over 50 rebalances, synchronous and --eplb-async
-#   large.normal, large.low_latency, small     throughput without EPLB, with SGLang's, with ours (bench.gpu.overhead)
-#   stall             latency with and without rebalances (bench.gpu.rebalance_stall)
+#   PROFILE           a profile of `python -m bench run`, such as h200-x2-idle, with OPTIONS; its servers fill the GPUs, so
+#                     two of them do not go into one group
 #
 # Unpack the archive of caches of an earlier call into $HOME before this one.
 #
-# SECONDS_EACH (200): of load in a step, at most. BLOCKS (6). LIMIT (3600): seconds that all of it may take; no load
-# goes on in the last 45 of them, and steps that still run then are ended. PORT (31700): the first of some hundred.
+# LIMIT (3600): seconds that all of it may take; no load goes on in the last 45 of them, and steps that still run then are
+# ended. PORT (31700): the first of some hundred.
 set -uo pipefail
 out=${1:?usage: measure.sh OUT_DIR GROUP...}; shift
 mkdir -p "$out"
 work=${WORK:-/tmp/measure}; mkdir -p "$work"
-gpus=${GPUS:-2}; each=${SECONDS_EACH:-200}; blocks=${BLOCKS:-6}
+gpus=${GPUS:-2}
 export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/inductor NUMBA_CACHE_DIR=$HOME/.cache/numba
 SECONDS=0; limit=${LIMIT:-3600}; end_at=$(($(date +%s) + limit - 45))
 bounded() { timeout -k 5 $((limit - 20 - SECONDS)) "$@"; }
 
 # Until a command succeeds, for five minutes at most.
 await() { local tries=1500; until "$@" || ((--tries == 0)); do sleep 0.2; done; }
-ready_or_over() { grep -qs 'ready {' "$work/$1.log" || [ -e "$work/$1.done" ]; }
+ready_or_over() { grep -qsE 'ready (\{|after)' "$work/$1.log" || [ -e "$work/$1.done" ]; }
 
 run_step() { # NAME FILE: begin measuring when FILE is there (at once if it is empty)
     local hold=() port=$((${PORT:-31700} + 300 * number))
@@ -56,10 +54,8 @@ run_step() { # NAME FILE: begin measuring when FILE is there (at once if it is e
         kernel) bounded python3 -m bench.gpu.kernel_times --gpus "$gpus" --out "$work/kernel.json" ;;
         check) bounded python3 -m bench.gpu.rebalance_check --out "$work/check.json" --gpus "$gpus" \
             --work "$work/check" --seconds "${CHECK_SECONDS:-60}" --end-at $end_at --port $port "${hold[@]}" ;;
-        stall) bounded python3 -m bench.gpu.rebalance_stall --out "$work/stall" --gpus "$gpus" \
-            --end-at $end_at --blocks "${STALL_BLOCKS:-3}" --port $port "${hold[@]}" ${STALL_OPTIONS:-} ;;
-        *) bounded python3 -m bench.gpu.overhead --out "$work/overhead" --groups "$1" --gpus "$gpus" \
-            --seconds "$each" --end-at $end_at --blocks "$blocks" --port $port "${hold[@]}" ${SERVE_OPTIONS:-} ;;
+        *) bounded python3 -m bench run --profile "$1" --run "$1" --results-dir "$work/results" --no-report --port $port \
+            --seconds $((limit - 45 - SECONDS)) "${hold[@]}" ${OPTIONS:-} ;;
     esac
 }
 
@@ -78,7 +74,7 @@ for group in "$@"; do
     done
     for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
     # Models are made again by a command; logs of servers are long.
-    (cd "$work" && find . \( -name '*.json' -o -name '*.log' \) -not -path '*/model/*' -print0 |
+    (cd "$work" && find . \( -name '*.json' -o -name '*.jsonl' -o -name '*.log' \) -not -path '*/model/*' -print0 |
         tar -czf "$out/results.tar.gz" --null -T -)
 done
 # Triton needs its binaries again, not what they were made from.

@@ -42,7 +42,7 @@ from bench.gpu.flags import (
 from bench.gpu.random_moe import MoeSizes, build
 from bench.gpu.reference import Reference
 from bench.gpu.resident import ResidentArm, ResidentServers
-from bench.gpu.stall_report import rounds, verification
+from bench.gpu.rounds import rounds, verification
 from bench.harness.engine import cpu_environment, own_models_only
 from bench.harness.environment import now, provenance
 from bench.harness.output_paths import result_file, write_result

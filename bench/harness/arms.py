@@ -24,8 +24,9 @@ class Arm:
 
     ``algorithm`` plans (None: no EPLB), and adds the profile's EPLB flags (redundant experts, rebalance interval,
     dispatch rule) to the server command; ``dispatch``, ``redundant`` and ``own_flags`` come after them, so that an arm
-    can differ in one of these. ``recorded``: whether the server says what its rebalances moved and how balanced its
-    placement is. ``rebalances``: what an arm with EPLB claims, which the server log must prove, or its rows are void.
+    can differ in one of these. ``environment``: variables of its server. ``recorded``: whether the server says what its
+    rebalances moved and how balanced its placement is. ``rebalances``: what an arm with EPLB claims, which the server
+    log must prove, or its rows are void.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Arm:
     dispatch: str | None = None
     redundant: int | None = None
     own_flags: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
     rebalances: Literal["in every row", "at times", "never"] = "in every row"
 
     @property
@@ -62,6 +64,15 @@ class Arm:
         found += (RULE, self.dispatch) if self.dispatch else ()
         found += (REDUNDANT, str(self.redundant)) if self.redundant is not None else ()
         return (*found, *self.own_flags)
+
+
+# Rounds that move experts without need. Paused beside other servers, one may last longer than its limit allows.
+_NEEDLESS = ("--eplb-async", "--eplb-async-phase-limit", "3600", "--eplb-min-gain", "0")
+
+
+def _in_mode(mode: str, chunk: int) -> tuple[str, ...]:
+    """Low-latency mode also prefills through its small buffer; the others take whole prompts."""
+    return (*NEVER, "--deepep-mode", mode, "--chunked-prefill-size", str(chunk))
 
 
 _ARMS = (
@@ -94,8 +105,42 @@ _ARMS = (
         "async-needless",
         "affinity EPLB, async, moving without need",
         "affinity",
-        own_flags=("--eplb-async", "--eplb-async-phase-limit", "3600", "--eplb-min-gain", "0"),
+        own_flags=_NEEDLESS,
         rebalances="at times",
+    ),
+    # After each round it proves that every slot holds what the map says; that stops serving, so it is not compared.
+    Arm(
+        "async-verified",
+        "affinity EPLB, async, weights proven",
+        "affinity",
+        own_flags=_NEEDLESS,
+        environment=(("EPLB_AFFINITY_VERIFY", "1"),),
+        rebalances="at times",
+    ),
+    # One server in each of DeepEP's modes.
+    Arm(
+        "auto-idle",
+        "auto mode, idle",
+        "affinity",
+        recorded=False,
+        own_flags=_in_mode("auto", 16384),
+        rebalances="never",
+    ),
+    Arm(
+        "normal-idle",
+        "normal mode, idle",
+        "affinity",
+        recorded=False,
+        own_flags=_in_mode("normal", 16384),
+        rebalances="never",
+    ),
+    Arm(
+        "low-latency-idle",
+        "low-latency mode, idle",
+        "affinity",
+        recorded=False,
+        own_flags=_in_mode("low_latency", 512),
+        rebalances="never",
     ),
     # Replicas chosen for few GPUs a token and for even loads within the pass.
     Arm("cover-balanced", "affinity EPLB, balanced cover", "affinity", dispatch="cover_balanced"),

@@ -144,6 +144,8 @@ def _run(serving: Any, workload: Path, requests: Path) -> None:
 def _body(request: Any) -> dict[str, Any]:
     """A token that is special to the tokenizer must not look like no token."""
     sampling = {"temperature": 0.0, "max_new_tokens": request.output_tokens, "ignore_eos": True}
+    if request.stream_interval:
+        sampling["stream_interval"] = request.stream_interval
     return {"sampling_params": {**sampling, "skip_special_tokens": False}}
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.harness.profile import Profile, ServerConfig
 from sglang_eplb_affinity.domain.errors import InputError
@@ -24,6 +25,9 @@ _OWN_MODELS = {
     "Glm4MoeForCausalLM": "glm4_moe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
 }
+
+
+WITHOUT_WEIGHTS = ("random", "deepseek")
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,9 @@ def prepare_engine(config: ServerConfig) -> Engine:
     model = config.model
     if model.startswith("tiny:"):
         model = str(build_tiny_model(model.removeprefix("tiny:")))
-    if model.startswith("random:"):
-        model = str(build_random_model(model.removeprefix("random:")))
+    kind, colon, sizes = model.partition(":")
+    if colon and kind in WITHOUT_WEIGHTS:
+        model = str(write_model_config(kind, sizes))
     if config.engine == "cpu" and _architecture(model) in _OWN_MODELS:
         environment |= own_models_only()
     return Engine(model, environment)
@@ -116,15 +121,18 @@ def build_tiny_model(name: str) -> Path:
     return folder / name
 
 
-def build_random_model(sizes: str) -> Path:
-    """Configuration and tokenizer of a Qwen3Moe without weights, for `--load-format dummy`; ``sizes`` is KEY=N,..."""
-    from bench.gpu import random_moe  # imports torch
+def write_model_config(kind: str, sizes: str) -> Path:
+    """Configuration and tokenizer of a model without weights, for `--load-format dummy`: ``kind`` `random` is a
+    Qwen3Moe, `deepseek` has DeepSeek-V3's layers; ``sizes`` is KEY=N,..."""
+    from bench.gpu import deepseek_shaped, random_moe  # import torch
 
-    folder = CACHE / "random_models" / sizes.replace("=", "").replace(",", "-")
+    of_kind: Any = {"random": random_moe.MoeSizes, "deepseek": deepseek_shaped.DeepseekSizes}[kind]
+    write: Any = {"random": random_moe.write_config, "deepseek": deepseek_shaped.write_config}[kind]
+    folder = CACHE / f"{kind}_models" / sizes.replace("=", "").replace(",", "-")
     try:
         pairs = dict(part.split("=") for part in sizes.split(",") if part)
-        random_moe.write_config(folder, random_moe.MoeSizes(**{key: int(value) for key, value in pairs.items()}))
+        write(folder, of_kind(**{key: int(value) for key, value in pairs.items()}))
     except (ValueError, TypeError):
-        known = ", ".join(random_moe.MoeSizes.__annotations__)
-        raise InputError(f"--model: random:{sizes} is not KEY=N,... with KEY one of {known}") from None
+        known = ", ".join(of_kind.__annotations__)
+        raise InputError(f"--model: {kind}:{sizes} is not KEY=N,... with KEY one of {known}") from None
     return folder

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+POISSON = "poisson"
 REQUESTS, PREFILL, DECODE = KINDS = ("requests", "prefill", "decode")
 PROFILE_DIR = Path(__file__).parents[1] / "profiles"
 
@@ -27,8 +28,8 @@ PROFILE_DIR = Path(__file__).parents[1] / "profiles"
 class ServerConfig:
     """How the server is started. ``flags`` go to every arm, ``eplb_flags`` to the arms that use EPLB."""
 
-    # A path, a hub id, `tiny:NAME` (built on the spot for the CPU), `random:KEY=N,...` (sizes of a Qwen3Moe without
-    # weights, see bench.gpu.random_moe), or empty: --model must name one.
+    # A path, a hub id, `tiny:NAME` (built on the spot for the CPU), `random:KEY=N,...` or `deepseek:KEY=N,...` (sizes
+    # of a model without weights, see bench.gpu.random_moe and deepseek_shaped), or empty: --model must name one.
     model: str
     ranks: int
     nodes: int = 1  # more than 1 on a single host: emulated, the ranks are dealt out node by node
@@ -42,6 +43,8 @@ class ServerConfig:
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int = 31100
     ready_timeout_s: float = 180.0
+    # Between two starts of servers side by side: large dummy weights take some GB more while they are drawn.
+    stagger_s: float = 0.0
     # A server over several hosts: the harness runs on the first, and starts the same command on the others through a
     # remote shell, in the same folder. ``dist_init_addr`` is HOST:PORT of the first, as the others reach it.
     other_hosts: tuple[str, ...] = ()
@@ -60,6 +63,9 @@ class LoadConfig:
     load open (Poisson arrivals, at most the concurrency in flight); 0 is a closed loop. For ``slo_*`` (0: none) and
     ``stall_ms`` see bench.figures.steady.Targets.
 
+    ``token_streams``: of a `decode` load, so many of its requests stream token by token and are what is measured; the
+    others bring their first and their last tokens only. All streaming like that would measure the load generator.
+
     ``kind``: `requests`, or what a server of a disaggregated deployment does, in one wave without arrivals: `prefill`
     (one token out, so every pass is a full prefill) and `decode` (all requests decode together).
     ``blocks``: measured in the first so many blocks only; 0: in all.
@@ -74,6 +80,7 @@ class LoadConfig:
     exact_input_tokens: int = 0
     stagger: bool = False
     request_rate: float = 0.0
+    token_streams: int = 0
     warmup_requests: int = 16
     warmup_rounds: int = 4
     cell_timeout_s: float = 600.0
@@ -105,6 +112,10 @@ class LoadConfig:
             raise InputError(f"{source} prompts is {self.prompts!r}, but must be sharegpt or random-ids")
         if self.kind != PREFILL and self.output_tokens < 4:
             raise InputError(f"{source} output_tokens must be at least 4")
+        if self.token_streams and (self.kind != DECODE or not 0 < self.token_streams <= min(self.requests)):
+            raise InputError(
+                f"{source} token_streams is {self.token_streams}, but must be a number of the requests of a decode load"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,21 +139,27 @@ class Profile:
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in directory.glob("*.toml")))
             raise InputError(f"--profile: {name!r} is neither a .toml file nor one of {known}")
-        return Profile.parse(path.read_text(encoding="utf-8"), name=path.stem, source=str(path))
+        return Profile.parse(path.read_text(encoding="utf-8"), name=path.stem, source=str(path), directory=directory)
 
     @staticmethod
-    def parse(text: str, *, name: str, source: str) -> Profile:
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{source}: not TOML ({error})") from None
+    def parse(text: str, *, name: str, source: str, directory: Path = PROFILE_DIR) -> Profile:
+        """``directory``: where the profile's ``base`` is, if it has one."""
+        data = _tables(text, source, directory)
         server = _build(ServerConfig, data.pop("server", {}), f"{source}: [server]")
         load = _load(data.pop("load", {}), f"{source}: [load]")
         loads = {name: _load(table, f"{source}: [loads.{name}]") for name, table in data.pop("loads", {}).items()}
-        found = {"name": name, "server": server, "load": load, "loads": loads, **data}
+        found = {"name": name, "title": name, "server": server, "load": load, "loads": loads, **data}
         profile: Profile = _build(Profile, found, source)
         profile._check(source)
         return profile
+
+    def with_poisson(self, rate: float) -> Profile:
+        """With one more load, `poisson`: the main one's requests, arriving at ``rate`` a second on average."""
+        if not rate > 0:
+            raise InputError(f"--rate: {rate:g} requests/s is not above 0")
+        most = max(self.load.requests)
+        load = replace(self.load, requests={most: self.load.requests[most]}, request_rate=rate, stagger=False)
+        return replace(self, loads={**self.loads, POISSON: load})
 
     def load_named(self, name: str) -> LoadConfig:
         """The main load has no name."""
@@ -181,12 +198,45 @@ class Profile:
         return self
 
 
+def _tables(text: str, source: str, directory: Path) -> dict[str, Any]:
+    """The tables of a profile. One with a ``base`` (the name of another) has what it does not say from there: the keys
+    of [server] and [load] one by one, further loads whole, and flags that ``more_flags`` does not have.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{source}: not TOML ({error})") from None
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    path = directory / f"{base}.toml"
+    if not path.is_file():
+        raise InputError(f"{source}: base is {base!r}, but there is no {path.name} in {path.parent.name}/")
+    found = _tables(path.read_text(encoding="utf-8"), str(path), directory)
+    for name in ("server", "load", "loads"):
+        data[name] = {**found.get(name, {}), **data.get(name, {})}
+    server = data["server"]
+    flags = {**_by_flag(server.get("flags", [])), **_by_flag(server.pop("more_flags", []))}
+    server["flags"] = [part for flag, values in flags.items() for part in (flag, *values)]
+    return {**found, **data}
+
+
+def _by_flag(flags: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for part in flags:
+        if part.startswith("--"):
+            found[part] = values = []
+        else:
+            values.append(part)
+    return found
+
+
 def _load(table: Mapping[str, Any], source: str) -> LoadConfig:
     found = dict(table)
     try:
         found["requests"] = {int(key): int(value) for key, value in found["requests"].items()}
     except (KeyError, AttributeError, ValueError, TypeError):
-        raise InputError(f"{source} requests must map concurrency to a number of requests") from None
+        raise InputError(f"{source} requests must map requests in flight to those in all, as {{ 64 = 256 }}") from None
     return _build(LoadConfig, found, source)
 
 
@@ -197,8 +247,8 @@ def _build(kind: type[T], table: Mapping[str, Any], source: str) -> T:
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(table) - names):
         raise InputError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(names))}")
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
+    if missing := sorted(needed - set(table)):
+        raise InputError(f"{source}: {', '.join(missing)} missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise InputError(f"{source}: {str(error).split('() ')[-1]}") from None
+    return kind(**values)

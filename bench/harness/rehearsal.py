@@ -4,6 +4,7 @@ minutes. It shows that a run on GPUs will go through; its speeds mean nothing.""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from bench.harness.profile import Profile
 
@@ -34,6 +35,7 @@ def rehearsal(profile: Profile) -> Profile:
         eplb_flags=_EPLB_FLAGS,
         environment={},
         ready_timeout_s=900,
+        stagger_s=0.0,
     )
     load = replace(
         profile.load,
@@ -47,9 +49,20 @@ def rehearsal(profile: Profile) -> Profile:
         warmup_rounds=3,
         cell_timeout_s=300,
     )
-    small = {"requests": {4: 8}, "input_tokens": (8, 16), "exact_input_tokens": 0, "cell_timeout_s": 300}
+    small: dict[str, Any] = {
+        "requests": {4: 8},
+        "input_tokens": (8, 16),
+        "exact_input_tokens": 0,
+        "cell_timeout_s": 300,
+    }
     loads = {
-        name: replace(other, **small, output_tokens=min(other.output_tokens, 24))  # type: ignore[arg-type]
+        name: replace(
+            other,
+            **small,
+            output_tokens=min(other.output_tokens, 24),
+            token_streams=min(other.token_streams, 2),
+            request_rate=min(other.request_rate, 2.0),
+        )
         for name, other in profile.loads.items()
     }
     title = f"Rehearsal on the CPU of: {profile.title}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,19 @@ class RequestLog:
             sample_time=by_column[0] - clock_zero,
             sample_cpu=by_column[1],
             sample_lag=by_column[2].astype(np.float32),
+        )
+
+    def first(self, count: int) -> RequestLog:
+        """The first ``count`` requests alone."""
+        chunks = int(self.first_gap[count])
+        of_requests = ("start", "ttft", "latency", "input_tokens", "output_tokens", "ok")
+        own = {name: getattr(self, name)[:count] for name in of_requests}
+        return replace(
+            self,
+            **own,
+            gap=self.gap[:chunks],
+            gap_tokens=self.gap_tokens[:chunks],
+            first_gap=self.first_gap[: count + 1],
         )
 
     @property

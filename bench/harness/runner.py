@@ -127,10 +127,11 @@ class Runner:
             command = server_command(config, ARMS[name], engine.model, place, served_map)
             if together and not config.other_hosts:  # each looks for free ports by itself, and two find the same
                 command += ["--nccl-port", str(free_port()), *SIDE_BY_SIDE_FLAGS]
-            command, *others = commands_of_hosts(config, command, engine, place)
+            own = replace(engine, environment={**engine.environment, **dict(ARMS[name].environment)})
+            command, *others = commands_of_hosts(config, command, own, place)
             log = self.folder.path / "server" / f"{name if together else sitting.name}.log"
             port = config.port + PORT_STEP * place
-            arms.servers[name] = Server(command, engine, log, port, config.ready_timeout_s, others)
+            arms.servers[name] = Server(command, own, log, port, config.ready_timeout_s, others)
         titles = ", ".join(ARMS[name].title for name in sitting.arms)
         self.progress.say(f"{sitting.name}: starting {'servers' if together else 'the server'} ({titles})")
 
@@ -141,7 +142,7 @@ class Runner:
                 name: pool.submit(placement_on_replay, config, ARMS[name], maps.get(name))
                 for name in (sitting.arms if config.plan_trace else ())
             }
-            arms.failed = start_together(arms.servers, self.progress.say).failed
+            arms.failed = start_together(arms.servers, self.progress.say, config.stagger_s).failed
             arms.on_replay = {name: found.result() for name, found in figures.items()}
         arms.servers = {name: server for name, server in arms.servers.items() if name not in arms.failed}
         self.progress.say(f"{sitting.name}: {len(arms.servers)} ready after {time.monotonic() - began:.0f} s")

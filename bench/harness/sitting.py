@@ -59,7 +59,9 @@ class Preparation:
         for level in self.plan.levels():
             load, key = self.plan.profile.load_named(level.load), (level.load, level.concurrency)
             if self.plan.profile.server.engine == "cuda":
-                wave = replace(load, output_tokens=min(SHORT_OUTPUT, load.output_tokens), stagger=False)
+                wave = replace(
+                    load, output_tokens=min(SHORT_OUTPUT, load.output_tokens), stagger=False, token_streams=0
+                )
                 short = (level.load, -level.concurrency)
                 found[short] = self._write(block, short, wave, level.concurrency, level.concurrency)
             found[key] = self._write(block, key, load, load.requests_at(level.concurrency), level.concurrency)
@@ -72,7 +74,7 @@ class Preparation:
         if load.prompts == "random-ids":
             return write_random_ids(path, load, self._vocabulary, lengths, seed)
         prompts = select_prompts(self.turns, self._tokenizer, load, count, seed=seed)
-        return write_texts(path, prompts, lengths)
+        return write_texts(path, prompts, lengths, load.token_streams)
 
 
 def warm_up_level(plan: RunPlan) -> int:

@@ -64,11 +64,10 @@ def write_maps(config: ServerConfig, arms: Sequence[str], model: str, folder: Pa
 def placement_on_replay(config: ServerConfig, arm: Arm, path: Path | None) -> dict[str, float] | None:
     """Balancedness and fan-outs of the map on the trace that the profile replays (its own layers); ``path`` None: of
     SGLang's trivial map. None where nothing is replayed, or under a rule that the figures do not know."""
-    flags = dict(pairwise(config.flags))
-    match = _REPLAY.match(flags.get("--ep-forced-routing", ""))
-    if match is None or "--ep-forced-routing" in arm.own_flags:
+    trace = replayed_trace(config)
+    if trace is None or "--ep-forced-routing" in arm.own_flags:
         return None
-    window = RoutingWindow.from_trace(_trace(match["trace"]), JUDGED_TOKENS)
+    window = RoutingWindow.from_trace(trace, JUDGED_TOKENS)
     layers, experts = window.counts.shape
     served = ExpertMap.contiguous(layers, experts, experts)
     if path is not None:
@@ -77,6 +76,12 @@ def placement_on_replay(config: ServerConfig, arm: Arm, path: Path | None) -> di
     rule = planned_rule(rule_of(config, arm)) if path is not None else "dynamic"  # type: ignore[arg-type]
     figures = MapFigures.of(window, served, Topology(config.ranks, config.nodes), rule)
     return None if figures is None else asdict(figures)
+
+
+def replayed_trace(config: ServerConfig) -> RoutingTrace | None:
+    """The trace that the servers' routing is replayed from; None where it is not."""
+    match = _REPLAY.match(dict(pairwise(config.flags)).get("--ep-forced-routing", ""))
+    return None if match is None else _trace(match["trace"])
 
 
 def num_layers_of(model: str) -> int:

@@ -39,7 +39,7 @@ class CellRecord:
         if data.pop("schema") != SCHEMA:
             raise ValueError("unknown schema")
         data["key"] = CellKey(**data["key"])
-        data["rebalances"] = tuple(Rebalance(**r) for r in data["rebalances"])
+        data["rebalances"] = tuple(Rebalance.of(r) for r in data["rebalances"])
         data["void"] = tuple(data["void"])
         return CellRecord(**data)
 

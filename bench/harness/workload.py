@@ -18,6 +18,7 @@ from sglang_eplb_affinity.domain.files import write_atomically
 
 # No tokenizer in use makes tokens longer than this many characters on average; spares encoding huge prompts.
 _MAX_CHARACTERS_PER_TOKEN = 16
+FIRST_AND_LAST = 1 << 20  # tokens at a time of a stream that is not measured: more than any request has
 MIN_OUTPUT_TOKENS = 2  # fewer have no time between tokens
 
 
@@ -29,11 +30,13 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One request: a text or token ids, their number of tokens, and how many tokens are to be generated."""
+    """One request: a text or token ids, their number of tokens, and how many tokens are to be generated.
+    ``stream_interval``: tokens that its stream brings at a time; 0: as the server does it."""
 
     prompt: str | list[int]
     input_tokens: int
     output_tokens: int
+    stream_interval: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,10 @@ def output_lengths(load: LoadConfig, count: int, concurrency: int, seed: int) ->
     return lengths
 
 
-def write_texts(path: Path, prompts: Sequence[tuple[str, int]], lengths: Sequence[int]) -> Workload:
-    """Write requests of texts, each with its number of tokens."""
-    texts = [prompt for prompt, _ in prompts]
-    return _write(path, {"texts": texts, "input_tokens": [n for _, n in prompts], "output_tokens": list(lengths)})
+def write_texts(path: Path, prompts: Sequence[tuple[str, int]], lengths: Sequence[int], streams: int = 0) -> Workload:
+    """Write requests of texts, each with its number of tokens; ``streams`` as LoadConfig's ``token_streams``."""
+    texts, sizes = [prompt for prompt, _ in prompts], [n for _, n in prompts]
+    return _write(path, {"texts": texts, "input_tokens": sizes, "output_tokens": list(lengths)}, streams)
 
 
 def write_random_ids(path: Path, load: LoadConfig, vocabulary: int, lengths: Sequence[int], seed: int) -> Workload:
@@ -124,7 +127,8 @@ def write_random_ids(path: Path, load: LoadConfig, vocabulary: int, lengths: Seq
     shortest, longest = (load.exact_input_tokens,) * 2 if load.exact_input_tokens else load.input_tokens
     sizes = np.random.default_rng(seed).integers(shortest, longest, len(lengths), endpoint=True)
     recipe = {"seed": seed, "vocabulary": vocabulary}
-    return _write(path, {"random_ids": recipe, "input_tokens": sizes.tolist(), "output_tokens": list(lengths)})
+    content = {"random_ids": recipe, "input_tokens": sizes.tolist(), "output_tokens": list(lengths)}
+    return _write(path, content, load.token_streams)
 
 
 def requests_of(path: Path) -> list[Request]:
@@ -137,7 +141,9 @@ def requests_of(path: Path) -> list[Request]:
         ids = np.random.default_rng(recipe["seed"]).integers(0, recipe["vocabulary"], sum(sizes)).tolist()
         ends = np.cumsum(sizes).tolist()
         prompts = [ids[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    return [Request(*row) for row in zip(prompts, sizes, data["output_tokens"], strict=True)]
+    streams = data.get("token_streams", 0)
+    intervals = [1 if i < streams else FIRST_AND_LAST if streams else 0 for i in range(len(sizes))]
+    return [Request(*row) for row in zip(prompts, sizes, data["output_tokens"], intervals, strict=True)]
 
 
 def vocabulary_of(model: str) -> int:
@@ -151,7 +157,9 @@ def vocabulary_of(model: str) -> int:
         raise InputError(f"--model: {model!r} does not say its vocabulary ({str(error).splitlines()[0]})") from None
 
 
-def _write(path: Path, content: dict[str, Any]) -> Workload:
+def _write(path: Path, content: dict[str, Any], streams: int = 0) -> Workload:
+    if streams:
+        content["token_streams"] = streams
     data = json.dumps(content, ensure_ascii=False).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)

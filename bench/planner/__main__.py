@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from bench.planner.upstream import upstream_rebalance, upstream_version
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
+from sglang_eplb_affinity.planner.config import Effort
 
 PARTS = ("quality", "replicas", "curves", "floor", "drift", "loop", "rounds", "tried", "torch", "speed")
 OWN_TRACE = "bench/data/tiny_moe_plan.npz,bench/data/tiny_moe_test.npz"
@@ -37,15 +38,20 @@ Row = dict[str, Any]
 @click.option("--trace", "traces", multiple=True, help=f"FILE or PLAN,TEST; may repeat.  [default: {OWN_TRACE}]")
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only these parts.  [default: all]")
 @click.option("--case", "labels", multiple=True, help="Only these, as in the tables: 8x2, 8x2-cover8.  [default: all]")
+@click.option("--split-tokens", type=click.IntRange(1), help="Split a FILE by blocks of so many tokens, not sequences.")
+@click.option("--effort", "efforts", type=click.Choice(get_args(Effort)), multiple=True, help="[default: both]")
 @click.option("--seeds", type=int, default=3, show_default=True, help="Planner seeds per case.")
-@click.option("--repeats", type=int, default=7, show_default=True, help="Rounds of the speed table.")
+@click.option(
+    "--repeats", type=click.IntRange(0), default=7, show_default=True, help="Rounds of the speed tables; 0: none."
+)
 @click.option("--torch-repeats", type=int, default=1, show_default=True, help="Rounds of the torch comparison.")
 @click.option("--floor-layers", type=int, default=2, show_default=True)
 @click.option("--floor-scale", type=int, default=10, show_default=True)
 @click.option("--out", type=ResultFolder(), default=Path("results/planner"), show_default=True)
 def main(
-    traces: tuple[str, ...], parts: tuple[str, ...], labels: tuple[str, ...], seeds: int, repeats: int,
-    torch_repeats: int, floor_layers: int, floor_scale: int, out: Path,
+    traces: tuple[str, ...], parts: tuple[str, ...], labels: tuple[str, ...], split_tokens: int | None,
+    efforts: tuple[str, ...], seeds: int, repeats: int, torch_repeats: int, floor_layers: int, floor_scale: int,
+    out: Path,
 ) -> None:  # fmt: skip
     """Measure the planner; prints the tables and writes CSV, Markdown and the environment.
 
@@ -54,7 +60,8 @@ def main(
       python -m bench.planner --trace my_trace.npz --part quality --out /tmp/planner
     """
     command = "python -m bench.planner" + "".join(f" {arg}" for arg in sys.argv[1:])
-    splits = [Split.load(text) for text in traces or (OWN_TRACE,)]
+    splits = [Split.load(text, split_tokens) for text in traces or (OWN_TRACE,)]
+    efforts = efforts or get_args(Effort)
     chosen = parts or PARTS
     rebalance = upstream_rebalance()
     environment = describe_environment(["python", "-m", "bench.planner", *sys.argv[1:]])
@@ -66,18 +73,18 @@ def main(
     if not any(case.fits(split.plan.num_experts) for split in splits for case in _chosen(tuple(every), labels)):
         raise InputError(f"--case {', '.join(labels)}: no such case, or it does not fit the trace; omit it to see all")
     if "speed" in chosen:  # first, before anything else has heated up the machine
-        tables["speed"] = speed_rows(rebalance, repeats)
+        if repeats:
+            tables["speed"] = speed_rows(rebalance, repeats)
         tables["start"] = start_up_and_memory()
     if "quality" in chosen:
-        tables["quality"] = _each(
-            "quality", cases, lambda s, c: quality_rows(s, c, rebalance, seeds, ("fast", "thorough"))
-        )
+        tables["quality"] = _each("quality", cases, lambda s, c: quality_rows(s, c, rebalance, seeds, efforts))
     if "replicas" in chosen:
         fitting = [(s, c) for s in splits for c in _chosen(REPLICA_CASES, labels) if c.fits(s.plan.num_experts)]
         tables["replicas"] = _each(
-            "replicas", fitting, lambda s, c: quality_rows(s, c, rebalance, min(seeds, 2), ("fast", "thorough"))
+            "replicas", fitting, lambda s, c: quality_rows(s, c, rebalance, min(seeds, 2), efforts)
         )
-        tables["replicas_speed"] = replica_speed_rows(repeats)
+        if repeats:
+            tables["replicas_speed"] = replica_speed_rows(repeats)
     if "curves" in chosen:
         tables["curves"] = _each(
             "curves", _curves(splits, labels), lambda s, c: quality_rows(s, c, rebalance, 1, ("fast",))

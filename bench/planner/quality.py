@@ -33,8 +33,8 @@ class Split:
     test: RoutingTrace
 
     @staticmethod
-    def load(text: str) -> Split:
-        """``FILE`` (split by sequence: even ones plan, odd ones test) or ``PLAN,TEST`` (two files)."""
+    def load(text: str, block: int | None = None) -> Split:
+        """``FILE`` (even sequences plan, odd ones test; with ``block``, blocks of so many tokens) or ``PLAN,TEST``."""
         paths = [Path(part) for part in text.split(",")]
         traces = [RoutingTrace.load(path) for path in paths]
         name = paths[0].stem.removesuffix("_plan").removesuffix("_dev").lower().replace("-", "_")
@@ -43,7 +43,10 @@ class Split:
         if len(traces) > 2:
             raise InputError(f"--trace {text}: give one file, or two joined by a comma (plan, test)")
         trace = traces[0]
-        sequence = np.arange(trace.num_tokens) // 128 if trace.sequence is None else trace.sequence
+        if block is None and trace.sequence is not None:
+            sequence = trace.sequence
+        else:
+            sequence = np.arange(trace.num_tokens) // (block or 128)
         return Split(name, trace.select(sequence % 2 == 0), trace.select(sequence % 2 == 1))
 
     def window(self) -> RoutingWindow:

@@ -18,7 +18,8 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
     if tables.get("quality"):
         parts += [
             "## Quality on tokens that were not planned on",
-            "Change against `deepseek` on the same test tokens; plan and test share no sequence. EPLB spreads evenly "
+            "Change against `deepseek` on the same test tokens; plan and test share no sequence (with "
+            "`--split-tokens` no token). EPLB spreads evenly "
             "over replicas, affinity uses `cover`. `remote nodes` is the change of node fan-out - 1. Range over "
             "planner seeds in brackets.",
             _quality(tables["quality"]),
@@ -28,6 +29,9 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
             "## Many replicas",
             "As above, on tokens that were not planned on; `replicas.png` shows the curves.",
             _quality(tables["replicas"]),
+        ]
+    if tables.get("replicas_speed"):
+        parts += [
             "Planning time, 58 layers on 32 GPUs of 4 nodes, synthetic routing, interleaved:",
             _plain(tables["replicas_speed"]),
         ]

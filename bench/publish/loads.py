@@ -22,6 +22,7 @@ COMPARED: Mapping[str, Mapping[str, str]] = {
         "p50_tpot_ms": "P50-TPOT ms",
         "p90_tpot_ms": "P90-TPOT ms",
         "p95_itl_ms": "P95-ITL ms",
+        "p99_itl_ms": "P99-ITL ms",
     },
 }
 _SHOWN: Mapping[str, Mapping[str, str]] = {
@@ -65,7 +66,12 @@ def _section(name: str, load: LoadConfig, frame: pd.DataFrame, plan: RunPlan, em
         if (level, arm) in measured
     ]
     asked = f"{load.exact_input_tokens or '{} to {}'.format(*load.input_tokens)} tokens in, {load.output_tokens} out"
-    lines = ["", f"## Load `{name}`{emulated}", "", f"{_TEXT[load.kind]} {asked}; median over blocks.", ""]
+    text = _TEXT[load.kind]
+    if load.request_rate:
+        text += f" Poisson arrivals at {load.request_rate:g} requests/s, at most so many at once."
+    if load.token_streams:
+        text += f" TPOT and ITL are of the {load.token_streams} requests that stream token by token."
+    lines = ["", f"## Load `{name}`{emulated}", "", f"{text} {asked}; median over blocks.", ""]
     lines += metric_table(rows, {**compared, **_SHOWN[load.kind]})
     if ratios := ratio_table(frame, compared):
         lines += ["", *ratios]

@@ -69,6 +69,9 @@ def ratio_table(frame: pd.DataFrame, titles: Mapping[str, str] = HEADLINE) -> li
     """Every arm against the arms without affinity, and its variants against it; empty where nothing can be compared."""
     variants = frame[frame["arm"].isin(("affinity", *VARIANTS))]
     compared = [compare(frame, baseline, list(titles)) for baseline in ("vanilla", "none", "plain")]
+    compared.append(
+        compare(frame[frame["arm"].isin(("vanilla-idle", "vanilla-unrecorded"))], "vanilla-idle", list(titles))
+    )
     compared += [compare(variants, baseline, list(titles)) for baseline in ("affinity", "affinity-idle")]
     ratios = pd.concat([rows for rows in compared if not rows.empty] or compared[:1], ignore_index=True)
     if ratios.empty:

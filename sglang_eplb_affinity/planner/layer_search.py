@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
@@ -11,15 +10,14 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
 from sglang_eplb_affinity.planner.budget import COST_UNIT, REDEAL_SHARE, Annealing, SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
-from sglang_eplb_affinity.planner.cover_search import search_cover
 from sglang_eplb_affinity.planner.judge import tokens_by_slot
 from sglang_eplb_affinity.planner.layer_problem import LayerProblem
 from sglang_eplb_affinity.planner.layout import without_duplicates
-from sglang_eplb_affinity.planner.numbering import MOST_GPUS, numbering
+from sglang_eplb_affinity.planner.numbering import numbering
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG
 from sglang_eplb_affinity.planner.replica_search import search_replicas
 from sglang_eplb_affinity.planner.replica_steps import adapt_replicas
-from sglang_eplb_affinity.planner.search_arguments import Balance, Costs, Grid, Items, Moves, Steps, TokenSets
+from sglang_eplb_affinity.planner.search_arguments import Balance, Costs, Grid, Items, Moves, Steps
 from sglang_eplb_affinity.planner.survival import Survive, unit_gpus, with_survivors
 from sglang_eplb_affinity.planner.swap_search import search_swaps
 from sglang_eplb_affinity.planner.token_service import sample_of
@@ -103,16 +101,9 @@ def _choose_replicas(
     balance = Balance(problem.load_cap, given.load_free, given.load_scale, given.block_profile, len(tokens))
     moves = Moves(problem.home, problem.max_moves, unit_gpus(survive, topology))
     steps = Steps(temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed)
-    if topology.num_gpus > MOST_GPUS:
-        experts = len(problem.counts)
-        bits = expert_bitmaps(tokens, experts)
-        members = np.bincount(tokens[tokens >= 0], minlength=experts)
-        sample = TokenSets(bits, _coin_bitmaps(experts, bits.shape[1]), members, problem.counts)
-        search_cover(slot_expert, sample, grid, costs, balance, moves, steps)
-        return
     names = numbering(topology.num_gpus, topology.num_nodes)
     search_replicas(
-        sample_of(tokens, problem.counts, len(names.bit)), slot_expert, names, grid, costs, balance, moves, steps
+        sample_of(tokens, problem.counts, names.classes), slot_expert, names, grid, costs, balance, moves, steps
     )
 
 
@@ -125,12 +116,3 @@ def thin(tokens: np.ndarray, limit: int) -> np.ndarray:
     if len(tokens) <= limit:
         return tokens
     return np.ascontiguousarray(tokens[np.arange(limit) * len(tokens) // limit])
-
-
-@lru_cache(maxsize=8)
-def _coin_bitmaps(rows: int, words: int) -> np.ndarray:
-    """uint64 [rows, words] of fair coins, the same everywhere (a counter-based integer hash, no generator state)."""
-    z = np.arange(1, rows * words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).reshape(rows, words)

@@ -116,7 +116,7 @@ def plan_layer(
             kept = even(kept)
             by_kept = judge(kept, counts, tokens, topology, config)
     if not len(tokens):
-        return result(kept, NO_AFFINITY, by_kept)
+        return unless_in_use_is_better(kept, NO_AFFINITY, by_kept)
 
     problem = problem_of(counts, tokens, eplb, current, topology, config, budget, layer)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.

@@ -2,8 +2,8 @@
 
 Two kinds of proposals: swap the contents of two slots of different GPUs; or turn one replica of an expert that has
 several into a replica of another expert. A proposal changes the visits of the tokens that chose one of the two
-experts, and these are evaluated exactly by the rule (token_service.py): first a part of them, which refuses most
-proposals. Loads are only worked out for what passes.
+experts, and these are evaluated exactly by the rule (token_service.py, cover_serving.py): first a part of them, which
+refuses most proposals. Loads are only worked out for what passes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sglang_eplb_affinity.domain.numba_kernel import kernel
+from sglang_eplb_affinity.planner.cover_serving import serve
 from sglang_eplb_affinity.planner.imbalance import SHIFT
 from sglang_eplb_affinity.planner.random_steps import next_random
-from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, collect, keep, serve, serve_all, try_load
+from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, collect, flip_gpus, keep, serve_all, try_load
 
 PARTS = 4  # a proposal is first tried on one part of its tokens
 
@@ -182,7 +183,7 @@ def search_replicas(  # type: ignore[no-untyped-def]
     cost += served.cost.sum() + imbalance
     state = np.empty(1, np.uint64)
     state[0] = np.uint64(steps.seed)
-    flips = np.empty(numbering.bit.shape[0], np.uint64)
+    flips = np.zeros((numbering.gpu.shape[0], numbering.leaders.shape[0]), np.uint64)
     kept_squares = np.empty_like(squares)
     even = np.empty(experts, np.int64)
     for e in range(experts):
@@ -234,10 +235,7 @@ def search_replicas(  # type: ignore[no-untyped-def]
                 _exchange(places, s, r, b, a)
                 if lost:
                     continue
-            for c in range(flips.shape[0]):
-                flips[c] = numbering.bit[c, g]
-                if h >= 0:
-                    flips[c] ^= numbering.bit[c, h]
+            flip_gpus(numbering, flips, g, h)
             change = costs.move * moved
             change += _spread(sample, places, costs, a) + _spread(sample, places, costs, b)
             kept_squares[:] = squares

@@ -10,9 +10,19 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_eplb_affinity.domain.numba_kernel import kernel
-from sglang_eplb_affinity.planner.cover_evaluation import locate_replicas
 
 HOTTEST = 3  # experts of the most loaded GPU that are tried in each step
+
+
+@kernel
+def _locate_replicas(slot_expert, slots_per_gpu, home, replica_gpus, replicas, new_here):  # type: ignore[no-untyped-def]
+    """Fill in each expert's GPUs and their number, and how many experts of each GPU are new to it (all 0 before)."""
+    for s in range(slot_expert.shape[0]):
+        e = slot_expert[s]
+        g = s // slots_per_gpu
+        replica_gpus[e, replicas[e]] = g
+        replicas[e] += 1
+        new_here[g] += 1 - home[e, g]
 
 
 @kernel
@@ -71,7 +81,7 @@ def adapt_replicas(slot_expert, counts, slots_per_gpu, load_cap, home, max_moves
     replica_gpus = np.zeros((experts, slots), np.int64)
     holds = np.zeros((experts, gpus), np.int64)
     new_here = np.zeros(gpus, np.int64)
-    locate_replicas(slot_expert, slots_per_gpu, home, replica_gpus, replicas, new_here)
+    _locate_replicas(slot_expert, slots_per_gpu, home, replica_gpus, replicas, new_here)
     for s in range(slots):
         holds[slot_expert[s], s // slots_per_gpu] += 1
     load = np.zeros(gpus, np.int64)

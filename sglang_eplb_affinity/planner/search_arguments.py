@@ -27,16 +27,6 @@ class Items(NamedTuple):
     load: np.ndarray
 
 
-class TokenSets(NamedTuple):
-    """bits uint64 [experts, words], halves (fair coins) of the same shape, members int64 [experts] (popcounts of bits):
-    the token sample. load int64 [experts]: of each expert over the whole window."""
-
-    bits: np.ndarray
-    halves: np.ndarray
-    members: np.ndarray
-    load: np.ndarray
-
-
 class Costs(NamedTuple):
     """Integer costs: a token's copy to a GPU and to a node, an expert's copy to a node (low latency), a move."""
 

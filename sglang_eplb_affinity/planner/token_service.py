@@ -1,6 +1,7 @@
 """Who serves each expert of each sampled token, exact and in the rule's order (``cover``), while replicas move.
 
 Every (token, expert) has a mask of the GPUs that hold the expert, in the token's own numbering of GPUs (numbering.py).
+A mask has a word for every 64 GPUs; word w of a token's expert j is column j * words + w.
 A proposal changes the masks of the tokens of two experts: they are collected as columns, served anew, and kept or
 forgotten.
 """
@@ -11,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_eplb_affinity.domain.numba_kernel import kernel, lowest_bit, popcount
+from sglang_eplb_affinity.domain.numba_kernel import kernel, lowest_bit
 from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps
+from sglang_eplb_affinity.planner.cover_serving import serve
 
 LOAD_UNIT = 10  # bits of fraction of a token's load
 
@@ -49,10 +51,11 @@ def sample_of(tokens: np.ndarray, counts: np.ndarray, classes: int) -> Sample:
 
 
 class Served(NamedTuple):
-    """masks, servers uint64 [T, k]: where a token's expert is held, and who serves it; cost int64 [T].
+    """masks, servers uint64 [T, k * words]: where a token's expert is held, and who serves it; cost int64 [T].
 
     load int64 [gpus], << LOAD_UNIT. The rest is a proposal's: its tokens int64 [T]; by column their masks and servers
-    uint64 [k, T], their visited GPUs and nodes uint64 [T] and their cost; the load that would result.
+    uint64 [k * words, T]; visited, near uint64 [T], for masks of one word: their GPUs and nodes; their cost; the load
+    that would result.
     """
 
     masks: np.ndarray
@@ -69,10 +72,24 @@ class Served(NamedTuple):
 
 
 @kernel
+def flip_gpus(numbering, flips, g, h):  # type: ignore[no-untyped-def]
+    """The bits of GPUs g and h (none: -1) in flips uint64 [classes, words]."""
+    words = flips.shape[1]
+    for c in range(flips.shape[0]):
+        for w in range(words):
+            flips[c, w] = np.uint64(0)
+        bit = np.int64(numbering.bit[g, c])
+        flips[c, bit >> 6] ^= np.uint64(1) << np.uint64(bit & 63)
+        if h >= 0:
+            bit = np.int64(numbering.bit[h, c])
+            flips[c, bit >> 6] ^= np.uint64(1) << np.uint64(bit & 63)
+
+
+@kernel
 def collect(sample, served, flips, a, b, first, last, both, count):  # type: ignore[no-untyped-def]
     """Append tokens number first to last of expert a's list, with the masks of a and b changed by ``flips``.
 
-    flips uint64 [classes]. ``both``: tokens with b too are left out. Returns the number of tokens so far.
+    flips uint64 [classes, words]. ``both``: tokens with b too are left out. Returns the number of tokens so far.
     """
     tokens = sample.tokens
     token = sample.token
@@ -82,89 +99,26 @@ def collect(sample, served, flips, a, b, first, last, both, count):  # type: ign
     masks = served.masks
     tried = served.tried
     out = served.tried_masks
-    k = masks.shape[1]
+    columns = masks.shape[1]
+    words = flips.shape[1]
     for i in range(first, last):
         t = token[i]
         has_b = (others[t >> 6] >> np.uint64(t & 63)) & np.uint64(1) != np.uint64(0)
         if both and has_b:
             continue
         flip = flips[of_class[t]]
-        for j in range(k):
+        for j in range(columns):
             out[j, count] = masks[t, j]
-        out[position[i], count] ^= flip
+        for w in range(words):
+            out[position[i] * words + w, count] ^= flip[w]
         if has_b:
-            for j in range(k):
+            for j in range(tokens.shape[1]):
                 if tokens[t, j] == b:
-                    out[j, count] ^= flip
+                    for w in range(words):
+                        out[j * words + w, count] ^= flip[w]
         tried[count] = t
         count += 1
     return count
-
-
-@kernel
-def serve(served, numbering, gpu_weight, node_weight, first, last):  # type: ignore[no-untyped-def]
-    """Serve the collected tokens first to last by the rule; returns the change of their cost.
-
-    Written as loops over tokens without branches, which the compiler turns into SIMD.
-    """
-    none = np.uint64(0)
-    one = np.uint64(1)
-    n = last - first
-    visited = served.visited[first:last]
-    near = served.near[first:last]
-    node_masks = numbering.node_masks
-    nodes = node_masks.shape[0]
-    for i in range(n):
-        visited[i] = none
-    for j in range(served.tried_masks.shape[0]):
-        row = served.tried_masks[j, first:last]
-        for i in range(n):
-            m = row[i]
-            visited[i] |= m if m & (m - one) == none else none
-    if nodes > 1:
-        for i in range(n):
-            near[i] = none
-        for node in range(nodes):
-            mask = node_masks[node]
-            for i in range(n):
-                near[i] |= mask if visited[i] & mask != none else none
-    for j in range(served.tried_masks.shape[0]):
-        row = served.tried_masks[j, first:last]
-        server = served.tried_servers[j, first:last]
-        if nodes > 1:
-            for i in range(n):
-                m = row[i]
-                here = m & visited[i]
-                c = m & near[i]
-                c = c if c != none else m
-                c = here if here != none else c
-                server[i] = c & (~c + one)
-            for i in range(n):
-                visited[i] |= server[i]
-            for node in range(nodes):
-                mask = node_masks[node]
-                for i in range(n):
-                    near[i] |= mask if server[i] & mask != none else none
-        else:
-            for i in range(n):
-                m = row[i]
-                here = m & visited[i]
-                c = here if here != none else m
-                server[i] = c & (~c + one)
-            for i in range(n):
-                visited[i] |= server[i]
-    cost = served.tried_cost[first:last]
-    for i in range(n):
-        cost[i] = gpu_weight * popcount(visited[i])
-    if nodes > 1:
-        for i in range(n):
-            cost[i] += node_weight * popcount(near[i] & numbering.leaders)
-    old = served.cost
-    tried = served.tried
-    change = np.int64(0)
-    for i in range(n):
-        change += cost[i] - old[tried[first + i]]
-    return change
 
 
 @kernel
@@ -178,6 +132,8 @@ def try_load(sample, served, numbering, count):  # type: ignore[no-untyped-def]
     new_load = served.tried_load
     tried = served.tried
     gpu = numbering.gpu
+    words = numbering.leaders.shape[0]
+    none = np.uint64(0)
     new_load[:] = served.load
     for i in range(count):
         t = tried[i]
@@ -185,9 +141,12 @@ def try_load(sample, served, numbering, count):  # type: ignore[no-untyped-def]
             before = servers[t, j]
             after = new_servers[j, i]
             if before != after:
-                part = load[tokens[t, j]]
-                new_load[gpu[of_class[t], lowest_bit(before)]] -= part
-                new_load[gpu[of_class[t], lowest_bit(after)]] += part
+                part = load[tokens[t, j // words]]
+                bit = j % words << 6
+                if before != none:
+                    new_load[gpu[of_class[t], bit + lowest_bit(before)]] -= part
+                if after != none:
+                    new_load[gpu[of_class[t], bit + lowest_bit(after)]] += part
 
 
 @kernel
@@ -210,12 +169,15 @@ def keep(served, count):  # type: ignore[no-untyped-def]
 
 @kernel
 def serve_all(sample, holds, numbering, gpu_weight, node_weight):  # type: ignore[no-untyped-def]
+    """Every token served, with what is kept of it; holds int64 [experts, gpus], 1 where a GPU holds an expert."""
     total, k = sample.tokens.shape
     gpus = holds.shape[1]
+    words = numbering.leaders.shape[0]
+    columns = k * words
     served = Served(
-        np.zeros((total, k), np.uint64), np.zeros((total, k), np.uint64), np.zeros(total, np.int64),
-        np.zeros(gpus, np.int64), np.empty(total, np.int64), np.zeros((k, total), np.uint64),
-        np.zeros((k, total), np.uint64), np.zeros(total, np.uint64), np.zeros(total, np.uint64),
+        np.zeros((total, columns), np.uint64), np.zeros((total, columns), np.uint64), np.zeros(total, np.int64),
+        np.zeros(gpus, np.int64), np.empty(total, np.int64), np.zeros((columns, total), np.uint64),
+        np.zeros((columns, total), np.uint64), np.zeros(total, np.uint64), np.zeros(total, np.uint64),
         np.zeros(total, np.int64), np.zeros(gpus, np.int64),
     )  # fmt: skip
     for t in range(total):
@@ -225,13 +187,9 @@ def serve_all(sample, holds, numbering, gpu_weight, node_weight):  # type: ignor
             e = sample.tokens[t, j]
             for g in range(gpus):
                 if e >= 0 and holds[e, g] > 0:
-                    served.tried_masks[j, t] |= numbering.bit[of_class, g]
+                    bit = np.int64(numbering.bit[g, of_class])
+                    served.tried_masks[j * words + (bit >> 6), t] |= np.uint64(1) << np.uint64(bit & 63)
     serve(served, numbering, gpu_weight, node_weight, 0, total)
-    for t in range(total):
-        for j in range(k):
-            e = sample.tokens[t, j]
-            if e >= 0:
-                gpu = numbering.gpu[sample.of_class[t], lowest_bit(served.tried_servers[j, t])]
-                served.tried_load[gpu] += sample.load[e]
+    try_load(sample, served, numbering, total)  # none was served before
     keep(served, total)
     return served

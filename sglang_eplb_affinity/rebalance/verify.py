@@ -19,6 +19,7 @@ from sglang_eplb_affinity.rebalance.weights import LayerWeights, widest
 
 logger = logging.getLogger(__name__)
 ENVIRONMENT = "EPLB_AFFINITY_VERIFY"
+WRONG = "holds wrong weights"  # in the log line of a rank that found some
 
 
 class WeightVerifier:
@@ -35,23 +36,24 @@ class WeightVerifier:
         group: dist.ProcessGroup | None,
     ) -> None:
         self._weights, self._rank, self._local = weights, rank, start.num_slots // num_ranks
-        own = {(layer, expert): value for layer, expert, value in self._slots(start)}
+        own = self._slots(start)
         everyones: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyones, (replica, own), group=group)
-        self._expected: dict[tuple[int, int], tuple[int, ...]] = {}
+        # Dummy weights of an expert's replicas differ: any of them is that expert's.
+        self._expected: dict[tuple[int, int], set[tuple[int, ...]]] = {}
         for of, checksums in everyones:
-            if of == replica:
-                self._expected |= checksums
+            for layer, expert, value in checksums if of == replica else ():
+                self._expected.setdefault((layer, expert), set()).add(value)
 
     def check(self, in_force: ExpertMap) -> int:
         """Slots of this rank that hold something else; each layer that has any is logged."""
         wrong = [
-            (layer, expert) for layer, expert, value in self._slots(in_force) if value != self._expected[layer, expert]
+            (layer, expert)
+            for layer, expert, value in self._slots(in_force)
+            if value not in self._expected[layer, expert]
         ]
         if wrong:
-            logger.error(
-                "[eplb-affinity] verify: rank %d holds wrong weights for (layer, expert) %s", self._rank, wrong
-            )
+            logger.error("[eplb-affinity] verify: rank %d %s for (layer, expert) %s", self._rank, WRONG, wrong)
         else:
             logger.info("[eplb-affinity] verify: all %d layers hold what the map says", len(self._weights))
         return len(wrong)

@@ -82,11 +82,11 @@ def test_an_entry_stands_in_the_table_with_the_longest_prefix() -> None:
 
 
 def test_rows_of_equal_metrics_make_one_table() -> None:
-    figures = [figure(f"bench.cpu.{arm}.{metric}", 1.0, 0) for arm in ("a", "b") for metric in ("load", "qps")]
+    figures = [figure(f"bench.cpu.{arm}.{metric}", 1.0, 0) for arm in ("a", "b") for metric in ("load", "reads")]
     figures += [figure("bench.cpu.c.load", 1.5, 0, "emulated"), figure("bench.cpu.seconds"), figure("bench.d.load")]
     grid, rest = figure_tables(figures, ("bench", "cpu"))
     assert grid.splitlines() == [
-        "| | load | qps |",
+        "| | load | reads |",
         "|---|---:|---:|",
         "| a | 1 | 1 |",
         "| b | 1 | 1 |",

@@ -16,6 +16,7 @@ from bench.harness.profile import PROFILE_DIR
 from bench.harness.side_by_side import free_port
 from bench.publish.table import read_table
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.rebalance import verify
 
 pytestmark = pytest.mark.server
 
@@ -101,3 +102,24 @@ def test_a_gpu_profile_rehearsed_with_arms_side_by_side(tmp_path: Path) -> None:
     assert all((tmp_path / "two" / "cells" / f"b0-{arm}-c{c}" / "timeline.npz").is_file() for c, arm in order)
     replayed = "--ep-forced-routing replay:bench/data/tiny_moe_test.npz,layers=cycle"
     assert all(replayed in " ".join(record["provenance"]["server_flags"]) for record in records)
+
+
+@pytest.mark.timeout(1200)
+def test_rounds_beside_decoding_and_requests_that_just_arrive(tmp_path: Path) -> None:
+    """The loads of `h200-x2-stall`, with weights proven after each round, and Poisson arrivals beside them."""
+    options = ["--profile", "h200-x2-stall", "--rehearse", "--arms", "vanilla-unrecorded,async-verified", "--rate", "2"]
+    options += ["--loads", "decode,poisson", "--port", str(free_port())]
+    done = bench_run(tmp_path, "three", *options, "--no-report")
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "three" / "store.jsonl").read_text().splitlines()]
+    rows = {(record["key"]["load"], record["key"]["arm"]): record for record in records}
+    assert len(rows) == 4 and not any(record["void"] for record in records)
+    for arm in ("vanilla-unrecorded", "async-verified"):
+        decode, poisson = rows["decode", arm]["metrics"], rows["poisson", arm]["metrics"]
+        assert decode["max_itl_ms"] >= decode["p99_itl_ms"] > 0 and decode["mean_concurrency"] == pytest.approx(4)
+        assert poisson["completed"] == 12 and poisson["p50_ttft_ms"] > 0
+    assert rows["decode", "vanilla-unrecorded"]["placement"]["rebalances"] >= 1
+    log = (tmp_path / "three" / "server" / "async-verified.log").read_text()
+    assert "verify: all" in log and verify.WRONG not in log
+    applied = [r for record in records for r in record["rebalances"] if r["result"] == "applied"]
+    assert applied and all(ms > 0 for r in applied for ms in r["commit_ms"])

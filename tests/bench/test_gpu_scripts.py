@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from bench.__main__ import _load_names
 from bench.harness.engine import ROOT
+from bench.harness.profile import Profile
 
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
@@ -81,6 +85,22 @@ def test_a_share_without_gpus_is_refused() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert "error: share.sh: share 0 of 2 is empty: the host has GPUs '0'" in done.stderr
+
+
+@pytest.mark.parametrize(("plan", "runs"), [("costs", 4), ("ep4", 2)])
+def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Path) -> None:
+    checkout(tmp_path)
+    (tmp_path / "work" / "results").mkdir(parents=True)
+    work = {"WORK": f"{tmp_path}/work", "CARRY": f"{tmp_path}/work/carry", "START": str(int(time.time()))}
+    done = script(tmp_path, f"bench/gpu/plans/{plan}.sh", REHEARSE="1", PYTHON="python3", **work)
+    assert done.returncode == 0 and "over" in done.stdout, done.stdout + done.stderr
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len(calls) == runs and all("--rehearse" in call for call in calls)
+    for call in calls:
+        options = dict(pairwise(call))
+        profile = Profile.named(options["--profile"])
+        profile = profile.with_poisson(float(options["--rate"])) if "--rate" in options else profile
+        assert _load_names(options.get("--loads"), profile)
 
 
 FAKE_NCCL = """

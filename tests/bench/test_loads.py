@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from bench.__main__ import _at_levels, _load_names
-from bench.figures.headline import default_prefix
 from bench.figures.load_headlines import figures_of_loads
 from bench.figures.metrics import latency_metrics
 from bench.figures.rebalance_log import LogSummary
@@ -21,6 +20,7 @@ from bench.figures.steady import decode_window
 from bench.figures.validity import void_reasons
 from bench.harness import pinning
 from bench.harness.arms import ARMS, NEVER, RECORDER
+from bench.harness.client_process import _body
 from bench.harness.engine import ROOT
 from bench.harness.pinning import Cores, pin_process
 from bench.harness.profile import DECODE, PREFILL, Profile
@@ -30,6 +30,7 @@ from bench.harness.schedule import CellKey
 from bench.harness.server import server_command
 from bench.harness.static_maps import placement_on_replay, write_maps
 from bench.harness.store import CellRecord
+from bench.harness.workload import requests_of, write_random_ids
 from bench.publish.table import render, tidy
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -85,7 +86,7 @@ def test_a_run_with_loads_goes_on_where_it_stopped(auto_plan: RunPlan, tmp_path:
     [
         ('kind = "poems"', r"\[loads.x\] kind is 'poems', but must be one of requests, prefill, decode"),
         ('kind = "decode"\noutput_tokens = 2', r"\[loads.x\] output_tokens must be at least 4"),
-        ("requests = 3", r"\[loads.x\] requests must map concurrency"),
+        ("requests = 3", r"\[loads.x\] requests must map requests in flight"),
     ],
 )
 def test_a_wrong_load_is_refused_with_its_name(wrong: str, said: str) -> None:
@@ -281,16 +282,18 @@ def test_headline_figures_of_loads_are_ratios_to_each_baseline(auto_plan: RunPla
     assert not any("vanilla-again" in name for name in found)
 
 
-def test_losses_are_parts_of_the_tokens_that_would_have_come() -> None:
-    profile = Profile.named("h200-x2-idle")
-    plan = RunPlan(profile, profile.arms, (256,), 2, "random token ids", "", ("decode",))
-    step = {"plain": 5.0, "vanilla-idle": 5.05, "affinity-idle": 5.0, "async-needless": 5.1}
-    records = [
-        replace(make_record(cell), metrics={"decode_step_ms": step[cell.arm], "p50_tpot_ms": step[cell.arm]})
-        for cell in plan.cells()
-    ]
-    found = dict(figures_of_loads(tidy(records), plan, "bench.idle"))
-    assert found["overhead.low_latency.decode_loss_pct"]["value"] == 0
-    assert found["overhead.low_latency.decode_loss_pct.upstream"]["value"] == pytest.approx(100 * 0.05 / 5.05, rel=1e-3)
-    assert found["async.throughput_loss_pct"]["value"] == pytest.approx(100 * 0.1 / 5.1, rel=1e-3)
-    assert default_prefix(plan) == "bench.idle"
+def test_itl_is_of_the_streams_that_come_token_by_token_alone(tmp_path: Path) -> None:
+    load = replace(AUTO.loads["decode"], requests={4: 4}, token_streams=2)
+    work = write_random_ids(tmp_path / "w.json", load, 100, [30] * 4, seed=1)
+    assert [_body(r)["sampling_params"]["stream_interval"] for r in requests_of(work.path)] == [1, 1, 2**20, 2**20]
+    every = write_random_ids(tmp_path / "e.json", replace(load, token_streams=0), 100, [30] * 4, seed=1)
+    assert not any("stream_interval" in _body(r)["sampling_params"] for r in requests_of(every.path))
+    # The other two bring 29 tokens at once with their last.
+    slow = [(0.02 * (3 if i == 9 else 1) * (1 + 1e-6 * i), 1) for i in range(29)]
+    whole = [(sum(gap for gap, _ in slow) + 0.01, 29)]
+    outputs = [output(0.0, 0.1, gaps) for gaps in (slow, slow, whole, whole)]
+    log = RequestLog.of_outputs(outputs, 0.0, EPOCH, [(0.01 * i, 0.001 * i, 0.0) for i in range(90)])
+    found = latency_metrics(log, load, 4)
+    assert found["p50_itl_ms"] == pytest.approx(20, rel=1e-3) and found["max_itl_ms"] == pytest.approx(60, rel=1e-3)
+    assert found["mean_concurrency"] == pytest.approx(4) and "output_tokens_per_s" not in found
+    assert "p50_itl_ms" not in latency_metrics(log, replace(load, token_streams=0), 4)  # half of them say nothing

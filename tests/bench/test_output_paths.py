@@ -14,7 +14,6 @@ from bench.harness.engine import ROOT
 from bench.harness.output_paths import result_file, result_folder
 
 FILES = ["bench.micro.forced_routing", "bench.gpu.kernel_times", "bench.gpu.kernel_tuning", "bench.gpu.rebalance_check"]
-FOLDERS = ["bench.gpu.overhead", "bench.gpu.rebalance_stall"]
 
 
 @pytest.mark.parametrize("module", [*FILES, "bench.micro.deepep.__main__"])
@@ -22,14 +21,6 @@ def test_a_folder_is_no_result_file(module: str, tmp_path: Path, capsys: pytest.
     dry = ["--dry-run"] if "deepep" in module else []
     assert _exit_code(module, ["--out", str(tmp_path), *dry]) == 2
     assert f"{tmp_path} is a folder; name a file" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("module", FOLDERS)
-def test_a_file_is_no_result_folder(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "file"
-    path.touch()
-    assert _exit_code(module, ["--out", str(path)]) == 2
-    assert f"{path} is a file; name a folder" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", [["bench.planner"], ["bench.capacity", "all"], ["bench.capacity", "docs"]])

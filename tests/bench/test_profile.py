@@ -1,4 +1,6 @@
 import json
+import re
+import textwrap
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +9,7 @@ import pytest
 
 from bench.engines.emulated_link.settings import LinkSettings
 from bench.harness.arms import ARMS
-from bench.harness.engine import build_random_model
+from bench.harness.engine import ROOT, write_model_config
 from bench.harness.links import Link, link_environment, with_link
 from bench.harness.profile import PROFILE_DIR, Profile
 from bench.harness.rehearsal import rehearsal
@@ -26,6 +28,14 @@ def test_every_profile_is_valid(path: Path) -> None:
         assert profile.load.requests_at(c) >= 2 * c, "too few requests to reach the concurrency"
 
 
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="no documentation in this checkout")
+def test_the_profile_of_the_documentation_is_valid() -> None:
+    page = (ROOT / "docs" / "benchmarking.md").read_text()
+    (block,) = re.findall(r"^    \[server\]\n(?:    .*\n)+", page, re.MULTILINE)
+    profile = Profile.parse(textwrap.dedent(block), name="mine", source="docs/benchmarking.md")
+    assert profile.title == "mine" and profile.load.requests and profile.server.model
+
+
 def parse(text: str) -> Profile:
     return Profile.parse('title = "t"\n' + text, name="p", source="p.toml")
 
@@ -40,7 +50,8 @@ def test_requests_between_the_profiles_points() -> None:
     ("text", "said"),
     [
         ("[server", "not TOML"),
-        ("[server]\nranks = 1\n[load]\noutput_tokens = 8\n[load.requests]\n1 = 8\n", "model"),
+        ("[server]\nranks = 1\n[load]\noutput_tokens = 8\n[load.requests]\n1 = 8\n", r"\[server\]: model missing"),
+        (MINIMAL.replace("output_tokens = 8\n", ""), r"\[load\]: output_tokens missing"),
         (MINIMAL.replace("ranks", "rank"), "rank"),
         (MINIMAL.replace("4 = 40", "four = 40"), "requests"),
         (MINIMAL.replace("4 = 40", "4 = 0"), "requests"),
@@ -100,12 +111,67 @@ def test_a_link_that_cannot_be_is_refused(name: str, link: str, said: str) -> No
         with_link(Profile.named(name), link)
 
 
-def test_a_random_model_is_written_from_its_sizes() -> None:
-    config = json.loads((build_random_model("layers=2,hidden=64,heads=2,kv_heads=1") / "config.json").read_text())
+def test_a_model_without_weights_is_written_from_its_sizes() -> None:
+    folder = write_model_config("random", "layers=2,hidden=64,heads=2,kv_heads=1")
+    config = json.loads((folder / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["num_experts"]) == (2, 64, 64)
     for wrong in ("depth=2", "layers", "layers=two"):
-        with pytest.raises(InputError, match=r"is not KEY=N,\.\.\. with KEY one of layers, hidden"):
-            build_random_model(wrong)
+        with pytest.raises(InputError, match=r"random:.* is not KEY=N,\.\.\. with KEY one of layers, hidden"):
+            write_model_config("random", wrong)
+    deepseek = json.loads((write_model_config("deepseek", "moe_layers=3") / "config.json").read_text())
+    assert (deepseek["architectures"], deepseek["num_hidden_layers"]) == (["DeepseekV3ForCausalLM"], 4)
+    with pytest.raises(InputError, match=r"deepseek:layers=3 is not .* with KEY one of moe_layers"):
+        write_model_config("deepseek", "layers=3")
+
+
+BASE = """title = "base"
+arms = ["vanilla"]
+[server]
+model = "m"
+ranks = 2
+flags = ["--a", "1", "--b", "--c", "3", "4"]
+[load]
+output_tokens = 8
+requests = { 4 = 40 }
+[loads.decode]
+kind = "decode"
+output_tokens = 64
+requests = { 8 = 8, 16 = 16 }
+[loads.prefill]
+kind = "prefill"
+output_tokens = 1
+requests = { 8 = 64 }
+"""
+
+
+def test_a_profile_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_text(BASE)
+    (tmp_path / "two.toml").write_text(
+        'base = "one"\ntitle = "two"\n[server]\nmore_flags = ["--c", "5", "--d"]\n[load]\nrequests = { 6 = 60 }\n'
+        '[loads.decode]\nkind = "decode"\noutput_tokens = 32\nrequests = { 8 = 8 }\n'
+    )
+    one, two = Profile.named("one", tmp_path), Profile.named("two", tmp_path)
+    assert (two.name, two.title, two.arms, two.server.model) == ("two", "two", ("vanilla",), "m")
+    assert two.server.flags == ("--a", "1", "--b", "--c", "5", "--d") and len(one.server.flags) == 6
+    assert (two.load.requests, two.load.output_tokens) == ({6: 60}, 8)
+    assert two.loads["decode"].requests == {8: 8} and two.loads["prefill"] == one.loads["prefill"]
+    (tmp_path / "two.toml").write_text('base = "none"\n')
+    with pytest.raises(InputError, match=r"base is 'none', but there is no none\.toml"):
+        Profile.named("two", tmp_path)
+
+
+def test_a_rate_adds_the_main_loads_requests_as_they_arrive() -> None:
+    profile = Profile.parse(BASE, name="p", source="p.toml")
+    poisson = profile.with_poisson(2.5).loads["poisson"]
+    assert (poisson.request_rate, poisson.requests, poisson.kind) == (2.5, {4: 40}, "requests")
+    with pytest.raises(InputError, match="--rate: 0 requests/s is not above 0"):
+        profile.with_poisson(0)
+
+
+@pytest.mark.parametrize(("where", "streams"), [('kind = "decode"', 9), ('kind = "prefill"', 4)])
+def test_only_requests_that_decode_together_stream_token_by_token(where: str, streams: int) -> None:
+    with pytest.raises(InputError, match=f"token_streams is {streams}, but must be a number of the requests of a dec"):
+        Profile.parse(BASE.replace(where, f"{where}\ntoken_streams = {streams}"), name="p", source="p.toml")
 
 
 def test_a_profile_without_a_model_wants_one() -> None:

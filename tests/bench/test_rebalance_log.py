@@ -1,5 +1,7 @@
+from dataclasses import asdict
+
 from bench.figures.metrics import placement_metrics
-from bench.figures.rebalance_log import LogSummary, parse_log
+from bench.figures.rebalance_log import LogSummary, Rebalance, parse_log
 
 
 def test_reads_every_rebalance_of_a_patched_server(affinity_log: str) -> None:
@@ -63,3 +65,13 @@ def test_without_our_line_nobody_knows_what_moved(unpatched_log: str) -> None:
     placement = placement_metrics(seen, seen)
     assert placement["rebalances"] == 1 and placement["rebalances_moved"] is None
     assert placement_metrics(LogSummary((), 0), LogSummary((), 0))["rebalances_moved"] == 0
+
+
+def test_times_of_commits_are_those_of_rounds_that_moved_experts() -> None:
+    line = '[eplb-affinity] rebalance {"result": "applied", "moved_experts": %d, "commit_ms": %s}'
+    life = parse_log("\n".join([line % (3, "[0.25, 0.75]"), line % (0, "[9]"), line % (2, "[0.5]")]))
+    assert (
+        life.rebalances[0].commit_ms == (0.25, 0.75) and Rebalance.of(asdict(life.rebalances[0])) == life.rebalances[0]
+    )
+    assert 0.7 < (placement_metrics(life, life)["commit_ms_p99"] or 0) < 0.75
+    assert placement_metrics(life, LogSummary((), 0))["commit_ms_p99"] is None

@@ -9,7 +9,6 @@ from bench.figures.server_log import (
     batch_lines,
     full_prefills,
     lines_between,
-    pass_rates,
     queue_metrics,
     unix_time,
 )
@@ -44,25 +43,6 @@ def test_a_part_of_a_log_has_whole_entries() -> None:
     part = lines_between(text, start, start + 0.2).splitlines()
     assert len(part) == 3 and " DP0 " in part[0] and " DP1 " in part[1] and part[2] == "Traceback"
     assert lines_between(text, 0.0, start - 1) == ""
-
-
-def test_rates_are_of_full_passes_alone() -> None:
-    def line(rank: int, phase: str, running: int, rate: float, tokens: int = 0) -> str:
-        new = f"#new-seq: 1, #new-token: {tokens}, " if phase == "Prefill" else ""
-        kind = "input" if phase == "Prefill" else "gen"
-        return (
-            f"[2026-11-21 22:30:24 DP{rank} TP{rank} EP{rank}] {phase} batch, {new}#running-req: {running}, "
-            f"{kind} throughput (token/s): {rate}, #queue-req: 0\n"
-        )
-
-    text = line(0, "Decode", 16, 1.0)  # what came before it is not known
-    text += line(0, "Prefill", 0, 100.0, 128) + line(0, "Prefill", 1, 120.0, 128) + line(0, "Prefill", 2, 9.0, 16)
-    text += line(0, "Decode", 16, 5.0)  # has prefills in it
-    text += line(1, "Decode", 16, 300.0)
-    text += line(0, "Decode", 16, 310.0) + line(1, "Decode", 16, 330.0)
-    text += line(0, "Decode", 4, 90.0) + line(0, "Decode", 4, 80.0)
-    assert pass_rates(text) == {"decode_throughput": 320.0, "prefill_throughput": 110.0}
-    assert pass_rates("[2026-11-21 22:30:24 TP0] something else\n") == {}
 
 
 def test_full_prefills_are_timed_from_one_to_the_next_of_the_same_scheduler() -> None:

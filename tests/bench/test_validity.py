@@ -5,6 +5,7 @@ import pytest
 from bench.figures.rebalance_log import LogSummary, Rebalance, parse_log
 from bench.figures.validity import void_reasons
 from bench.harness.arms import ARMS
+from sglang_eplb_affinity.rebalance import verify
 
 GOOD = {"completed": 8, "output_tokens": 256, "mean_concurrency": 3.8, "whole_requests": 5}
 GOOD |= {"client_cores": 0.3, "client_lag_p99_ms": 4.0, "p50_chunk_gap_ms": 20.0}
@@ -116,3 +117,11 @@ def test_a_log_without_batch_lines_does_not_void() -> None:
 
 def test_an_error_is_the_one_reason() -> None:
     assert reasons("vanilla", NOTHING, NOTHING, error="server ended", completed=0) == ("server ended",)
+
+
+def test_wrong_weights_void_every_row_that_follows() -> None:
+    line = f"[2026-01-01 00:00:00 TP1 EP1] [eplb-affinity] verify: rank 1 {verify.WRONG} for (layer, expert) [(0, 3)]"
+    (reason,) = reasons("async-verified", parse_log(line), NOTHING)
+    assert reason == "1 checks of the weights found a slot that does not hold what the map says"
+    assert reasons("async-verified", NOTHING, NOTHING) == ()
+    assert ARMS["async-verified"].environment == ((verify.ENVIRONMENT, "1"),)

@@ -9,11 +9,12 @@ from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.dispatch.losses import without_gpus
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
-from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
 from sglang_eplb_affinity.planner.layout import without_duplicates
 from sglang_eplb_affinity.planner.numbering import numbering
+from sglang_eplb_affinity.planner.plan_layer import IN_USE_BETTER
 from sglang_eplb_affinity.planner.redundancy import knee, redundancies_within, slots_within, try_redundancies
 from sglang_eplb_affinity.planner.survival import Survive, uncovered
 from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, sample_of, serve_all
@@ -60,7 +61,7 @@ def test_duplicates_give_way_to_experts_that_the_gpu_lacks():
     assert set(parted.tolist()) == {0, 1, 2, 3} and (parted == 0).sum() == 2
 
 
-@pytest.mark.parametrize(("gpus", "nodes"), [(4, 1), (8, 2), (6, 3)])
+@pytest.mark.parametrize(("gpus", "nodes"), [(4, 1), (8, 2), (6, 3), (80, 10), (150, 2)])
 def test_served_tokens_agree_with_the_rule(gpus, nodes):  # type: ignore[no-untyped-def]
     """Fan-outs and loads of the search's own service against the rule; ties go by order instead of the hash."""
     topology, experts, slots = Topology(gpus, nodes), 24, 24 + 3 * gpus + (-24) % gpus
@@ -71,13 +72,43 @@ def test_served_tokens_agree_with_the_rule(gpus, nodes):  # type: ignore[no-unty
     holds = np.zeros((experts, gpus), np.int64)
     holds[row, np.arange(slots) // (slots // gpus)] = 1
     names = numbering(gpus, nodes)
-    served = serve_all(sample_of(tokens, counts, len(names.bit)), holds, names, 1, 1000)
+    served = serve_all(sample_of(tokens, counts, names.classes), holds, names, 1, 1000)
     source = (np.arange(len(tokens)) % gpus).astype(np.int32)
     traffic = measure(tokens[None], ExpertMap(row[None], experts), topology, "cover", source)
     assert (served.cost % 1000).mean() == pytest.approx(traffic.gpu_fanout[0], rel=0.01)
     if nodes > 1:
         assert (served.cost // 1000).mean() == pytest.approx(traffic.node_fanout[0], rel=0.01)
-    assert (served.load >> LOAD_UNIT) == pytest.approx(traffic.gpu_load[0], rel=0.06)
+    difference = np.abs((served.load >> LOAD_UNIT) - traffic.gpu_load[0]) / traffic.gpu_load[0]
+    assert difference.max() < 0.06 if gpus <= 8 else difference.mean() < 0.15  # 60 tokens from each of 80 GPUs
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(4, 1), (6, 2)])
+def test_masks_of_two_words_serve_as_masks_of_one(gpus, nodes):  # type: ignore[no-untyped-def]
+    tokens = skewed_tokens(np.random.default_rng(4), 1, 1000, 24, 4)[0]
+    tokens[::7, 3] = -1
+    counts = np.bincount(tokens[tokens >= 0], minlength=24).astype(np.int64)
+    holds = (np.random.default_rng(5).random((24, gpus)) < 0.4).astype(np.int64)
+    holds[np.arange(24), np.arange(24) % gpus] = 1
+    narrow = numbering(gpus, nodes)
+    wide = narrow._replace(
+        node_masks=np.pad(narrow.node_masks, ((0, 0), (0, 1))), leaders=np.pad(narrow.leaders, (0, 1))
+    )
+    sample = sample_of(tokens, counts, narrow.classes)
+    one, two = (serve_all(sample, holds, names, 8, 16) for names in (narrow, wide))
+    assert (two.masks[:, ::2] == one.masks).all() and not two.masks[:, 1::2].any()
+    assert one.load.sum() == two.load.sum() and one.cost.sum() == pytest.approx(two.cost.sum(), rel=0.01)
+    alone = np.bitwise_count(one.masks) == 1  # the others may be ties, which go by order or by a hash
+    assert (one.servers == two.servers[:, ::2])[alone].all()
+
+
+def test_more_than_64_gpus_are_searched_like_fewer():
+    """80 GPUs on 10 nodes: better than EPLB's map on the window, exact replicas, the same on any number of threads."""
+    window, topology = window_of(skewed_tokens(np.random.default_rng(6), 2, 1500, 64, 4), 64), Topology(80, 10)
+    results = [plan(window, topology, 160, PlannerConfig(threads=threads)) for threads in (1, 2)]
+    assert (results[0].expert_map.physical_to_logical == results[1].expert_map.physical_to_logical).all()
+    report = results[0].report
+    assert report.fallback == ("", "") and (report.planned.cost < 0.9 * report.eplb.cost).all()
+    assert all(len(set(gpu)) == 2 for gpu in results[0].expert_map.physical_to_logical.reshape(-1, 2).tolist())
 
 
 @pytest.mark.parametrize("slots", [20, 32, 48])
@@ -153,3 +184,30 @@ def test_replicas_that_are_missing_are_made_though_they_gain_nothing():
     result = plan(window, topology, 36, config, current)
     assert (result.expert_map.physical_to_logical[0] == safe[0]).all()
     assert result.report.uncovered is not None and not result.report.uncovered.any()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "experts", "redundancies"),
+    [
+        (8, 2, 64, (0, 8, 16, 40, 64)),
+        (16, 4, 64, (0, 16, 32, 64)),
+        (8, 1, 128, (0, 8, 16, 128)),
+        (72, 1, 128, (16, 88)),
+    ],
+)
+def test_more_slots_never_cost_more_at_the_shapes_of_servers(gpus, nodes, experts, redundancies):  # type: ignore[no-untyped-def]
+    """Top-8 of one layer: what is added to the slots is found and used, while no GPU is loaded over the cap."""
+    window = window_of(skewed_tokens(np.random.default_rng(1), 1, 1200, experts, 8), experts)
+    reports = [plan(window, Topology(gpus, nodes), experts + number).report for number in redundancies]
+    costs = [float(report.planned.cost[0]) for report in reports]
+    assert (np.diff(costs) <= 0).all(), costs
+    for report in reports:
+        assert report.planned.load_max_over_mean[0] <= report.eplb.load_max_over_mean[0] + 0.12
+
+
+def test_without_a_token_sample_a_better_balanced_map_in_force_stays():
+    counts = np.array([[38, 19, 27, 36, 29, 1]], np.int64)
+    in_force = ExpertMap(np.array([[1, 4, 2, 3, 0, 5]], np.int32), 6)
+    result = plan(RoutingWindow(counts), Topology(2), 6, current=in_force)
+    assert result.report.fallback == (IN_USE_BETTER,)
+    assert (result.expert_map.physical_to_logical == in_force.physical_to_logical).all()

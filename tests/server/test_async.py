@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.engines.emulated_hosts import EmulatedHosts
+from sglang_eplb_affinity.rebalance.verify import WRONG
 from tests.server.harness import RunningServer, ServerCase, Traffic, rounds, serve
 
 HERE = Path(__file__).parent
@@ -70,7 +71,7 @@ def test_faults_cost_their_round_and_no_output(models: Path, tmp_path: Path, por
         server.process.wait(30)
         storm.join()
     text = log.read_text(errors="replace")
-    assert "has wrong weights" not in text and "verify: all 4 layers hold what the map says" in text
+    assert WRONG not in text and "verify: all 4 layers hold what the map says" in text
     assert "movement failed on rank 1: layer" in text and "planted failure" in text
 
 
@@ -86,7 +87,7 @@ def test_data_parallel_attention_and_eplbs_own_algorithm(
         server.generate_until(lambda: sum(record["result"] == "applied" for record in rounds(server)) >= 3, 16)
     assert {record["algorithm"] for record in rounds(server)} == {"deepseek"}
     text = server.log.read_text(errors="replace")
-    assert "has wrong weights" not in text and "hold what the map says" in text
+    assert WRONG not in text and "hold what the map says" in text
     if hosts is not None:
         of_second = (tmp_path / "log-host1").read_text(errors="replace")
-        assert "has wrong weights" not in of_second and "DP1 TP1 EP1] [eplb-affinity] verify: all" in of_second
+        assert WRONG not in of_second and "DP1 TP1 EP1] [eplb-affinity] verify: all" in of_second

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.figures.rebalance_log import LogSummary
+from sglang_eplb_affinity.rebalance.verify import WRONG
 from tests.server.harness import NUM_PROMPTS, RunningServer, ServerCase, prompts, serve
 
 MODELS = ("qwen3moe", "dsv3")
@@ -83,7 +84,7 @@ def test_outputs_equal_those_without_eplb_while_rounds_run(
     check(log, case, batches, expected)
     assert {rebalance.mode for rebalance in log.rebalances} == {"asynchronous"}
     text = (tmp_path / "log").read_text(errors="replace")
-    assert "has wrong weights" not in text and "hold what the map says" in text
+    assert WRONG not in text and "hold what the map says" in text
 
 
 def batches_until_moved(server: RunningServer, rebalances: int, most: int = 12) -> Iterator[list[list[int]]]:

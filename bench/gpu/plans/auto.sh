@@ -10,42 +10,13 @@
 # same on the CPU. Steps that are missing in $CARRY are left out.
 set -uo pipefail
 read -r nvlink_end emulated_end other_end idle_end <<<"${ENDS:-710 1290 1470 1600}"
-results=$WORK/results profile=${PROFILE:-h200-x2-auto} idle=${IDLE_PROFILE:-h200-x2-idle} python=${PYTHON:-python3}
-left() { echo $((START + $1 - $(date +%s))); }
-say() { echo "== $(($(date +%s) - START)) s: $*"; }
-bounded() { local end=$1; shift; timeout -k 15 "$(left "$end")" "$@"; } # none of it goes on after END
-options=(--no-report --results-dir "$results" ${BENCH_OPTIONS:-})
+profile=${PROFILE:-h200-x2-auto} idle=${IDLE_PROFILE:-h200-x2-idle}
+. bench/gpu/plans/common.sh
 
 # Which arms: lists in $CARRY/arms and $CARRY/arms-emulated instead of the profile's.
 [ ! -e "$CARRY/arms" ] || arms=(--arms "$(cat "$CARRY/arms")")
-say "unpacking"
-if [ -z "${REHEARSE:-}" ]; then
-    export SITE=$WORK/site
-    (cd "$HOME" && for archive in "$CARRY"/caches*.tar.xz; do [ -e "$archive" ] && tar -xJf "$archive"; done)
-    bash bench/gpu/unpack.sh "$CARRY" >"$results/unpack.log" 2>&1 || say "unpack.sh: exit code $?"
-    tail -n 2 "$results/unpack.log"
-    . bench/gpu/env.sh
-    export NUMBA_CACHE_DIR=$HOME/.cache/numba TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/inductor
-    { date; nvidia-smi; nvidia-smi topo -m; lscpu; "$python" -m pip list; } >"$results/host.txt" 2>&1
-    gib=$("$python" -c 'import torch; print(round(torch.cuda.get_device_properties(0).total_memory / 2**30))')
-    # Five servers of 24 layers need GPUs of 141 GB.
-    [ "$gib" -gt 120 ] || options+=(--model "random:layers=8,hidden=4096,expert_width=640,heads=32,kv_heads=1")
-    say "GPUs of $gib GiB"
-else
-    options+=(--rehearse)
-fi
-place_maps() { # RUN LINK: those that were planned before
-    [ -d "$CARRY/maps/$2" ] && mkdir -p "$results/$1/maps" && cp "$CARRY/maps/$2"/*.json "$results/$1/maps/"
-}
-measure() { # RUN LINK END PROFILE [OPTIONS]
-    local run=$1 link=$2 end=$3 of=$4; shift 4
-    [ "$(left "$end")" -gt 60 ] || { say "no time for $run"; return; }
-    place_maps "$run" "$link"
-    [ -z "${REHEARSE:-}" ] || link="" # the CPU engine has no link to emulate
-    bounded "$((end + 15))" "$python" -m bench run --profile "$of" --run "$run" --link "$link" \
-        --seconds "$(left "$end")" "${options[@]}" "$@" >"$results/$run.log" 2>&1
-    say "$run: exit code $? ($(grep -c '^b[0-9]' "$results/$run.log") rows, $(grep -c VOID "$results/$run.log") void)"
-}
+# Five servers of 24 layers need GPUs of 141 GB.
+unpack "random:layers=8,hidden=4096,expert_width=640,heads=32,kv_heads=1"
 serve_other() { # beside the servers of the last step, which start meanwhile and wait
     local other=$WORK/site-other mode port
     cp -al "$SITE" "$other"

@@ -40,6 +40,20 @@ def test_quality_and_curves(tmp_path):  # type: ignore[no-untyped-def]
     assert "planner.small.8x2.node_fanout_ratio" in {figure.name for figure in figures}
 
 
+def test_many_replicas_by_blocks_of_tokens_at_one_effort(tmp_path):  # type: ignore[no-untyped-def]
+    path = tmp_path / "small.npz"
+    synthetic_trace(512, 1, 32, 4).save(path)
+    args = ["--trace", str(path), "--part", "replicas", "--case", "2x2-cover16", "--seeds", "1", "--repeats", "0"]
+    more = ["--effort", "fast", "--split-tokens", "64", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, [*args, *more], catch_exceptions=False).exit_code == 0
+    rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "out" / "replicas.csv").open())}
+    assert "affinity thorough" not in rows and not (tmp_path / "out" / "replicas_speed.csv").exists()
+    assert float(rows["affinity fast"]["gpu_fanout"]) < float(rows["deepseek, cover"]["gpu_fanout"])
+    parts = Split.load(str(path), 64)
+    assert (parts.plan.topk_ids[:64] == RoutingTrace.load(path).topk_ids[:64]).all()
+    assert (parts.test.topk_ids[:64] == RoutingTrace.load(path).topk_ids[64:128]).all()
+
+
 def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(loop_day, "WINDOWS", 4)
     trace = synthetic_trace(2048, 1, 32, 4)
