@@ -3,7 +3,7 @@
     python -m bench.micro.round_costs --out FILE.json
 
 Rank 0 (with --eplb-async its planner process) judges the map in force, the one before it and each layer's best on the
-window just recorded, and works out what the plan promises. Also counts what planning and judging launch: operations of torch,
+window just recorded, and works out what the plan promises. Also counts the operations of torch in planning and judging,
 on any device.
 """
 
