@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bench.harness.environment import describe_environment, now, provenance, versions
 from bench.harness.output_paths import ResultFolder
 from bench.planner.loop_day import DAY_CASES, day_entries, day_rows
+from bench.planner.percentile import PERCENTILE_CASES, percentile_rows
 from bench.planner.quality import CASES, CURVE_CASES, Case, Split, drift_rows, floor_rows, quality_rows
 from bench.planner.replicas import REPLICA_CASES, plot_replicas, replica_speed_rows
 from bench.planner.report import report_text
@@ -29,7 +30,7 @@ from sglang_eplb_affinity.domain.files import write_atomically
 from sglang_eplb_affinity.planner import warm_up
 from sglang_eplb_affinity.planner.config import Effort
 
-PARTS = ("quality", "replicas", "curves", "floor", "drift", "loop", "rounds", "tried", "torch", "speed")
+PARTS = ("quality", "replicas", "curves", "floor", "drift", "loop", "percentile", "rounds", "tried", "torch", "speed")
 OWN_TRACE = "bench/data/tiny_moe_plan.npz,bench/data/tiny_moe_test.npz"
 Row = dict[str, Any]
 
@@ -97,6 +98,9 @@ def main(
     if "loop" in chosen:
         fitting = [(s, c) for s in splits for c in _chosen(DAY_CASES, labels) if c.fits(s.plan.num_experts)]
         tables["loop"] = _each("loop", fitting, day_rows)
+    if "percentile" in chosen:
+        fitting = [(s, c) for s in splits for c in _chosen(PERCENTILE_CASES, labels) if c.fits(s.plan.num_experts)]
+        tables["percentile"] = _each("percentile", fitting, percentile_rows)
     if "rounds" in chosen:
         fitting = [(s, c) for s in splits for c in _chosen(ROUND_CASES, labels) if c.fits(s.plan.num_experts)]
         tables["rounds"] = _each("rounds", fitting, round_rows)

@@ -1,7 +1,8 @@
-"""A day whose domains change, served in rounds as a server has them: EPLB, affinity, and affinity that goes back."""
+"""A day whose domains change, served in rounds as a server has them: EPLB, and affinity that heeds earlier windows."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,20 @@ WINDOW_TOKENS = 4096
 RUN_TOKENS = 128  # tokens of a sequence that stay together
 POOLS = 4
 DAY_CASES = (Case(8, 2), Case(8, 2, 8))
-ARMS = ("deepseek", "affinity", "affinity, going back")
+SHIFT_WEIGHTS = (1.0, 0.0, 0.5, 2.0, 4.0)  # the first is what servers do
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``history``: with what a server remembers of earlier windows and maps."""
+
+    history: bool
+    shift_weight: float = 0.0
+    rule: DispatchRule = "cover"
+    name: str = "affinity, with memory"
+
+
+EPLB, FREE = Arm(False, rule="dynamic", name="deepseek"), Arm(False, name="affinity")
 
 
 def day_windows(trace: RoutingTrace, seed: int = 0) -> list[RoutingWindow]:
@@ -60,52 +74,62 @@ def day_rows(split: Split, case: Case) -> list[dict[str, Any]]:
         np.concatenate([trace.domain for trace in traces if trace.domain is not None]), split.plan.domain_names,
     )  # fmt: skip
     windows = day_windows(whole)
-    slots = whole.num_experts + case.redundant
-    rows = []
-    for arm in ARMS:
-        settings = PlanSettings("affinity", PlannerConfig(minimum_gain=0.02, warm_start=True), case.topology)
-        rule: DispatchRule = "dynamic" if arm == "deepseek" else "cover"
-        current = ExpertMap.contiguous(whole.num_layers, whole.num_experts, slots)
-        history, figures, returned, moved = None, [], 0, 0
-        for number, (window, served) in enumerate(pairwise(windows)):
-            if arm == "deepseek":
-                current = eplb_placement(window.counts, case.topology, slots)
-            else:
-                reply = plan_round(PlanRequest(window, current, settings, number == 0, history))
-                ids = current.physical_to_logical.copy()
-                for layer in reply.layers:
-                    ids[layer.layer] = layer.slots
-                    moved += int((layer.source >= 0).sum())
-                current = ExpertMap(ids, current.num_experts)
-                if arm == ARMS[2]:
-                    history = reply.history
-                    returned += len(reply.delivery.returned) if reply.delivery is not None else 0
-            assert served.tokens is not None
-            traffic = measure(served.tokens, current, case.topology, rule, None)
-            figures.append([traffic.gpu_fanout.mean(), traffic.node_fanout.mean(), traffic.load_max_over_mean.mean()])
-        gpu, node, load = np.mean(figures, 0)
-        rows.append({
-            "trace": split.name, "case": case.label, "arm": arm, "gpu_fanout": float(gpu), "node_fanout": float(node),
-            "load_max_over_mean": float(load), "returned_layers": returned,
-            "moved_slots": moved if arm != "deepseek" else "",
-        })  # fmt: skip
-    return [{**row, **_ratios(row, rows)} for row in rows]
+    # Replicas let a pass be balanced as it comes; the curve of weights is drawn where only the plan can do anything.
+    rule: DispatchRule = "cover_balanced" if case.redundant else "cover"
+    weights = SHIFT_WEIGHTS[:1] if case.redundant else SHIFT_WEIGHTS
+    arms = [EPLB, *(replace(arm, rule=rule) for arm in (FREE, *(Arm(True, weight) for weight in weights)))]
+    rows = [_served(windows, case, arm) for arm in arms]
+    return [{"trace": split.name, "case": case.label, **_with_ratios(row, rows[0], rows[1])} for row in rows]
 
 
-def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Against EPLB, and the share of the fan-out gain of affinity that does not go back."""
-    eplb, free = rows[0], rows[1]
+def _served(windows: list[RoutingWindow], case: Case, arm: Arm) -> dict[str, Any]:
+    """Means over the day's windows from the second on, under the maps that ``arm`` planned on those before."""
+    layers, experts = windows[0].counts.shape
+    planner = PlannerConfig(minimum_gain=0.02, warm_start=True, dispatch=arm.rule, shift_weight=arm.shift_weight)
+    settings = PlanSettings("affinity", planner, case.topology)
+    current = ExpertMap.contiguous(layers, experts, experts + case.redundant)
+    history, figures, returned, moved = None, [], 0, 0
+    for number, (window, served) in enumerate(pairwise(windows)):
+        if arm is EPLB:
+            current = eplb_placement(window.counts, case.topology, current.num_slots)
+        else:
+            reply = plan_round(PlanRequest(window, current, settings, number == 0, history))
+            ids = current.physical_to_logical.copy()
+            for layer in reply.layers:
+                ids[layer.layer] = layer.slots
+                moved += int((layer.source >= 0).sum())
+            current = ExpertMap(ids, current.num_experts)
+            if arm.history:
+                history = reply.history
+                returned += len(reply.delivery.returned) if reply.delivery is not None else 0
+        assert served.tokens is not None
+        traffic = measure(served.tokens, current, case.topology, arm.rule, None)
+        figures.append([traffic.gpu_fanout.mean(), traffic.node_fanout.mean(), traffic.load_max_over_mean.mean()])
+    gpu, node, load = np.mean(figures, 0)
+    return {
+        "arm": arm.name, "rule": arm.rule, "shift_weight": arm.shift_weight if arm.history else "",
+        "gpu_fanout": float(gpu), "node_fanout": float(node), "load_max_over_mean": float(load),
+        "returned_layers": returned, "moved_slots": "" if arm is EPLB else moved,
+    }  # fmt: skip
+
+
+def _with_ratios(row: dict[str, Any], eplb: dict[str, Any], free: dict[str, Any]) -> dict[str, Any]:
+    """Against EPLB, and the share of the fan-out gain of affinity without any memory of earlier windows."""
     gain = eplb["gpu_fanout"] - free["gpu_fanout"]
     kept = 100 * (eplb["gpu_fanout"] - row["gpu_fanout"]) / gain if gain else 0.0
-    return {"load_ratio_to_eplb": row["load_max_over_mean"] / eplb["load_max_over_mean"], "fanout_gain_kept_pct": kept}
+    ratio = row["load_max_over_mean"] / eplb["load_max_over_mean"]
+    return {**row, "load_ratio_to_eplb": ratio, "fanout_gain_kept_pct": kept}
 
 
 def day_entries(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Values of the summary's entries, one for each trace and case."""
-    going_back = [row for row in rows if row["arm"] == ARMS[2]]
-    if not going_back:
-        return {}
-    return {name: [row[name] for row in going_back] for name in ("load_ratio_to_eplb", "fanout_gain_kept_pct")}
+    """Values of the summary's entries, of what a server does, one for each trace; of ``8x2`` without a prefix."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["shift_weight"] == SHIFT_WEIGHTS[0]:
+            prefix = "" if row["case"] == DAY_CASES[0].label else f"{row['case']}."
+            for name in ("load_ratio_to_eplb", "fanout_gain_kept_pct"):
+                found.setdefault(prefix + name, []).append(row[name])
+    return found
 
 
 def _sequences(trace: RoutingTrace) -> np.ndarray:

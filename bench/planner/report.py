@@ -54,9 +54,17 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
         parts += [
             "## A day whose domains change (simulated from recorded tokens)",
             "24 windows of 4096 tokens, each served by the map that was planned on the windows before it, as rounds "
-            "of a server do; EPLB spreads evenly, affinity uses `cover`. `going back`: layers return to their best map "
-            "where they delivered less. `fan-out gain kept`: of affinity that never does.",
+            "of a server do. `with memory`: plans heed the loads of up to eight earlier windows, by the weight named "
+            "(1: what servers do), and layers return to their best map where they delivered less. `fan-out gain kept`: "
+            "of affinity with the same rule and no memory.",
             _plain([_day(row) for row in tables["loop"]]),
+        ]
+    if tables.get("percentile"):
+        parts += [
+            "## Accepted by mean, or by mean and 95th percentile (fast effort, one seed)",
+            "Figures on the test tokens; `load_p95` over 16 runs of them. `p95_allowance`: of the plan's 95th "
+            "percentile over EPLB's on the plan sample. `eplb_layers`: no plan was accepted.",
+            _plain(tables["percentile"]),
         ]
     if tables.get("rounds"):
         parts += [
@@ -110,7 +118,8 @@ def _quality(rows: list[Row]) -> str:
 
 def _day(row: Row) -> Row:
     return {
-        "trace": row["trace"], "GPUs x nodes": row["case"], "arm": row["arm"],
+        "trace": row["trace"], "GPUs x nodes": row["case"], "arm": row["arm"], "rule": row["rule"],
+        "weight": row["shift_weight"],
         "GPU fan-out": f"{row['gpu_fanout']:.3f}", "node fan-out": f"{row['node_fanout']:.3f}",
         "load max/mean": f"{row['load_max_over_mean']:.3f}", "ratio to EPLB": f"{row['load_ratio_to_eplb']:.3f}",
         "fan-out gain kept": f"{row['fanout_gain_kept_pct']:.0f} %", "layers gone back": row["returned_layers"],

@@ -10,7 +10,9 @@ bipartite graphs and load balancing", 2006): no other choice has a smaller maxim
 function of the GPUs' numbers. On 2 GPUs with no expert twice on one GPU they are even: each GPU's experts without a
 replica on the other are at most half of all.
 
-A function of the map alone: ranks agree, and a map that is recorded or loaded brings its primaries along.
+A function of the map alone: ranks agree, and a map that is recorded or loaded brings its primaries along. Of several
+even choices a planner names one by the order of slots: where the first experts / GPUs slots of all GPUs hold every
+expert once, they are the primaries (planner/even_primaries.py takes those that load the busiest GPU least).
 """
 
 from __future__ import annotations
@@ -32,6 +34,15 @@ def primary_slots(table, replicas, num_gpus, slots_per_gpu):  # type: ignore[no-
     table int32 [experts, max_replicas], slots in rising order; replicas int32 [experts].
     """
     experts = table.shape[0]
+    named = np.full(experts, -1, np.int32)
+    found = 0
+    for e in range(experts):
+        for i in range(replicas[e]):
+            if table[e, i] % slots_per_gpu * num_gpus < experts and named[e] < 0:
+                named[e] = table[e, i]
+                found += 1
+    if found == experts and experts % num_gpus == 0:
+        return named
     chosen = np.zeros(experts, np.int64)  # column of table
     count = np.zeros(num_gpus, np.int64)
     for fewest in range(1, table.shape[1] + 1):  # those with the fewest slots to choose from first

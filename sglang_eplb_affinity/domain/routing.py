@@ -176,6 +176,8 @@ class RoutingWindow:
     single ids of -1 are choices of no routed expert (LongCat-Flash's zero experts).
     ``phase_counts`` int64 [2, layers, experts] or None: the counts of prefill and of decode.
     ``token_phase`` int8 [sampled_tokens] or None: 0 for sampled tokens of prefill, 1 of decode, -1 for unused rows.
+    ``earlier`` float32 [windows, layers, experts] or None: each expert's share of its layer's assignments in windows
+    before this one, as :meth:`shares` gives them.
     """
 
     counts: np.ndarray
@@ -183,9 +185,14 @@ class RoutingWindow:
     tokens: np.ndarray | None = None
     phase_counts: np.ndarray | None = None
     token_phase: np.ndarray | None = None
+    earlier: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         layers, experts = self.counts.shape
+        if self.earlier is not None and self.earlier.shape[1:] != (layers, experts):
+            raise InputError(
+                f"routing window: earlier has shape {self.earlier.shape}, but must be [windows, {layers}, {experts}]"
+            )
         if self.coactivation is not None and self.coactivation.shape != (layers, experts, experts):
             raise InputError(
                 f"routing window: coactivation has shape {self.coactivation.shape}, "
@@ -202,6 +209,11 @@ class RoutingWindow:
             )
         if self.token_phase is not None and (self.tokens is None or self.token_phase.shape != self.tokens.shape[1:2]):
             raise InputError("routing window: token_phase must have one entry for each sampled token")
+
+    def shares(self) -> np.ndarray:
+        """float32 [layers, experts]: of each layer's assignments; zeros for a layer without traffic."""
+        total = np.maximum(self.counts.sum(1, keepdims=True), 1)
+        return np.asarray(self.counts / total, np.float32)
 
     @property
     def prefill_share(self) -> float | None:

@@ -13,10 +13,8 @@ import numpy as np
 
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import PlannerConfig
-from sglang_eplb_affinity.planner.judge import NOT_KEPT, cost_of, dispatch_sample
+from sglang_eplb_affinity.planner.judge import BLOCKS, LEAST_TOKENS, NOT_KEPT, cost_of, dispatch_sample
 
-BLOCKS = 16
-LEAST_TOKENS = 16  # of a block, for its load to mean anything
 STANDARD_ERRORS = 4.0
 
 

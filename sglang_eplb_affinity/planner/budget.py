@@ -50,9 +50,9 @@ class SearchBudget:
 
 # Where replicas can be chosen, traffic falls far enough to buy a better balance with some of it; less has to be bought
 # where the rule evens out each pass by itself.
-_SWAPS = ImbalanceWeights(window=300.0, blocks=10.0)
-_REPLICAS = ImbalanceWeights(window=360.0, blocks=18.0)
-_BALANCED_REPLICAS = ImbalanceWeights(window=240.0, blocks=12.0)
+_SWAPS = ImbalanceWeights(window=300.0, blocks=10.0, earlier=120.0)
+_REPLICAS = ImbalanceWeights(window=360.0, blocks=18.0, earlier=180.0)
+_BALANCED_REPLICAS = ImbalanceWeights(window=240.0, blocks=12.0, earlier=180.0)
 
 
 def _replica_steps(num_experts: int, num_slots: int) -> int:

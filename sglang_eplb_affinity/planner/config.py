@@ -31,6 +31,10 @@ class PlannerConfig:
     ``max_load_increase``: largest allowed rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).
     ``load_noise_allowance``: the cap rises by so many standard errors of a GPU's load, estimated from the window's
     blocks of time: EPLB's balance is fitted to the window and holds no closer on later tokens. 0: strict on the window.
+    ``p95_allowance``: a plan's load must hold in its 95th percentile too, over 16 blocks of the sample and the earlier
+    windows: at most this fraction above EPLB's placement, or above what the plan falls back to. None: the mean decides.
+    ``shift_weight``: of what a GPU's load would deviate by in the windows before this one (``RoutingWindow.earlier``),
+    against dispatch; multiplies the measured default. 0: the window alone counts.
     ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it. ``primary``
     becomes the rule of a server's large passes, and sets ``even_primaries``.
     ``even_primaries``: every map allows as many primary slots on each GPU, whatever that costs (even_primaries.py).
@@ -57,6 +61,8 @@ class PlannerConfig:
     prefill_share: float | None = None
     max_load_increase: float = 0.01
     load_noise_allowance: float = 1.0
+    p95_allowance: float | None = None
+    shift_weight: float = 1.0
     effort: Effort = "fast"
     dispatch: DispatchRule = "cover"
     even_primaries: bool = False
@@ -86,14 +92,15 @@ class PlannerConfig:
         object.__setattr__(self, "dispatch", planned_rule(self.dispatch))
         if self.prefill_share is not None and not 0.0 <= self.prefill_share <= 1.0:
             raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")
-        if not self.max_load_increase >= 0.0:
-            raise InputError(f"planner: max_load_increase={self.max_load_increase} must be 0 or more")
-        if not self.load_noise_allowance >= 0.0:
-            raise InputError(f"planner: load_noise_allowance={self.load_noise_allowance} must be 0 or more")
+        for name in ("max_load_increase", "load_noise_allowance", "shift_weight"):
+            if not getattr(self, name) >= 0.0:
+                raise InputError(f"planner: {name}={getattr(self, name)} must be 0 or more")
         for name in ("seed", "max_moves", "move_cost", "node_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"planner: {name}={value} must be 0 or more")
+        if self.p95_allowance is not None and not self.p95_allowance >= 0.0:
+            raise InputError(f"planner: p95_allowance={self.p95_allowance} must be 0 or more")
         if self.minimum_gain is not None and not 0.0 <= self.minimum_gain < 1.0:
             raise InputError(f"planner: minimum_gain={self.minimum_gain} must be a fraction, 0 to below 1")
         if self.search_scale < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.budget import budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
+from sglang_eplb_affinity.planner.even_primaries import primaries_first
 from sglang_eplb_affinity.planner.judge import Judgement
 from sglang_eplb_affinity.planner.plan_layer import LayerPlan, plan_layer, unless_little_gain
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
@@ -49,6 +51,8 @@ def plan(
         other = None if grouped is None else grouped.physical_to_logical[layer]
         result = plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
         result = unless_little_gain(result, in_use, window.counts[layer], topology, config)
+        if config.even_primaries and result.slots is not in_use:
+            result = replace(result, slots=primaries_first(result.slots, window.counts[layer], topology, in_use))
         if progress is not None:
             progress(1)
         return result

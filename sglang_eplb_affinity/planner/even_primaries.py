@@ -15,7 +15,9 @@ import numpy as np
 
 from sglang_eplb_affinity.dispatch.primaries import over_share, primaries_of
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.layout import keep_slots
 
 JUDGED = 6  # candidates of a step that are judged on the sample, of each order
 
@@ -105,3 +107,85 @@ def _likeliest(
                 if swaps:
                     new[inside[i]] = row[free[j]]
                 yield new
+
+
+def primaries_first(
+    row: np.ndarray, counts: np.ndarray, topology: Topology, current: np.ndarray | None = None
+) -> np.ndarray:
+    """``row`` int32 [slots] with each GPU's primaries in its first slots, where an even choice exists: those that load
+    the busiest GPU least, as far as exchanges among two and three GPUs find. counts int64 [experts].
+
+    Experts keep the slot that they have in ``current`` (None: in ``row``) where that may be.
+    """
+    experts, gpus = len(counts), topology.num_gpus
+    primary = _primaries(row, experts, topology)
+    if experts % gpus or over_share(primary, topology, len(row)):
+        return row
+    table = ExpertMap(row[None], experts).logical_to_all_physical()[0]
+    per_gpu, share = len(row) // gpus, experts // gpus
+    primary = _even_load(table, primary.astype(np.int64), counts.astype(np.int64), gpus, per_gpu)
+    leads = np.zeros(len(row), bool)
+    leads[primary] = True
+    out, before = np.empty_like(row), row if current is None else current.astype(row.dtype)
+    for start in range(0, len(row), per_gpu):
+        own, first = row[start : start + per_gpu], leads[start : start + per_gpu]
+        for part, begin, end in ((own[first], 0, share), (own[~first], share, per_gpu)):
+            keep_slots(part, before[start + begin : start + end], out[start + begin : start + end])
+    return out
+
+
+@kernel
+def _even_load(table, primary, counts, num_gpus, per_gpu):  # type: ignore[no-untyped-def]
+    """int64 [experts]: primary slots, as many on each GPU as ``primary`` has, with a lower sum of squared GPU loads.
+
+    table int32 [experts, max_replicas]; primary, counts int64 [experts]. Each step is the best exchange of the busiest
+    GPU with another, or where there is none with two, until there is none.
+    """
+    experts, columns = table.shape
+    load = np.zeros(num_gpus, np.float64)
+    slot_on = np.full((experts, num_gpus), -1, np.int64)
+    for e in range(experts):
+        load[primary[e] // per_gpu] += counts[e]
+        for i in range(columns):
+            if table[e, i] >= 0:
+                slot_on[e, table[e, i] // per_gpu] = table[e, i]
+    while True:
+        g = int(np.argmax(load))
+        best = -1e-9 * (1.0 + load[g] * load[g])  # what rounding could feign is none
+        first, second, third = -1, -1, -1
+        for ways in (2, 3):
+            for a in range(experts):
+                if primary[a] // per_gpu != g:
+                    continue
+                for b in range(experts):
+                    h = primary[b] // per_gpu
+                    if h == g or slot_on[a, h] < 0:
+                        continue
+                    at_g, at_h = load[g] - counts[a], load[h] + counts[a] - counts[b]
+                    if ways == 2:
+                        change = (at_g + counts[b]) ** 2 + at_h**2 - load[g] ** 2 - load[h] ** 2
+                        if slot_on[b, g] >= 0 and change < best:
+                            best, first, second = change, a, b
+                        continue
+                    for c in range(experts):
+                        k = primary[c] // per_gpu
+                        if k in (g, h) or slot_on[b, k] < 0 or slot_on[c, g] < 0:
+                            continue
+                        change = (at_g + counts[c]) ** 2 + at_h**2 + (load[k] + counts[b] - counts[c]) ** 2
+                        change -= load[g] ** 2 + load[h] ** 2 + load[k] ** 2
+                        if change < best:
+                            best, first, second, third = change, a, b, c
+            if first >= 0:
+                break
+        if first < 0:
+            return primary
+        h, last = primary[second] // per_gpu, second
+        load[g] -= counts[first]
+        load[h] += counts[first] - counts[second]
+        if third >= 0:
+            k, last = primary[third] // per_gpu, third
+            load[k] += counts[second] - counts[third]
+            primary[second] = slot_on[second, k]
+        load[g] += counts[last]
+        primary[first] = slot_on[first, h]
+        primary[last] = slot_on[last, g]

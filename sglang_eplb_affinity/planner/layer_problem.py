@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,12 +40,16 @@ class LayerProblem:
 
 def problem_of(
     counts: np.ndarray, tokens: np.ndarray, eplb: np.ndarray, current: np.ndarray | None, topology: Topology,
-    config: PlannerConfig, budget: SearchBudget, layer: int,
+    config: PlannerConfig, budget: SearchBudget, layer: int, earlier: np.ndarray | None = None,
 ) -> LayerProblem:  # fmt: skip
-    """The search from ``eplb`` int32 [slots], or, for an incremental plan, from ``current``."""
+    """The search from ``eplb`` int32 [slots], or, for an incremental plan, from ``current``.
+
+    ``earlier`` float [windows, experts]: as of :func:`imbalance`.
+    """
     replicas = np.bincount(eplb, minlength=len(counts))
     eplb_load = float((counts / replicas)[eplb].reshape(topology.num_gpus, -1).sum(1).max())
-    balance = imbalance(tokens, counts, eplb_load, topology.num_gpus, COST_UNIT, budget.imbalance)
+    weights = replace(budget.imbalance, earlier=budget.imbalance.earlier * config.shift_weight)
+    balance = imbalance(tokens, counts, eplb_load, topology.num_gpus, COST_UNIT, weights, earlier)
     allowance = config.load_noise_allowance * balance.noise * counts.sum() / topology.num_gpus
     start, move_cost, max_moves = eplb, 0, UNLIMITED
     home = np.ones((len(counts), topology.num_gpus), np.uint8)

@@ -74,7 +74,7 @@ def _move_slots(
     """Swap what the slots hold; each replica keeps the tokens that the dispatch rule sends it before the search."""
     slots = len(slot_expert)
     item_load = np.rint(share * problem.counts[slot_expert]).astype(np.int64)
-    profile = np.rint(share[:, None] * problem.imbalance.block_profile[slot_expert]).astype(np.int32)
+    profile = np.rint(share[:, None] * problem.imbalance.profile[slot_expert]).astype(np.int32)
     slot_item = np.arange(slots, dtype=np.int32)
     start, members = token_lists(by_slot, slots)
     balance = problem.imbalance
@@ -98,7 +98,7 @@ def _choose_replicas(
     given = problem.imbalance
     grid = Grid(len(slot_expert) // topology.num_gpus, topology.gpus_per_node, topology.num_nodes)
     costs = Costs(weights.gpu, weights.node, weights.spread, _move_cost(problem, tokens))
-    balance = Balance(problem.load_cap, given.load_free, given.load_scale, given.block_profile, len(tokens))
+    balance = Balance(problem.load_cap, given.load_free, given.load_scale, given.profile, len(tokens))
     moves = Moves(problem.home, problem.max_moves, unit_gpus(survive, topology))
     steps = Steps(temperatures, NEG_LOG, annealing.steps_per_stage, problem.seed)
     names = numbering(topology.num_gpus, topology.num_nodes)

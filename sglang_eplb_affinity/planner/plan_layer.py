@@ -10,6 +10,7 @@ from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.budget import SearchBudget
 from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.earlier_windows import earlier_of
 from sglang_eplb_affinity.planner.even_primaries import lost_evenness, with_even_primaries
 from sglang_eplb_affinity.planner.judge import Judgement, judge, worth_moving
 from sglang_eplb_affinity.planner.layer_problem import LayerProblem, problem_of
@@ -63,11 +64,16 @@ def plan_layer(
         return LayerPlan(trivial if current is None else current, NO_TRAFFIC)
     tokens = _layer_tokens(window, layer, budget.annealing.tokens, config.seed)
 
+    earlier = earlier_of(window, layer, len(eplb), config)
+
+    def judged_of(row: np.ndarray) -> Judgement:
+        return judge(row, counts, tokens, topology, config, earlier)
+
     def in_place(row: np.ndarray) -> tuple[np.ndarray, Judgement]:
         """``row`` with GPUs and nodes numbered as in the current map, and its judgement."""
         if current is not None:
             row = np.asarray(align(row, current, slots_per_gpu, topology.gpus_per_node))
-        return row, judge(row, counts, tokens, topology, config)
+        return row, judged_of(row)
 
     scattered = None  # EPLB's global placement, where its hierarchical one dispatches for less and takes its part
     by_experts = eplb
@@ -76,7 +82,7 @@ def plan_layer(
         grouped, by_groups = in_place(grouped)
         if by_groups.cost < by_eplb.cost * (1 - GROUPED_GAIN):
             eplb, by_eplb, scattered = grouped, by_groups, by_experts
-    in_use = None if current is None else judge(current, counts, tokens, topology, config)
+    in_use = None if current is None else judged_of(current)
     # What to keep if the search fails: an incremental plan may not fall back to EPLB's map, which moves everything.
     kept, by_kept = eplb, by_eplb
     if current is not None and in_use is not None and config.keeps_current:
@@ -92,9 +98,9 @@ def plan_layer(
             return row
 
         def rank(changed: np.ndarray) -> tuple[float, ...]:
-            judged = judge(changed, counts, tokens, topology, config)
+            judged = judged_of(changed)
             lost = survives_better(row, changed, counts, topology, config.survive)
-            return float(lost), max(judged.load - limit, 0.0), judged.cost
+            return float(lost), max(judged.load - limit, 0.0), judged.objective
 
         return with_even_primaries(row, counts, tokens, topology, rank)
 
@@ -102,28 +108,30 @@ def plan_layer(
         stays = config.survive == "none"  # what is in force may not survive, and may not be even
         if config.even_primaries and current is not None:
             stays = stays and not lost_evenness(slots, current, len(counts), topology)
-        if stays and in_use is not None and in_use.cost <= judged.cost and in_use.load <= judged.load:
+        if stays and in_use is not None and in_use.objective <= judged.objective and in_use.load <= judged.load:
             assert current is not None
             return result(current, IN_USE_BETTER, in_use)
         return result(slots, fallback, judged)
 
     if kept is eplb:
         parted = with_survivors(without_duplicates(eplb, counts, topology), counts, topology, config.survive)
-        by_parted = judge(parted, counts, tokens, topology, config)
+        by_parted = judged_of(parted)
         if config.survive != "none" or (by_parted.cost <= by_eplb.cost and by_parted.load <= limit):
             kept, by_kept = parted, by_parted
         if config.even_primaries:
             kept = even(kept)
-            by_kept = judge(kept, counts, tokens, topology, config)
+            by_kept = judged_of(kept)
     if not len(tokens):
         return unless_in_use_is_better(kept, NO_AFFINITY, by_kept)
 
-    problem = problem_of(counts, tokens, eplb, current, topology, config, budget, layer)
+    problem = problem_of(counts, tokens, eplb, current, topology, config, budget, layer, earlier.shares)
     # The search knows each replica's share from coins on its own sample, the judgement from the rule's hash.
     tolerance = 0.02 if len(eplb) > len(counts) else 1e-9
     mean = counts.sum() / topology.num_gpus
     limit = max(problem.load_cap / mean + tolerance, by_eplb.load)
     cap = max(problem.load_cap / mean + tolerance, by_kept.load)
+    highest = max(by_eplb.load_p95, by_kept.load_p95)
+    p95_cap = np.inf if config.p95_allowance is None else highest * (1 + config.p95_allowance)
 
     def search(problem: LayerProblem, attempts: int) -> tuple[np.ndarray, Judgement] | str:
         """What the search found and its judgement, or why that is not to be used."""
@@ -140,14 +148,15 @@ def plan_layer(
                 found = settled
             else:
                 found = even(found)
-            judged = judge(found, counts, tokens, topology, config)
+            judged = judged_of(found)
             lighter = judged.load < by_kept.load - 0.005
-            if judged.load <= cap and (judged.cost < by_kept.cost or lighter):
+            over = max(judged.load - cap, judged.load_p95 - p95_cap)
+            if over <= 0 and (judged.cost < by_kept.cost or lighter):
                 return found, judged
-            if judged.load <= cap or len(eplb) == len(counts):
+            if over <= 0 or (len(eplb) == len(counts) and judged.load_p95 <= p95_cap):
                 break
             # Loaded more by the rule than the search thought: aim lower by the difference, from another seed.
-            lower = int(problem.load_cap - (judged.load - cap) * mean)
+            lower = int(problem.load_cap - over * mean)
             problem = replace(problem, load_cap=lower, seed=problem.seed + ((attempt + 1) << 40))
         return NOT_BETTER
 
@@ -170,7 +179,7 @@ def plan_layer(
     usable = [outcome for outcome in outcomes if not isinstance(outcome, str)]
     slots, judged, reason = kept, by_kept, str(outcomes[0])
     if usable:
-        slots, judged = min(usable, key=lambda outcome: outcome[1].cost)
+        slots, judged = min(usable, key=lambda outcome: outcome[1].objective)
         reason = ""
     return unless_in_use_is_better(slots, reason, judged)
 

@@ -2,7 +2,8 @@
 
 Each round judges, on the window that was recorded under the map in force, that map, the map before it, and each layer's
 best. A layer goes back if its map is worse than its best one by more than the window's own spread (block_spread.py),
-in cost or in load, and no better in the other. Hysteresis, so that chance makes no two maps alternate: the map that a
+in cost or in load, and no better in the other; by cost alone only if that is so with what the loads of earlier windows
+cost as well. Hysteresis, so that chance makes no two maps alternate: the map that a
 layer went back from is forgotten and is not put in force again for a number of rounds; each return doubles that number
 and the spread that the next return asks for.
 """
@@ -23,11 +24,13 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.recorded_map import KEY, MapOrigin
 from sglang_eplb_affinity.planner.block_spread import STANDARD_ERRORS, Excess, block_figures, excess
 from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.earlier_windows import better_over_windows
 from sglang_eplb_affinity.planner.layer_figures import LayerFigures, sampled
 from sglang_eplb_affinity.rebalance.delivery import Delivery
 
 HOLD_ROUNDS = 4
 MOST_RETURNS = 4
+EARLIER_WINDOWS = 8  # whose loads a plan looks at
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class MapHistory:
 
     ``in_force``: after the last round; ``promised``: its figures on that round's window. ``previous``: before the last
     change. ``best``: of each layer; ``best_figures`` on the last window. ``left``: the map that a layer went back from
-    and that is not put in force for ``hold`` rounds int64 [layers]; ``returns`` int64 [layers].
+    and that is not put in force for ``hold`` rounds int64 [layers]; ``returns`` int64 [layers]. ``shares`` float32
+    [windows, layers, experts]: RoutingWindow.shares of the last windows, oldest first.
     """
 
     in_force: np.ndarray
@@ -56,6 +60,7 @@ class MapHistory:
     hold: np.ndarray
     returns: np.ndarray
     previous: np.ndarray | None = None
+    shares: np.ndarray | None = None
 
     @staticmethod
     def starting(in_force: ExpertMap, promised: LayerFigures, best: LayerFigures | None = None) -> MapHistory:
@@ -90,6 +95,12 @@ class MapHistory:
                 "and best_slots to load the map without them"
             ) from None
         return replace(MapHistory.starting(in_force, promised, best), best=slots)
+
+    def remembering(self, window: RoutingWindow) -> MapHistory:
+        """With the shares of ``window`` as well, which planning of the next one sees as an earlier one."""
+        latest = window.shares()[None]
+        kept = latest if self.shares is None else np.concatenate([self.shares, latest])[-EARLIER_WINDOWS:]
+        return replace(self, shares=kept)
 
     def fits(self, current: ExpertMap) -> bool:
         return self.in_force.shape == current.physical_to_logical.shape
@@ -126,7 +137,8 @@ class Comparison:
         changed = bool((planned != current).any())
         best_figures = self.delivery.best_map or self.delivery.delivered
         previous = current if changed else None if known is None else known.previous
-        return MapHistory(planned, promised, self.best, best_figures, left, hold, returns, previous)
+        shares = None if known is None else known.shares
+        return MapHistory(planned, promised, self.best, best_figures, left, hold, returns, previous, shares)
 
 
 def compare(
@@ -152,6 +164,11 @@ def compare(
     for layer, difference in found.items():
         errors = STANDARD_ERRORS * 2.0 ** known.returns[layer]
         back[layer] = difference.worse(judging.by_cost, margin, errors)
+        if back[layer] and judging.by_cost and difference.clear("load", margin, errors) <= 0:
+            tokens = sampled(window, layer)
+            back[layer] = not better_over_windows(
+                rows[layer], known.best[layer], window, layer, tokens, topology, config
+            )
         kept[layer] = not difference.better(judging.by_cost, margin)
     above = [delivered.load / of_best.load - 1]
     if judging.by_cost:

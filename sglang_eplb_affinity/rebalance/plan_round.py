@@ -123,12 +123,15 @@ def next_history(
     changed = (old != new).any(1)
     judging, delivered = judging_of(window, settings), comparison.delivery.delivered
     promised = LayerFigures.of(window, new, judging.topology, judging.config, changed)
-    return comparison.after(old, new, delivered.with_layers(promised, changed))
+    history = comparison.after(old, new, delivered.with_layers(promised, changed))
+    return history.remembering(window)
 
 
 def choose_layers(request: PlanRequest) -> Choice:
     """Plan on a window with tokens, and keep the layers that are not worth their move or have no room for it."""
-    current, settings = request.current, request.settings
+    current, settings, history = request.current, request.settings, request.history
+    if history is not None and history.fits(current):
+        request = replace(request, window=replace(request.window, earlier=history.shares))
     settings = replace(settings, planner=settings.planner.for_window(request.window))
     placed = _place(replace(request, settings=settings))
     comparison = compare(request.history, request.window, current, judging_of(request.window, settings))

@@ -13,7 +13,7 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
-from sglang_eplb_affinity.planner.even_primaries import with_even_primaries
+from sglang_eplb_affinity.planner.even_primaries import primaries_first, with_even_primaries
 
 
 def over(row: np.ndarray, experts: int, topology: Topology) -> int:
@@ -80,3 +80,36 @@ def test_eplbs_map_that_is_uneven_is_mended_within_its_load() -> None:
     free = plan(recorded, topology, 72, replace(config, even_primaries=False))
     assert planned.report.planned.cost[0] <= free.report.planned.cost[0] * 1.03
     assert planned.report.planned.load_max_over_mean[0] <= free.report.eplb.load_max_over_mean[0] + 0.04
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(0, 3))
+def test_primaries_come_first_with_the_load_even(seed: int, gpus: int, share: int, more: int) -> None:
+    rng, experts, topology = np.random.default_rng(seed), gpus * share, Topology(gpus)
+    more = min(more, experts - share)
+    lacks = [np.setdiff1d(np.arange(experts), np.arange(g * share, (g + 1) * share)) for g in range(gpus)]
+    own = [np.r_[np.arange(g * share, (g + 1) * share), rng.choice(lacks[g], more, replace=False)] for g in range(gpus)]
+    row = np.concatenate([rng.permutation(part) for part in own]).astype(np.int32)
+    counts = rng.integers(0, 1000, experts)
+
+    def primaries(row: np.ndarray) -> np.ndarray:
+        return primaries_of(ExpertMap(row[None], experts).logical_to_all_physical(), topology, len(row))[0]
+
+    def squares(row: np.ndarray) -> float:
+        load = np.bincount(primaries(row) // (share + more), weights=counts, minlength=gpus)
+        return float((load**2).sum())
+
+    ordered = primaries_first(row, counts, topology)
+    assert (primaries(ordered) % (share + more) < share).all() and over(ordered, experts, topology) == 0
+    assert (ordered[primaries(ordered)] == np.arange(experts)).all()
+    before, after = (np.sort(part.reshape(gpus, -1), axis=1) for part in (row, ordered))
+    assert (before == after).all()  # no expert changes its GPU
+    assert squares(ordered) <= squares(row)
+    assert (primaries_first(ordered, counts, topology, ordered) == ordered).all()  # which moves nothing the next time
+
+
+def test_the_load_of_primaries_is_the_least() -> None:
+    row = np.array([0, 1, 2, 3, 2, 3, 0, 1], np.int32)  # two GPUs that hold all four experts
+    ordered = primaries_first(row, np.array([10, 9, 2, 1]), Topology(2))
+    primary = primaries_of(ExpertMap(ordered[None], 4).logical_to_all_physical(), Topology(2), 8)[0]
+    assert np.bincount(primary // 4, weights=[10, 9, 2, 1]).tolist() == [11, 11]

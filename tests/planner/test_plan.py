@@ -18,8 +18,8 @@ from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow, coactivation_of
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, drifted_layers, eplb_placement, guarded_map, plan
-from sglang_eplb_affinity.planner.judge import Judgement, worth_moving
-from sglang_eplb_affinity.planner.plan_layer import LITTLE_GAIN, NO_AFFINITY, NO_TRAFFIC
+from sglang_eplb_affinity.planner.judge import Earlier, Judgement, judge, worth_moving
+from sglang_eplb_affinity.planner.plan_layer import LITTLE_GAIN, NO_AFFINITY, NO_TRAFFIC, NOT_BETTER
 
 ROOT = Path(__file__).parents[2]
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -309,3 +309,45 @@ def test_bad_input_is_one_line(slots, counts, config, current_slots, message):  
     with pytest.raises(InputError, match=message) as error:
         plan(window, Topology(4), slots, PlannerConfig(**config), current)
     assert "\n" not in str(error.value)
+
+
+def test_a_plan_can_be_held_to_its_95th_percentile():
+    random = np.random.default_rng(21)
+    tokens = skewed_tokens(random, 4, 2048, 32, 4)
+    groups = np.stack([np.bincount(layer[:, 0], minlength=32).argsort().argsort() % 4 for layer in tokens])
+    order = np.argsort(groups[0][tokens[0, :, 0]] + random.normal(size=2048), kind="stable")  # topics come and go
+    window, topology, slots = window_of(tokens[:, order], 32), Topology(8, 2), 32
+    none = Earlier(np.empty((0, 32)), 0.0)
+
+    def p95(rows: np.ndarray) -> np.ndarray:
+        sample = zip(rows, window.counts, window.tokens, strict=True)
+        return np.array([judge(row, counts, part, topology, config, none).load_p95 for row, counts, part in sample])
+
+    config = PlannerConfig()
+    free = plan(window, topology, slots, config).expert_map.physical_to_logical
+    held = plan(window, topology, slots, replace(config, p95_allowance=0.0))
+    eplb = p95(eplb_placement(window.counts, topology, slots).physical_to_logical)
+    rows = held.expert_map.physical_to_logical
+    assert (p95(free) > eplb).any()
+    assert (p95(rows) <= eplb + 1e-9).all()
+    assert set(held.report.fallback) <= {"", NOT_BETTER}
+    with pytest.raises(InputError, match="p95_allowance=-1 must be 0 or more"):
+        PlannerConfig(p95_allowance=-1)
+
+
+def test_earlier_windows_cost_by_their_deviation_and_not_by_load_of_the_window():
+    window = window_of(skewed_tokens(np.random.default_rng(3), 1, 1024, 16, 4), 16)
+    assert window.tokens is not None
+    row, topology = np.arange(16, dtype=np.int32), Topology(4)
+
+    def judged(shares: np.ndarray, weight: float) -> Judgement:
+        return judge(row, window.counts[0], window.tokens[0], topology, PlannerConfig(), Earlier(shares, weight))  # type: ignore[index]
+
+    same = judged(window.shares()[:, :], 100.0)
+    assert same.shift == pytest.approx(0, abs=1e-9) and same.objective == pytest.approx(same.cost)
+    one = np.zeros((1, 16), np.float32)
+    one[0, :4] = 0.25  # all on the first GPU: 4 mean loads there, none on the others
+    now = window.counts[0].reshape(4, 4).sum(1) / window.counts[0].sum() * 4
+    expected = 100.0 / 4 * ((np.array([4, 0, 0, 0]) - now) ** 2).mean()
+    assert judged(one, 100.0).shift == pytest.approx(expected, rel=1e-6)
+    assert judged(one, 0.0).objective == judged(one, 100.0).cost and judged(one, 0.0).load_p95 > 1.05

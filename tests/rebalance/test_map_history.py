@@ -22,7 +22,7 @@ from sglang_eplb_affinity.planner import PlannerConfig
 from sglang_eplb_affinity.planner.block_spread import Excess
 from sglang_eplb_affinity.planner.layer_figures import FIGURES, LayerFigures
 from sglang_eplb_affinity.rebalance.going_back import with_best_maps
-from sglang_eplb_affinity.rebalance.map_history import HOLD_ROUNDS, Judging, MapHistory, compare
+from sglang_eplb_affinity.rebalance.map_history import EARLIER_WINDOWS, HOLD_ROUNDS, Judging, MapHistory, compare
 from sglang_eplb_affinity.rebalance.map_recorder import MapRecorder
 from sglang_eplb_affinity.rebalance.metrics import PlacementMetrics
 from sglang_eplb_affinity.rebalance.plan_round import PlanReply, PlanRequest, PlanSettings, next_history, plan_round
@@ -231,3 +231,46 @@ def test_chance_makes_no_two_maps_alternate(seed: int, tokens: int, swap: bool) 
 def replace_returned(found):  # type: ignore[no-untyped-def]
     returned = tuple(np.flatnonzero(found.back).tolist())
     return replace(found, delivery=replace(found.delivery, returned=returned))
+
+
+def of_topics(share: float, seed: int, tokens: int = 2048) -> RoutingWindow:
+    """16 experts in pairs that fire together; a token takes two pairs of its topic, of two topics; one layer."""
+    random = np.random.default_rng(seed)
+    topic = random.random(tokens) < share
+    pairs = np.array([random.permutation(4)[:2] for _ in range(tokens)]) + 4 * topic[:, None]
+    ids = np.stack([2 * pairs, 2 * pairs + 1], 2).reshape(tokens, 1, 4)
+    return RoutingWindow.from_trace(RoutingTrace(ids.astype(np.int16), 16))
+
+
+def day_of_topics(shift_weight: float) -> tuple[ExpertMap, MapHistory]:
+    """After rounds whose windows lean to one topic and to the other in turn, the last to neither."""
+    current, history = ExpertMap.contiguous(1, 16, 16), None
+    for number, share in enumerate((0.2, 0.8, 0.2, 0.8, 0.5)):
+        reply = round_of(current, of_topics(share, number), history, shift_weight=shift_weight, warm_start=number > 0)
+        current, history = applied(current, reply), reply.history
+    assert history is not None
+    return current, history
+
+
+def test_a_plan_heeds_what_load_was_in_earlier_windows() -> None:
+    served = of_topics(0.9, 9)
+
+    def load(expert_map: ExpertMap) -> float:
+        found = LayerFigures.of(served, expert_map.physical_to_logical, *JUDGED)
+        assert found is not None
+        return float(found.load[0])
+
+    (free, _), (careful, history) = (day_of_topics(weight) for weight in (0.0, 1.0))
+    assert history.shares is not None and history.shares.shape == (5, 1, 16)
+    assert load(careful) < 1.3 < load(free)
+
+
+def test_a_server_remembers_a_bounded_number_of_windows() -> None:
+    history = None
+    for number in range(EARLIER_WINDOWS + 3):
+        found = window(1, number)
+        history = round_of(both_layers(NEXT), found, history).history
+    assert history is not None and history.shares is not None and len(history.shares) == EARLIER_WINDOWS
+    assert np.array_equal(history.shares[-1], found.shares())
+    other = ExpertMap.contiguous(2, EXPERTS, EXPERTS + GPUS)  # another server's slots: what it remembers says nothing
+    assert round_of(other, window(1, 50), history).history.shares.shape[0] == 1  # type: ignore[union-attr]

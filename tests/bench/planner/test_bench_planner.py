@@ -56,6 +56,7 @@ def test_many_replicas_by_blocks_of_tokens_at_one_effort(tmp_path):  # type: ign
 
 def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(loop_day, "WINDOWS", 4)
+    monkeypatch.setattr(loop_day, "SHIFT_WEIGHTS", (1.0, 50.0))
     trace = synthetic_trace(2048, 1, 32, 4)
     assert trace.sequence is not None
     domain = (trace.sequence // 2 % 2).astype(np.int8)
@@ -63,14 +64,16 @@ def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-un
     RoutingTrace(trace.topk_ids, 32, trace.sequence, domain, ("a", "b")).save(path)
     args = ["--trace", str(path), "--part", "loop", "--case", "8x2", "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(main, args, catch_exceptions=False).exit_code == 0
-    rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "out" / "loop.csv").open())}
-    assert set(rows) == set(loop_day.ARMS) and float(rows["deepseek"]["load_ratio_to_eplb"]) == 1
-    assert [float(rows[arm]["fanout_gain_kept_pct"]) for arm in ("deepseek", "affinity")] == [0, 100]
+    rows = list(csv.DictReader((tmp_path / "out" / "loop.csv").open()))
+    arms = [row["arm"] for row in rows]
+    assert arms == ["deepseek", "affinity", *["affinity, with memory"] * 2] and rows[0]["load_ratio_to_eplb"] == "1.0"
+    assert [float(row["fanout_gain_kept_pct"]) for row in rows[:2]] == [0, 100]
+    assert [row["shift_weight"] for row in rows] == ["", "", "1.0", "50.0"]
+    assert rows[2]["gpu_fanout"] != rows[3]["gpu_fanout"]  # the weight reaches the search
     figures = parse_figures(json.loads((tmp_path / "out" / "summary_entries.json").read_text()), "summary_entries.json")
     found = {figure.name: figure for figure in figures}
     assert set(found) == {"loop.day.load_ratio_to_eplb", "loop.day.fanout_gain_kept_pct"}
-    expected = float(rows["affinity, going back"]["fanout_gain_kept_pct"])
-    assert abs(found["loop.day.fanout_gain_kept_pct"].value - expected) < 1e-3
+    assert abs(found["loop.day.fanout_gain_kept_pct"].value - float(rows[2]["fanout_gain_kept_pct"])) < 1e-3
 
 
 def test_rounds_that_need_a_gain_move_fewer_experts():
