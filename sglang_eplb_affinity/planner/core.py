@@ -94,6 +94,11 @@ def _check(
         raise InputError(
             f"{num_slots} physical experts cannot hold {window.num_experts} logical experts; each needs a slot"
         )
+    if num_slots > window.num_experts * topology.num_gpus:
+        raise InputError(
+            f"{num_slots} physical experts: more than each of {window.num_experts} logical experts on each of "
+            f"{topology.num_gpus} GPUs; use at most {window.num_experts * topology.num_gpus}"
+        )
     if window.counts.min(initial=0) < 0:
         raise InputError("routing window: counts are negative; expected tokens per expert")
     if not window.counts.any():

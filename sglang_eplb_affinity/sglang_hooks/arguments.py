@@ -145,6 +145,12 @@ def _check_slots(args: ServerArguments, num_experts: int) -> None:
             f"experts this makes {slots} slots, which do not divide over EP size {ranks}; "
             f"use {low} or {low + ranks}"
         )
+    most = num_experts * (ranks - 1)
+    if is_ours(args) and args.ep_num_redundant_experts > most:
+        raise InputError(
+            f"--ep-num-redundant-experts {args.ep_num_redundant_experts}: {most} already put each of the model's "
+            f"{num_experts} experts on each of {ranks} ranks; use at most {most}"
+        )
 
 
 def _check_survive(args: ServerArguments, nodes: int) -> None:

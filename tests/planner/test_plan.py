@@ -295,6 +295,7 @@ def test_counts_alone_give_eplbs_map():
     [
         (18, 1, {}, None, "do not divide"),
         (12, 1, {}, None, "cannot hold"),
+        (68, 1, {}, None, "use at most 64"),
         (16, 0, {}, None, "empty"),
         (16, -1, {}, None, "negative"),
         (16, 1, {"max_moves": 1}, None, "current map"),
