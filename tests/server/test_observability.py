@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -148,7 +149,14 @@ class Terminal:
     """What a program shows on a screen of this size."""
 
     def __init__(self, arguments: list[str], columns: int, lines: int) -> None:
-        self.process = pexpect.spawn(sys.executable, arguments, cwd=str(ROOT), dimensions=(lines, columns))
+        # A suite that runs in the background of a shell ignores Ctrl-C, and so would what it starts.
+        self.process = pexpect.spawn(
+            sys.executable,
+            arguments,
+            cwd=str(ROOT),
+            dimensions=(lines, columns),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)
 
