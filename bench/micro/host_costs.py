@@ -10,7 +10,6 @@ launching copies is timed, not the copies. On a GPU if there is one, else with C
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -24,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from bench.harness.environment import now, provenance
-from bench.harness.output_paths import result_file, write_result
+from bench.harness.output_paths import write_result
+from bench.micro.options import out_and_repeats
 from sglang_eplb_affinity.device.recorder import AffinityRecorder, RecorderConfig
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
@@ -127,15 +127,7 @@ def microseconds(before: Step, step: Step, repeats: int) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro.host_costs", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--out", type=result_file, required=True)
-    parser.add_argument("--repeats", type=int, default=200)
-    options = parser.parse_args(arguments)
-    if options.repeats < 2:
-        print(f"error: --repeats {options.repeats}: at least 2 are needed for a spread", file=sys.stderr)
-        return 2
+    options = out_and_repeats("bench.micro.host_costs", __doc__, 200, arguments)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,6 @@ on any device.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ import numpy as np
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.harness.environment import now, provenance
-from bench.harness.output_paths import result_file, write_result
+from bench.harness.output_paths import write_result
+from bench.micro.options import out_and_repeats
 from bench.planner.quality import SAMPLE_TOKENS
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
@@ -73,15 +73,7 @@ def after_two_rounds(windows: list[RoutingWindow], settings: PlanSettings) -> tu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro.round_costs", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--out", type=result_file, required=True)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args(arguments)
-    if options.repeats < 2:
-        print(f"error: --repeats {options.repeats}: at least 2 are needed for a spread", file=sys.stderr)
-        return 2
+    options = out_and_repeats("bench.micro.round_costs", __doc__, 5, arguments)
     windows = windows_of(RoutingTrace.load(TRACE), 3)
     settings = PlanSettings("affinity", PlannerConfig(minimum_gain=0.02, warm_start=True, threads=1), TOPOLOGY)
     current, history = after_two_rounds(windows, settings)

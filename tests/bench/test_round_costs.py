@@ -22,5 +22,7 @@ def test_judging_is_measured_beside_planning(tmp_path: Path, monkeypatch: pytest
 
 
 def test_one_repeat_has_no_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert round_costs.main(["--out", str(tmp_path / "costs.json"), "--repeats", "1"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        round_costs.main(["--out", str(tmp_path / "costs.json"), "--repeats", "1"])
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
     assert "--repeats 1: at least 2" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, ServedModel, save_recorded_map
-from tests.planner.test_plan import skewed_tokens
+from tests.planner.windows import skewed_tokens
 
 
 @pytest.fixture

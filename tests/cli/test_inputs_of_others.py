@@ -20,7 +20,7 @@ from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.maps import save_map
 from sglang_eplb_affinity.simulate.routing_model import draw_like, fit_layer
-from tests.planner.test_plan import skewed_tokens
+from tests.planner.windows import skewed_tokens
 
 LAYERS, EXPERTS, K = 3, 16, 4
 

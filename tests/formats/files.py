@@ -18,7 +18,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.affinity_entry import window_to_dump
 from sglang_eplb_affinity.formats.maps import save_map
 from tests.formats.test_dumps import per_token
-from tests.planner.test_plan import skewed_tokens, window_of
+from tests.planner.windows import skewed_tokens, window_of
 
 torch = pytest.importorskip("torch", reason="SGLang's dumps are torch files")
 

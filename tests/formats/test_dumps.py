@@ -14,7 +14,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingTrace, coactivation_of
 from sglang_eplb_affinity.formats.dumps import read_dumps
-from tests.planner.test_plan import skewed_tokens, window_of
+from tests.planner.windows import skewed_tokens, window_of
 
 torch = pytest.importorskip("torch", reason="SGLang's dumps are torch files")
 

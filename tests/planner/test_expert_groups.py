@@ -11,7 +11,7 @@ from sglang_eplb_affinity.dispatch.evaluate import measure
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, eplb_placement, plan
-from tests.planner.test_plan import window_of
+from tests.planner.windows import window_of
 
 
 def test_expert_groups_start_the_search_where_they_score_better():

@@ -18,7 +18,7 @@ from sglang_eplb_affinity.planner.plan_layer import IN_USE_BETTER
 from sglang_eplb_affinity.planner.redundancy import knee, redundancies_within, slots_within, try_redundancies
 from sglang_eplb_affinity.planner.survival import Survive, uncovered
 from sglang_eplb_affinity.planner.token_service import LOAD_UNIT, sample_of, serve_all
-from tests.planner.test_plan import skewed_tokens, window_of
+from tests.planner.windows import skewed_tokens, window_of
 
 
 def hot_tokens(seed: int, layers: int = 1, count: int = 1200, experts: int = 16) -> np.ndarray:

@@ -12,7 +12,7 @@ from sglang_eplb_affinity.planner.bitmaps import expert_bitmaps, token_lists
 from sglang_eplb_affinity.planner.random_steps import NEG_LOG, next_random, schedule
 from sglang_eplb_affinity.planner.search_arguments import Balance, Costs, Grid, Items, Moves, Steps
 from sglang_eplb_affinity.planner.swap_search import search_swaps
-from tests.planner.test_plan import skewed_tokens
+from tests.planner.windows import skewed_tokens
 
 
 def fanouts(tokens: np.ndarray, row: np.ndarray, topology: Topology, rule: str = "dynamic") -> tuple[int, int]:
