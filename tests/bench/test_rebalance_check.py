@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -128,3 +129,19 @@ def test_wrong_weights_fail_the_check() -> None:
     result["error_with_two_experts_of_a_layer_exchanged"] = {"prefill": {"mean": 0.05}}
     assert passed({**result, "weights": {"right": 2, "wrong": 0}}, 9)
     assert not passed({**result, "weights": verification(log)}, 9)
+
+
+@pytest.mark.parametrize(
+    ("mode", "chunk", "tokens"), [("auto", 4096, 128), ("low_latency", 2048, 1024), ("v2", 2048, 2048)]
+)
+def test_the_check_serves_in_the_mode_that_it_is_asked_for(mode: str, chunk: int, tokens: int) -> None:
+    flags = rebalance_check.server_flags(2, mode=mode)
+    value = dict(pairwise(flags))
+    assert value["--moe-a2a-backend"] == ("deepep_v2" if mode == "v2" else "deepep")
+    assert value.get("--deepep-mode") == (None if mode == "v2" else mode)
+    assert int(value["--chunked-prefill-size"]) == chunk
+    ((name, most),) = rebalance_check.deepep_environment(mode).items()
+    assert int(most) == tokens and ("_V2_" in name) is (mode == "v2")
+    # What a rank prefills, and the largest graph, fit its buffer; auto prefills in normal mode, without such a limit.
+    assert mode == "auto" or chunk // 2 <= tokens
+    assert int(value["--cuda-graph-max-bs-decode"]) <= tokens
