@@ -63,6 +63,10 @@ def _unpack() -> None:
     )
 
 
+class Refused(AssertionError):
+    """Prometheus answered a query with an error."""
+
+
 class Prometheus:
     def __init__(self, url: str) -> None:
         self.url = url
@@ -74,7 +78,7 @@ class Prometheus:
             with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as response:
                 return json.loads(response.read())["data"]
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"{parameters}: {error.read().decode()}") from None
+            raise Refused(f"{parameters}: {error.code} {error.read().decode()}") from None
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """Labels and value of each sample."""
@@ -107,7 +111,8 @@ def prometheus(targets: list[str], rules: Path, folder: Path) -> Iterator[Promet
 
 
 def _all_up(server: Prometheus, targets: int) -> bool:
+    """Whether all have been scraped; until its storage is open, a Prometheus that listens answers 503."""
     try:
         return sum(value for _, value in server.query("up")) == targets
-    except OSError:
+    except (OSError, Refused):
         return False
