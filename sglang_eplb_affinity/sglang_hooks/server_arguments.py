@@ -15,6 +15,7 @@ ADDED = (
     "eplb_affinity_max_load_increase",
     "eplb_affinity_max_moves",
     "eplb_affinity_nodes",
+    "eplb_affinity_p95_allowance",
     "eplb_affinity_phase",
     "eplb_affinity_primary_tokens",
     "eplb_affinity_survive",
@@ -42,6 +43,7 @@ class ServerArguments(Protocol):
     eplb_affinity_max_load_increase: float
     eplb_affinity_max_moves: int | None
     eplb_affinity_nodes: int | None
+    eplb_affinity_p95_allowance: float | None
     eplb_affinity_phase: Literal["prefill", "decode", "both"] | None
     eplb_affinity_primary_tokens: int | None
     eplb_affinity_survive: Literal["none", "rank", "node"]
