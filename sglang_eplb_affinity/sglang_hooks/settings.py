@@ -184,6 +184,7 @@ def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int |
     return PlannerConfig(
         objective=objectives.get(topk_flags.dispatch_mode(args), "normal"),
         max_load_increase=args.eplb_affinity_max_load_increase,
+        p95_allowance=args.eplb_affinity_p95_allowance,
         effort="fast",
         dispatch=rule,
         incremental=args.eplb_affinity_incremental,

@@ -56,6 +56,12 @@ def test_the_size_of_small_passes() -> None:
     assert Settings.of(server_arguments()).primary_rows == 0
 
 
+def test_plans_are_held_to_the_percentile_of_the_flag() -> None:
+    assert Settings.of(server_arguments()).planner.p95_allowance is None
+    held = Settings.of(server_arguments(eplb_affinity_p95_allowance=0.1))
+    assert held.planner.p95_allowance == held.planner_from_scratch.p95_allowance == 0.1
+
+
 def test_plans_survive_what_the_flag_says() -> None:
     assert Settings.of(server_arguments()).planner.survive == "none"
     assert Settings.of(server_arguments(eplb_affinity_survive="rank")).planner_from_scratch.survive == "rank"
