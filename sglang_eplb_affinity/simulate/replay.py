@@ -216,8 +216,9 @@ class Day:
         """(new map, seconds that planning took for the simulated layers)."""
         capped = policy.name == "affinity-async"
         config = PlannerConfig(
-            objective=self.mode, dispatch=policy.arm(self.system, self.phase).rule, max_moves=policy.max_moves if capped else None,
-            num_groups=self.system.model.num_groups, minimum_gain=policy.min_gain if capped else None,
+            objective=self.mode, dispatch=policy.arm(self.system, self.phase).rule,
+            max_moves=policy.max_moves if capped else None, num_groups=self.system.model.num_groups,
+            minimum_gain=policy.min_gain if capped else None,
         )  # fmt: skip
         planned = plan(window, self.system.topology, self.system.num_slots, config, current)
         return planned.expert_map, planned.report.seconds
