@@ -62,6 +62,8 @@ def decode(server: Server, seed: int) -> float:
             text = line.decode().removeprefix("data: ").strip()
             if text.startswith("{"):
                 found = json.loads(text)
+                if "error" in found:
+                    raise ServerFailed(f"a batch of requests failed: {found['error']}")
                 if found.get("index", 0) == 0:
                     seen.append((time.perf_counter(), int(found["meta_info"]["completion_tokens"])))
     (began, first), (ended, last) = seen[0], seen[-1]

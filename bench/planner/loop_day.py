@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -41,11 +41,19 @@ class Arm:
     rule: DispatchRule = "cover"
     name: str = "affinity, with memory"
     foresight: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of PlannerConfig
 
 
 EPLB, FREE = Arm(0, 0.0, "dynamic", "deepseek"), Arm(0, 0.0, name="affinity")
 SERVER, LONGER = Arm(), Arm(MORE_WINDOWS, 1.0)
 FORESEEN = Arm(1, name="affinity, next window's loads known", foresight=True)
+TRIED = (
+    Arm(WINDOWS, name="with memory of the whole day"),
+    Arm(name="with memory, 95th percentile", changes={"p95_allowance": 0.1}),
+    Arm(name="with memory, strict load cap", changes={"load_noise_allowance": 0.0}),
+    Arm(name="with memory, no load above EPLB's", changes={"load_noise_allowance": 0.0, "max_load_increase": 0.0}),
+    Arm(name="with memory, longer search", changes={"search_scale": 4}),
+)
 
 
 def day_windows(trace: RoutingTrace, seed: int = 0, changing: bool = True) -> list[RoutingWindow]:
@@ -94,7 +102,8 @@ def day_rows(split: Split, case: Case) -> list[dict[str, Any]]:
     rows = _day_rows(whole, case, rule, 0, True, (SERVER, *(Arm(shift_weight=weight) for weight in curve), FORESEEN))
     rows += _day_rows(whole, case, rule, 0, False, (SERVER,))
     for day in OTHER_DAYS[:2] if case.redundant else OTHER_DAYS:
-        rows += _day_rows(whole, case, rule, day, True, (SERVER, LONGER))
+        tried = TRIED if day == OTHER_DAYS[0] and not case.redundant else ()
+        rows += _day_rows(whole, case, rule, day, True, (SERVER, LONGER, *tried))
     return [{"trace": split.name, "case": case.label, **row} for row in rows]
 
 
@@ -112,6 +121,7 @@ def _served(windows: list[RoutingWindow], case: Case, arm: Arm) -> dict[str, Any
     """Means over the day's windows from the second on, under the maps that ``arm`` planned on those before."""
     layers, experts = windows[0].counts.shape
     planner = PlannerConfig(minimum_gain=0.02, warm_start=True, dispatch=arm.rule, shift_weight=arm.shift_weight)
+    planner = replace(planner, **arm.changes)
     settings = PlanSettings("affinity", planner, case.topology)
     current = ExpertMap.contiguous(layers, experts, experts + case.redundant)
     history, figures, returned, moved = None, [], 0, 0

@@ -62,6 +62,7 @@ def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-un
     monkeypatch.setattr(loop_day, "WINDOWS", 4)
     monkeypatch.setattr(loop_day, "SHIFT_WEIGHTS", (loop_day.SHIFT_WEIGHTS[0], 50.0))
     monkeypatch.setattr(loop_day, "OTHER_DAYS", (1,))
+    monkeypatch.setattr(loop_day, "TRIED", loop_day.TRIED[1:2])
     trace = synthetic_trace(2048, 1, 32, 4)
     assert trace.sequence is not None
     domain = (trace.sequence // 2 % 2).astype(np.int8)
@@ -77,7 +78,7 @@ def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-un
         ("0", "changing", memory, "3", "50.0"), ("0", "changing", "affinity, next window's loads known", "", usual),
         *_eplb_and_affinity("0", "steady"), ("0", "steady", memory, "3", usual),
         *_eplb_and_affinity("1", "changing"), ("1", "changing", memory, "3", usual),
-        ("1", "changing", memory, "8", "1.0"),
+        ("1", "changing", memory, "8", "1.0"), ("1", "changing", "with memory, 95th percentile", "3", usual),
     ]  # fmt: skip
     assert [float(row["fanout_gain_kept_pct"]) for row in rows[:2]] == [0, 100] and rows[0][
         "load_ratio_to_eplb"

@@ -97,8 +97,18 @@ def _complete_torch_cpu():
         torch.cpu.is_current_stream_capturing = lambda: False
 
 
+def _stand_in_for_mooncake():
+    import importlib.util
+
+    if importlib.util.find_spec("mooncake") is None:
+        import mooncake_stand_in
+
+        mooncake_stand_in.install()
+
+
 def load():
     _complete_torch_cpu()
+    _stand_in_for_mooncake()
     _replace_native_moe()
     _register_mla_handler()
     _complete_dp_attention()
