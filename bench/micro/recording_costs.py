@@ -28,6 +28,7 @@ from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.harness.engine import ROOT, check_sglang, cpu_environment, own_models_only
 from bench.harness.environment import now, provenance
 from bench.harness.output_paths import write_result
+from bench.harness.process import last_error
 from bench.harness.server import Server, ServerFailed
 from bench.harness.side_by_side import free_port, give_turn
 from bench.micro.options import out_and_repeats
@@ -68,7 +69,8 @@ def decode(server: Server, seed: int) -> float:
                     seen.append((time.perf_counter(), int(found["meta_info"]["completion_tokens"])))
     (began, first), (ended, last) = seen[0], seen[-1]
     if last - first < OUTPUT_TOKENS // 2:
-        raise ServerFailed(f"streamed tokens {first} to {last} of {OUTPUT_TOKENS}: too few to time decode passes")
+        why = last_error(server.log, "too few to time decode passes")
+        raise ServerFailed(f"streamed tokens {first} to {last} of {OUTPUT_TOKENS}: {why}")
     return (ended - began) / (last - first)
 
 
@@ -140,12 +142,12 @@ def _measured(repeats: int) -> dict[str, Any]:
         with ResidentServers(ARMS, MODEL, FLAGS, environment, folder / "logs", free_port()) as servers:
             if servers.failed:
                 raise ServerFailed("; ".join(f"{name}: {why}" for name, why in servers.failed.items()))
-            rows = decode_times(servers, repeats)
             counts = {}
             for condition in CONDITIONS:
                 server = turn(servers, condition)
                 counts[condition] = operations(server, folder / "profiles")
                 end_turn(server, condition)
+            rows = decode_times(servers, repeats)
     return result_of(rows, counts, repeats)
 
 

@@ -57,12 +57,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setattr(_Handler, "folder", None)
     http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}")
+    yield SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", log=tmp_path / "absent.log")
     http.shutdown()
     http.server_close()
 
