@@ -74,6 +74,11 @@ SAMPLE_TOKENS = 16384
     help="The cap rises by so many standard errors of a GPU's load in the trace; 0: strict on the trace.",
 )  # fmt: skip
 @click.option(
+    "--p95-allowance", type=float,
+    help="Accept a layer's plan only if its load's 95th percentile, over runs of the trace, is at most this fraction "
+    "above EPLB's own placement's (0.1 = 10 %).  [default: the mean decides]",
+)  # fmt: skip
+@click.option(
     "--node-weight", type=int, default=2, show_default=True,
     help="Cost of a copy to another node, in copies to another GPU.",
 )  # fmt: skip
@@ -93,9 +98,9 @@ def plan_command(
     trace: Path | None, dumps: tuple[Path, ...], gpus: int, nodes: int, redundant: str,
     memory_gb: float | None, expert_mb: float | None, algorithm: str,
     groups: int | None, objective: Objective, prefill_share: float | None, dispatch: DispatchRule,
-    max_load_increase: float, load_noise_allowance: float, node_weight: int, survive: Survive, current_map: Path | None,
-    max_moves: int | None, effort: Effort, seed: int, threads: int | None, dense_layers: int,
-    out: Path, report: Path | None,
+    max_load_increase: float, load_noise_allowance: float, p95_allowance: float | None, node_weight: int,
+    survive: Survive, current_map: Path | None, max_moves: int | None, effort: Effort, seed: int,
+    threads: int | None, dense_layers: int, out: Path, report: Path | None,
 ) -> None:  # fmt: skip
     """Plan an expert map for one trace, or for one or several recorder dumps of one model.
 
@@ -118,8 +123,9 @@ def plan_command(
         raise InputError("--redundant auto: needs --memory-gb and --expert-mb, both above 0")
     config = PlannerConfig(
         objective=objective, prefill_share=prefill_share, max_load_increase=max_load_increase,
-        load_noise_allowance=load_noise_allowance, node_weight=node_weight, num_groups=groups, effort=effort,
-        dispatch=dispatch, seed=seed, max_moves=max_moves, survive=survive, threads=threads,
+        load_noise_allowance=load_noise_allowance, p95_allowance=p95_allowance, node_weight=node_weight,
+        num_groups=groups, effort=effort, dispatch=dispatch, seed=seed, max_moves=max_moves, survive=survive,
+        threads=threads,
     )  # fmt: skip
     for path in (out, report):
         if path is not None:

@@ -9,7 +9,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import async_arguments
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
-from sglang_eplb_affinity.sglang_hooks.refusals import check_moving, check_placed
+from sglang_eplb_affinity.sglang_hooks.refusals import check_elastic, check_moving, check_placed
 from sglang_eplb_affinity.sglang_hooks.server_arguments import (
     ADDED,
     ALGORITHM,
@@ -56,6 +56,8 @@ def resolve(args: ServerArguments) -> None:
         raise InputError(f"--expert-affinity-sample-tokens {args.expert_affinity_sample_tokens}: must be at least 1")
     if not args.eplb_affinity_max_load_increase >= 0:
         raise InputError(f"--eplb-affinity-max-load-increase {args.eplb_affinity_max_load_increase}: must be 0 or more")
+    if args.eplb_affinity_p95_allowance is not None and not args.eplb_affinity_p95_allowance >= 0:
+        raise InputError(f"--eplb-affinity-p95-allowance {args.eplb_affinity_p95_allowance}: must be 0 or more")
     if args.eplb_affinity_max_moves is not None and args.eplb_affinity_max_moves < 1:
         raise InputError(f"--eplb-affinity-max-moves {args.eplb_affinity_max_moves}: must be at least 1")
     _check_min_gain(args)
@@ -76,6 +78,10 @@ def check(args: ServerArguments) -> None:
     check_phase(args)
     if args.eplb_affinity_survive != "none" and not ours:
         raise InputError(f"--eplb-affinity-survive {args.eplb_affinity_survive}: needs --eplb-algorithm affinity")
+    if args.eplb_affinity_p95_allowance is not None and not ours:
+        raise InputError(
+            f"--eplb-affinity-p95-allowance {args.eplb_affinity_p95_allowance}: needs --eplb-algorithm affinity"
+        )
     if replaces_counts(args):  # nothing is put into SGLang's buffer of counts
         args.expert_distribution_recorder_buffer_size = 1
     if not ours and not records_affinity(args) and not forced and not loads:
@@ -105,6 +111,8 @@ def check(args: ServerArguments) -> None:
             )
     if ours or args.eplb_async:
         check_moving(args, "--eplb-async" if args.eplb_async else flag)
+    if ours:
+        check_elastic(args)
     if loads or args.enable_eplb:
         _check_slots(args, shape.num_experts)
     nodes = args.eplb_affinity_nodes

@@ -15,6 +15,7 @@ ADDED = (
     "eplb_affinity_max_load_increase",
     "eplb_affinity_max_moves",
     "eplb_affinity_nodes",
+    "eplb_affinity_p95_allowance",
     "eplb_affinity_phase",
     "eplb_affinity_primary_tokens",
     "eplb_affinity_survive",
@@ -42,6 +43,7 @@ class ServerArguments(Protocol):
     eplb_affinity_max_load_increase: float
     eplb_affinity_max_moves: int | None
     eplb_affinity_nodes: int | None
+    eplb_affinity_p95_allowance: float | None
     eplb_affinity_phase: Literal["prefill", "decode", "both"] | None
     eplb_affinity_primary_tokens: int | None
     eplb_affinity_survive: Literal["none", "rank", "node"]
@@ -82,6 +84,7 @@ class ServerArguments(Protocol):
     extra_metric_labels: dict[str, str] | None
     init_expert_location: str
     lora_target_modules: Any
+    max_ep_size: int | None
     max_prefill_tokens: int
     model_path: str
     moe_a2a_backend: str

@@ -71,6 +71,17 @@ def test_affinity_beats_deepseek_on_its_own_trace(trace, tmp_path):  # type: ign
     assert fanout["affinity"] < 0.95 * fanout["deepseek"]
 
 
+def test_plans_held_to_their_95th_percentile_leave_more_layers_to_eplb(trace, tmp_path):  # type: ignore[no-untyped-def]
+    left = []
+    for held in ((), ("--p95-allowance", 0)):
+        report = tmp_path / "report.json"
+        assert plan_map(trace, tmp_path / "map.json", "--report", report, *held).exit_code == 0
+        left.append(json.loads(report.read_text())["fallback"])
+    assert left == [["", "", ""], ["", "search not better", ""]]
+    wrong = plan_map(trace, tmp_path / "map.json", "--p95-allowance", -1)
+    assert isinstance(wrong.exception, InputError) and "p95_allowance=-1" in str(wrong.exception)
+
+
 def test_replanning_keeps_to_the_cap_and_counts_moves(trace, tmp_path):  # type: ignore[no-untyped-def]
     old, new, report = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "report.json"
     assert plan_map(trace, old, "--algorithm", "deepseek").exit_code == 0

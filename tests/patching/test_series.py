@@ -73,7 +73,7 @@ def test_a_server_on_an_older_series_says_so(version: str) -> None:
     """The flags that the package looks for are those that the series adds; without one of them the start is refused."""
     patches = sorted((PATCHES / version).glob("*.patch"))
     added = {
-        name for patch in patches for name in re.findall(r"^\+    ([a-z_]+): A\[", patch.read_text(), re.MULTILINE)
+        name for patch in patches for name in re.findall(r"^\+    ([a-z0-9_]+): A\[", patch.read_text(), re.MULTILINE)
     }
     assert added == set(server_arguments.ADDED)
     older = SimpleNamespace(**dict.fromkeys(added - {"eplb_record_map"}))

@@ -56,6 +56,12 @@ def test_the_size_of_small_passes() -> None:
     assert Settings.of(server_arguments()).primary_rows == 0
 
 
+def test_plans_are_held_to_the_percentile_of_the_flag() -> None:
+    assert Settings.of(server_arguments()).planner.p95_allowance is None
+    held = Settings.of(server_arguments(eplb_affinity_p95_allowance=0.1))
+    assert held.planner.p95_allowance == held.planner_from_scratch.p95_allowance == 0.1
+
+
 def test_plans_survive_what_the_flag_says() -> None:
     assert Settings.of(server_arguments()).planner.survive == "none"
     assert Settings.of(server_arguments(eplb_affinity_survive="rank")).planner_from_scratch.survive == "rank"
@@ -96,6 +102,8 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
         ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "decode"}, False),
         ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "prefill"}, True),
         ({"moe_a2a_backend": "deepep_v2", "nnodes": 2}, True),
+        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "eplb_affinity_nodes": 1}, False),  # one NVLink domain
+        ({"moe_a2a_backend": "mooncake"}, False),
         ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "ep_num_redundant_experts": 0}, False),
     ],
 )
