@@ -49,8 +49,8 @@ from sglang_eplb_affinity.simulate.v2_comparison import V2Comparison, compare_v2
 )  # fmt: skip
 @click.option(
     "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True,
-    help="Affinity's replica choice; may repeat: the best is taken.  [default: static and primary in low latency, "
-    "else cover]",
+    help="Affinity's replica choice; may repeat: the best is taken.  [default: static and primary in low latency "
+    "and in decode with DeepEP V2 on one node, else cover]",
 )  # fmt: skip
 @click.option("--min-gain", default=1.0, show_default=True, help="Least sure gain in % that is worth a switch.")
 @click.option("--layers", default=4, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")

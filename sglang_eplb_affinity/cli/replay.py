@@ -40,7 +40,8 @@ from sglang_eplb_affinity.simulate.system import preset_names
 )  # fmt: skip
 @click.option(
     "--dispatch", "rule", type=click.Choice(DISPATCH_RULES),
-    help="Affinity's replica choice.  [default: cover in normal mode, static in low latency]",
+    help="Affinity's replica choice.  [default: static in low latency and in decode with v2 "
+    "on one node, else cover]",
 )  # fmt: skip
 @click.option("--layers", default=3, show_default=True, help="MoE layers to simulate; 0: all.")
 @click.option("--seed", default=0, show_default=True)

@@ -1,4 +1,4 @@
-"""Rank 0 works something out for all ranks, which must agree whatever fails on it."""
+"""One rank works something out for all, which must agree whatever fails on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FAILED, _FOUND, _NOTHING = 0, 1, 2
 
 @dataclass(frozen=True)
 class Answer:
-    """``rows`` int32, or None where rank 0 found none or failed; ``error`` on rank 0 only."""
+    """``rows`` int32, or None where the one rank found none or failed; ``error`` on that rank only."""
 
     rows: np.ndarray | None = None
     failed: bool = False
@@ -26,11 +26,11 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def from_rank_0(find: Callable[[], np.ndarray | None], shape: tuple[int, ...], device: Any) -> Answer:
-    """A collective call: what ``find`` returns on rank 0, an integer array of ``shape`` or None; it never raises."""
+def from_one_rank(find: Callable[[], np.ndarray | None], shape: tuple[int, ...], device: Any, rank: int = 0) -> Answer:
+    """A collective call: what ``find`` returns on ``rank``, an integer array of ``shape`` or None; it never raises."""
     message = torch.zeros(int(np.prod(shape)) + 1, dtype=torch.int64)
     error: Exception | None = None
-    if this_rank() == 0:
+    if this_rank() == rank:
         try:
             rows = find()
             message[0] = _NOTHING if rows is None else _FOUND
@@ -40,7 +40,7 @@ def from_rank_0(find: Callable[[], np.ndarray | None], shape: tuple[int, ...], d
             message[0], error = _FAILED, failure
     if dist.is_initialized():
         on_device = message.to(device)
-        dist.broadcast(on_device, src=0)
+        dist.broadcast(on_device, src=rank)
         message = on_device.cpu()
     if message[0] != _FOUND:
         return Answer(failed=bool(message[0] == _FAILED), error=error)

@@ -18,13 +18,16 @@ class MapRecorder:
     """A round observer. ``server``: what does not change from round to round; its other fields are filled in here.
 
     A round writes the file if it planned a map on a recorded window: its result is ``applied`` or ``unchanged``, or
-    some layers were committed before it failed. Other rounds leave the file of the last such round.
+    some layers were committed before it failed. Other rounds leave the file of the last such round, as do rounds while
+    ranks are gone (elastic EP): their maps fit no server that starts.
     """
 
     def __init__(self, path: Path, server: MapOrigin) -> None:
         self._path, self._server = path, server
 
     def round_finished(self, record: RoundRecord, in_force: ExpertMap) -> None:
+        if in_force.num_slots != self._server.num_slots:
+            return
         if record.result not in ("applied", "unchanged") and not record.committed_layers:
             return
         origin = replace(

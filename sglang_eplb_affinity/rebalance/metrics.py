@@ -133,7 +133,8 @@ class PlacementMetrics:
         self._of("last_round_timestamp_seconds").set(now)
         if record.committed_layers:
             self._of("last_commit_timestamp_seconds").set(now)
-            self._set_relocated(in_force)
+            if in_force.num_slots == self.in_force.num_slots:  # not so while ranks are gone
+                self._set_relocated(in_force)
 
     def set_figures(self, name: str, figures: MapFigures) -> None:
         """Of the map ``name``: contiguous, before or after."""

@@ -1,7 +1,7 @@
 """Rounds for which serving stops: SGLang's manager calls for them and moves the weights (rebalancer.py has the others).
 
-Rank 0 plans and broadcasts the map, so that all ranks agree even if they were given different planners. Any failure to
-plan keeps the map that is in force.
+One rank, the first that lives, plans and broadcasts the map, so that all ranks agree even if they were given different
+planners. Any failure to plan keeps the map that is in force, or what is left of it where ranks are gone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang_eplb_affinity.dispatch.evaluate import moved_experts
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
-from sglang_eplb_affinity.rebalance.first_rank import from_rank_0, this_rank
+from sglang_eplb_affinity.rebalance.first_rank import from_one_rank, this_rank
 from sglang_eplb_affinity.rebalance.map_history import Comparison, MapHistory, compare
 from sglang_eplb_affinity.rebalance.plan_round import (
     PlanRequest,
@@ -35,10 +35,12 @@ Report = Callable[[RoundRecord, ExpertMap], None]
 
 
 class SynchronousRounds:
-    """One for each rank. ``algorithm``: the server's, whoever plans. ``report`` is told on rank 0.
+    """One for each rank. ``algorithm``: the server's, whoever plans. ``report`` is told on
+    ``first_rank``, which plans: rank 0 unless that is gone.
 
     ``planned``: the first map in force was planned, not SGLang's start placement, so that the first round may improve
-    on it. ``device``: where a broadcast's message must be. ``history``: of the map at the start; kept on rank 0.
+    on it. ``device``: where a broadcast's message must be. ``history``: of the map at the start; kept on the
+    first rank. ``remark``: goes into each round's reason.
     """
 
     def __init__(
@@ -50,23 +52,31 @@ class SynchronousRounds:
         *,
         planned: bool = False,
         history: MapHistory | None = None,
+        first_rank: int = 0,
+        remark: str | None = None,
     ) -> None:
         self.history = history
+        self.first_rank, self.remark = first_rank, remark
         self.settings, self.algorithm, self.report, self.device = settings, algorithm, report, device
         self.planned = planned
         self.number = 0
 
-    def begin(self, window: RoutingWindow, current: ExpertMap) -> SynchronousRound:
-        """``window``: the same on all ranks; ``current``: the map in force."""
+    def begin(self, window: RoutingWindow, current: ExpertMap, may_stay: bool = True) -> SynchronousRound:
+        """``window``: the same on all ranks; ``current``: the map in force.
+
+        ``may_stay`` False: SGLang's tables are others than those of ``current``, so the round puts a map in force.
+        """
         self.number += 1
-        return SynchronousRound(self, window, current)
+        return SynchronousRound(self, window, current, may_stay)
 
 
 class SynchronousRound:
     """From the recorded window to the record. Every rank makes the same calls."""
 
-    def __init__(self, rounds: SynchronousRounds, window: RoutingWindow, current: ExpertMap) -> None:
-        self._rounds, self._window, self._before = rounds, window, current
+    def __init__(
+        self, rounds: SynchronousRounds, window: RoutingWindow, current: ExpertMap, may_stay: bool = True
+    ) -> None:
+        self._rounds, self._window, self._before, self._may_stay = rounds, window, current, may_stay
         self._number = rounds.number
         self._started = self._planned_at = time.perf_counter()
         self._phase_seconds: dict[str, float] = {}
@@ -77,8 +87,7 @@ class SynchronousRound:
         """A collective call: the map to put in force, None to keep it (nothing recorded, no gain, or a failure)."""
         if not self._window.counts.any():
             # The window is the same on all ranks, so all of them return here.
-            self._report("skipped", self._before, {}, "no tokens recorded")
-            return None
+            return self._keep("skipped", "no tokens recorded")
         rounds, before = self._rounds, self._before
         request = PlanRequest(self._window, before, rounds.settings, not rounds.planned, rounds.history)
 
@@ -87,18 +96,24 @@ class SynchronousRound:
             self._reason, self._comparison = choice.reason, choice.comparison
             return choice.planned.physical_to_logical
 
-        answer = from_rank_0(choose, before.physical_to_logical.shape, rounds.device)
+        answer = from_one_rank(choose, before.physical_to_logical.shape, rounds.device, rounds.first_rank)
         self._planned_at = time.perf_counter()
         self._phase_seconds["plan"] = self._planned_at - self._started
         if answer.error is not None and not isinstance(answer.error, InputError):
             logger.error("[eplb-affinity] planning failed; the map in force stays", exc_info=answer.error)
         if answer.rows is None:
-            self._report("failed", before, {}, f"{type(answer.error).__name__}: {answer.error}")
-            return None
+            return self._keep("failed", f"{type(answer.error).__name__}: {answer.error}")
         if np.array_equal(answer.rows, before.physical_to_logical):
-            self._report("unchanged", before, {}, self._reason)
-            return None
+            return self._keep("unchanged", self._reason)
         return ExpertMap(answer.rows, before.num_experts)
+
+    def _keep(self, result: Result, reason: str | None) -> ExpertMap | None:
+        """Nothing better was planned: the map in force stays, or is put in force anew."""
+        if not self._may_stay:
+            self._reason = reason
+            return self._before
+        self._report(result, self._before, {}, reason)
+        return None
 
     def finish(self, planned: ExpertMap, bytes_per_expert: Mapping[int, int]) -> None:
         """The new map is in force on this rank. ``bytes_per_expert``: of every layer with experts, by layer."""
@@ -113,8 +128,9 @@ class SynchronousRound:
     def _report(
         self, result: Result, after: ExpertMap, bytes_per_expert: Mapping[int, int], reason: str | None = None
     ) -> None:
-        if this_rank():
+        if this_rank() != self._rounds.first_rank:
             return
+        reason = "; ".join(text for text in (self._rounds.remark, reason) if text) or None
         try:
             record = self._record(result, after, bytes_per_expert, reason)
         except Exception:  # figures must not stop the server

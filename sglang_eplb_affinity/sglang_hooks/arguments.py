@@ -9,7 +9,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import async_arguments
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
-from sglang_eplb_affinity.sglang_hooks.refusals import check_moving, check_placed
+from sglang_eplb_affinity.sglang_hooks.refusals import check_elastic, check_moving, check_placed
 from sglang_eplb_affinity.sglang_hooks.server_arguments import (
     ADDED,
     ALGORITHM,
@@ -111,6 +111,8 @@ def check(args: ServerArguments) -> None:
             )
     if ours or args.eplb_async:
         check_moving(args, "--eplb-async" if args.eplb_async else flag)
+    if ours:
+        check_elastic(args)
     if loads or args.enable_eplb:
         _check_slots(args, shape.num_experts)
     nodes = args.eplb_affinity_nodes

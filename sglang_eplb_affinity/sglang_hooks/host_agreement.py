@@ -115,5 +115,5 @@ def check_hosts(args: ServerArguments) -> None:
     from sglang.srt.runtime_context import get_parallel
     from torch.distributed.distributed_c10d import _get_default_store
 
-    if get_parallel().elastic_ep_initial_size is None:
+    if args.elastic_ep_backend is None and get_parallel().elastic_ep_initial_size is None:
         check(args, _get_default_store(), dist.get_rank(), dist.get_world_size())

@@ -10,14 +10,18 @@ import numpy as np
 import torch.distributed as dist
 
 from sglang_eplb_affinity.device.recorder import PHASES, AffinityRecorder
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.rebalance.first_rank import this_rank
 from sglang_eplb_affinity.rebalance.window_reduce import Reduction
+from sglang_eplb_affinity.sglang_hooks import gone_ranks
 
 logger = logging.getLogger(__name__)
 
 
 class LoadLog:
-    """Counts passes; every ``interval`` of them all ranks sum their counts and rank 0 logs a line per phase."""
+    """Counts passes; every ``interval`` of them all ranks sum their counts and the first logs a line per phase."""
 
     def __init__(self, interval: int, recorder: AffinityRecorder, reduction: Reduction) -> None:
         self._interval, self._recorder, self._reduction = interval, recorder, reduction
@@ -34,20 +38,23 @@ class LoadLog:
             counts.zero_()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(counts)
-            if dist.get_rank():
-                return
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
         metadata = get_global_expert_location_metadata()
-        ids = metadata.physical_to_logical_map_cpu.numpy().astype(np.int32)
-        expert_map = ExpertMap(ids, metadata.num_logical_experts)
+        living = gone_ranks.living_ranks(Topology(metadata.ep_size))
+        if this_rank() != (0 if living is None else int(living.ranks[0])):
+            return
+        try:
+            expert_map = gone_ranks.map_in_force(metadata, living, counts.sum(0).cpu().numpy()).expert_map
+        except InputError as error:
+            logger.warning("[eplb-affinity] no load: %s", error)
+            return
+        num_gpus = metadata.ep_size if living is None else living.topology.num_gpus
         for phase, of_phase in zip(PHASES, counts.cpu().numpy(), strict=True):
             if of_phase.any():
-                record = {
-                    "phase": phase,
-                    "passes": self._interval,
-                    **load_record(of_phase, expert_map, metadata.ep_size),
-                }
+                record = {"phase": phase, "passes": self._interval, **load_record(of_phase, expert_map, num_gpus)}
+                if living is not None:
+                    record["gone_ranks"] = living.gone
                 logger.info("[eplb-affinity] load %s", json.dumps(record))
 
 

@@ -22,7 +22,7 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import plan
-from sglang_eplb_affinity.rebalance.first_rank import from_rank_0
+from sglang_eplb_affinity.rebalance.first_rank import from_one_rank
 from sglang_eplb_affinity.rebalance.map_history import MapHistory
 from sglang_eplb_affinity.rebalance.round_record import RoundRecord
 from sglang_eplb_affinity.sglang_hooks import process
@@ -53,7 +53,7 @@ def load(settings: Settings, model_config: Any, ep_rank: int) -> Any | None:
         expert_map = _map_or_plan(initial[0], settings)
         return None if expert_map is None else expert_map.physical_to_logical
 
-    answer = from_rank_0(read_or_plan, (model.num_layers, common["num_physical_experts"]), settings.device)
+    answer = from_one_rank(read_or_plan, (model.num_layers, common["num_physical_experts"]), settings.device)
     if answer.error is not None:
         raise answer.error
     if answer.failed:

@@ -12,33 +12,38 @@ from sglang_eplb_affinity.dispatch.primaries import primaries_of
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.living_ranks import LivingRanks
 from sglang_eplb_affinity.rebalance.layer_moves import static_choice
 
 
 def metadata_of(
-    expert_map: ExpertMap, topology: Topology, rule: DispatchRule, device: Any, ep_rank: int | None = None
-) -> Any:
+    expert_map: ExpertMap, topology: Topology, rule: DispatchRule, device: Any, ep_rank: int | None = None,
+    living: LivingRanks | None = None,
+) -> Any:  # fmt: skip
     """SGLang's ExpertLocationMetadata with all replicas of each expert.
 
     ``ep_rank`` None: the global rank modulo EP size, as SGLang's own rebalance has it. Under ``static`` the replica
     that this rank uses is the one that the planner counted with, under ``primary`` in small passes the primary slot.
     SGLang's own table is another draw, knows no emulated nodes, and is filled by a Python loop over ranks, layers and
-    experts while every rank waits.
+    experts while every rank waits. ``living``: ``expert_map`` is of living ranks, the tables are of all slots and name
+    none of a rank that is gone; nodes are those of the living.
     """
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
-    slots = torch.from_numpy(expert_map.physical_to_logical.astype(np.int64))
-    table = expert_map.logical_to_all_physical()
-    padded = np.full((*table.shape[:2], expert_map.num_slots), -1, np.int64)
+    rank = dist.get_rank() % topology.num_gpus if ep_rank is None and rule == "static" else ep_rank
+    rows, table = expert_map.physical_to_logical, expert_map.logical_to_all_physical()
+    chosen = _chosen_slots(
+        table, topology if living is None else living.topology, expert_map.num_slots, rule, rank, living
+    )
+    if living is not None:
+        rows = living.whole_rows(expert_map)
+        table = living.whole_slots(table, rows.shape[1])
+        chosen = None if chosen is None else living.whole_slots(chosen, rows.shape[1])
+    slots = torch.from_numpy(rows.astype(np.int64))
+    padded = np.full((*table.shape[:2], rows.shape[1]), -1, np.int64)
     padded[:, :, : table.shape[2]] = table
     replicas = torch.from_numpy(padded)
-    static = None
-    if rule == "static":
-        rank = dist.get_rank() % topology.num_gpus if ep_rank is None else ep_rank
-        of_layers = [static_choice(layer, topology, expert_map.num_slots)[rank] for layer in table]
-        static = torch.from_numpy(np.stack(of_layers).astype(np.int64)).to(device)
-    elif rule == "primary":
-        static = torch.from_numpy(primaries_of(table, topology, expert_map.num_slots).astype(np.int64)).to(device)
+    static = None if chosen is None else torch.from_numpy(chosen.astype(np.int64)).to(device)
     return ExpertLocationMetadata(
         physical_to_logical_map=slots.to(device),
         physical_to_logical_map_cpu=slots,
@@ -48,6 +53,18 @@ def metadata_of(
         ep_size=topology.num_gpus,
         logical_to_rank_dispatch_physical_map=static,
     )
+
+
+def _chosen_slots(
+    table: np.ndarray, topology: Topology, num_slots: int, rule: DispatchRule, rank: int | None,
+    living: LivingRanks | None,
+) -> np.ndarray | None:  # fmt: skip
+    """int32 [layers, experts]: the slot that this rank uses under ``static`` and ``primary``; None under others."""
+    if rule == "static":
+        assert rank is not None
+        own = rank if living is None else int(np.searchsorted(living.ranks, rank))
+        return np.stack([static_choice(layer, topology, num_slots)[own] for layer in table])
+    return primaries_of(table, topology, num_slots) if rule == "primary" else None
 
 
 def with_primaries(metadata: Any, topology: Topology) -> Any:

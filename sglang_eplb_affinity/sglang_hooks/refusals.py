@@ -19,6 +19,22 @@ def check_placed(args: ServerArguments, flag: str) -> None:
         )
 
 
+def check_elastic(args: ServerArguments) -> None:
+    """Of elastic EP with our planner: ranks may go, none may come that the server did not start with."""
+    if args.elastic_ep_backend is None:
+        return
+    if args.max_ep_size is not None and args.max_ep_size > args.tp_size:
+        raise InputError(
+            f"--max-ep-size {args.max_ep_size}: --eplb-algorithm affinity plans for the {args.tp_size} ranks that the "
+            "server starts with, and none that join later; leave it out, or use --eplb-algorithm elasticity_aware"
+        )
+    if args.eplb_rebalance_layers_per_chunk is not None:
+        raise InputError(
+            f"--eplb-rebalance-layers-per-chunk {args.eplb_rebalance_layers_per_chunk}: a rank that is lost between "
+            "two chunks would come back into the map with the second; leave it out with --elastic-ep-backend"
+        )
+
+
 def check_moving(args: ServerArguments, flag: str) -> None:
     """Of EPLB with our planner or our rounds."""
     if args.pp_size > 1:

@@ -12,6 +12,7 @@ import numpy as np
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import warm_up
 from sglang_eplb_affinity.planner.config import usable_cores
+from sglang_eplb_affinity.planner.living_ranks import LivingRanks
 from sglang_eplb_affinity.rebalance.first_rank import this_rank
 from sglang_eplb_affinity.rebalance.layer_moves import layer_plan
 from sglang_eplb_affinity.rebalance.plan_round import Algorithm, PlanSettings
@@ -34,6 +35,32 @@ def synchronous(settings: Settings) -> SynchronousRounds:
         planned=settings.loads_map,
         history=None if process.loaded_map is None else process.loaded_map.history,
     )
+
+
+def for_living(rounds: SynchronousRounds | None, settings: Settings, living: LivingRanks | None) -> SynchronousRounds:
+    """``rounds`` of this rank, or others that follow them where ranks went or came back since.
+
+    What is known of maps before does not fit those after. Where ranks came back nothing is kept of the map in force,
+    which has nothing for them.
+    """
+    topology = settings.topology if living is None else living.topology
+    first = 0 if living is None else int(living.ranks[0])
+    remark = None if living is None else f"ranks {', '.join(map(str, living.gone))} are gone"
+    if rounds is None:
+        rounds = synchronous(settings)
+    if rounds.remark == remark:
+        return rounds
+    changed = SynchronousRounds(
+        dataclasses.replace(rounds.settings, topology=topology),
+        rounds.algorithm,
+        rounds.report,
+        rounds.device,
+        planned=rounds.planned and living is not None,
+        first_rank=first,
+        remark=remark,
+    )
+    changed.number = rounds.number
+    return changed
 
 
 def plan_settings(settings: Settings, rows: int, model_config: Any) -> PlanSettings:

@@ -84,6 +84,7 @@ class ServerArguments(Protocol):
     extra_metric_labels: dict[str, str] | None
     init_expert_location: str
     lora_target_modules: Any
+    max_ep_size: int | None
     max_prefill_tokens: int
     model_path: str
     moe_a2a_backend: str

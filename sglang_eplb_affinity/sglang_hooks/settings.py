@@ -180,10 +180,9 @@ def num_groups_of(model_config: Any) -> int | None:
 def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int | None) -> PlannerConfig:
     """DeepEP's auto mode sends prefill tokens once per destination and decode tokens once per expert, so there the
     objective weighs the two by the window's share of prefill. DeepEP V2 sends both once per destination."""
-    mode = {"deepep": args.deepep_mode, "deepep_v2": "v2"}.get(args.moe_a2a_backend, "normal")
-    objectives: dict[str, Objective] = {"auto": "mixed", "low_latency": "low_latency", "v2": "v2"}
+    objectives: dict[str | None, Objective] = {"auto": "mixed", "low_latency": "low_latency", "v2": "v2"}
     return PlannerConfig(
-        objective=objectives.get(mode, "normal"),
+        objective=objectives.get(topk_flags.dispatch_mode(args), "normal"),
         max_load_increase=args.eplb_affinity_max_load_increase,
         p95_allowance=args.eplb_affinity_p95_allowance,
         effort="fast",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks import process
 from sglang_eplb_affinity.sglang_hooks.adapter import adapter
 from sglang_eplb_affinity.sglang_hooks.topk_flags import records_affinity, replaces_counts
@@ -132,6 +133,8 @@ def recorder_class(base: Any) -> type:
 def manager_class(base: Any) -> type:
     """A subclass of SGLang's ``EPLBManager`` whose rounds plan with affinity, or are the asynchronous rebalancer's."""
 
+    module: Any = sys.modules[base.__module__]
+
     class MapStays(Exception):
         """Nothing to move in this round."""
 
@@ -140,6 +143,7 @@ def manager_class(base: Any) -> type:
         _affinity_rounds: SynchronousRounds | None = None
         _affinity_round: SynchronousRound | None = None
         _planned: Any = None
+        _living: Any = None  # LivingRanks while elastic EP's ranks are gone
 
         def on_forward_pass_end(self) -> None:
             if self.affinity_rebalancer is not None:
@@ -158,7 +162,9 @@ def manager_class(base: Any) -> type:
                 from sglang_eplb_affinity.sglang_hooks.location import map_of
 
                 weights = self._get_model().routed_experts_weights_of_layer
-                self._affinity_round.finish(map_of(self._planned), expert_bytes(weights))
+                planned = map_of(self._planned)
+                planned = planned if self._living is None else self._living.of_map(planned)
+                self._affinity_round.finish(planned, expert_bytes(weights))
 
         def _compute_expert_location_metadata(self, logical_count: Any, **kwargs: Any) -> Any:
             from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
@@ -168,20 +174,30 @@ def manager_class(base: Any) -> type:
             settings = process.settings()
             if recorded is None:
                 return self._sglangs_plan(logical_count, **kwargs)
-            from sglang_eplb_affinity.sglang_hooks import rounds
-            from sglang_eplb_affinity.sglang_hooks.location import map_of, metadata_of
+            from sglang_eplb_affinity.sglang_hooks import gone_ranks, rounds
+            from sglang_eplb_affinity.sglang_hooks.location import metadata_of
 
-            self._affinity_rounds = self._affinity_rounds or rounds.synchronous(settings)
             in_force = get_global_expert_location_metadata()
-            self._affinity_round = self._affinity_rounds.begin(recorded.window, map_of(in_force))
+            living = self._living = gone_ranks.living_ranks(settings.topology)
+            try:
+                current = gone_ranks.map_in_force(in_force, living, recorded.window.counts)
+            except InputError as error:
+                if not settings.ours:
+                    return self._sglangs_plan(logical_count, **kwargs)
+                if living is not None and torch.distributed.get_rank() == living.ranks[0]:
+                    module.logger.error("[eplb-affinity] %s; the map in force stays", error)
+                raise MapStays from None
+            self._affinity_rounds = rounds.for_living(self._affinity_rounds, settings, living)
+            self._affinity_round = self._affinity_rounds.begin(recorded.window, current.expert_map, current.may_stay)
             if not settings.ours:
                 return self._sglangs_plan(logical_count, **kwargs)
             planned = self._affinity_round.plan()
             if planned is None:
                 self._affinity_round = None
                 raise MapStays
+            gone_ranks.leaves_out(in_force, living)
             device = in_force.physical_to_logical_map.device
-            self._planned = metadata_of(planned, settings.topology, settings.table_rule, device)
+            self._planned = metadata_of(planned, settings.topology, settings.table_rule, device, living=living)
             return self._planned
 
         def _sglangs_plan(self, logical_count: Any, **kwargs: Any) -> Any:

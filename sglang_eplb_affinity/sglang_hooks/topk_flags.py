@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sglang_eplb_affinity.dispatch.default_rule import DispatchMode, affinity_rule
 from sglang_eplb_affinity.dispatch.rules import OWN_RULES
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
@@ -47,16 +48,18 @@ def _is_cuda() -> bool:
 
 
 def gains_by_cover(args: ServerArguments) -> bool:
-    """Whether `cover` is the better default: our maps, replicas to choose from, and a token sent once per destination.
+    """Whether `cover` is the better default: our maps, replicas to choose from, and a mode that gains by it."""
+    nodes = args.eplb_affinity_nodes or args.nnodes
+    rule = affinity_rule(dispatch_mode(args), nodes, args.disaggregation_mode == "prefill")
+    return is_ours(args) and args.ep_num_redundant_experts > 0 and rule == "cover" and _our_rules_run(args)
 
-    That is DeepEP's normal mode, and DeepEP V2 over several hosts and in a prefill server. Within a host V2's decode
-    gains nothing by it and pays for every slot that is read (docs/capacity_planning.md). The low-latency mode sends a
-    copy per expert, so `auto` keeps SGLang's `static`.
-    """
-    joins_copies = (args.moe_a2a_backend, args.deepep_mode) == ("deepep", "normal") or (
-        args.moe_a2a_backend == "deepep_v2" and (args.nnodes > 1 or args.disaggregation_mode == "prefill")
-    )
-    return is_ours(args) and args.ep_num_redundant_experts > 0 and joins_copies and _our_rules_run(args)
+
+def dispatch_mode(args: ServerArguments) -> DispatchMode | None:
+    """None for all-to-all backends that are not DeepEP."""
+    modes: dict[str, DispatchMode] = {"normal": "normal", "low_latency": "low_latency", "auto": "auto"}
+    if args.moe_a2a_backend == "deepep":
+        return modes.get(args.deepep_mode)
+    return "v2" if args.moe_a2a_backend == "deepep_v2" else None
 
 
 def replaces_counts(args: ServerArguments) -> bool:

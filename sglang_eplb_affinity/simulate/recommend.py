@@ -17,7 +17,15 @@ import numpy as np
 
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.simulate.replay import HOURS, Day, DayResult, Policy, PolicyName, best_interval
-from sglang_eplb_affinity.simulate.scenario import ALGORITHMS, Interval, Phase, PhaseResult, arms_of, simulate
+from sglang_eplb_affinity.simulate.scenario import (
+    ALGORITHMS,
+    Interval,
+    Phase,
+    PhaseResult,
+    arms_of,
+    simulate,
+    with_mode,
+)
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System, divisible_redundancy
 
@@ -126,9 +134,8 @@ def evaluate_candidates(
     out = []
     for redundant in redundancies or redundancy_choices(system):
         for mode in modes or modes_of(system, phase):
-            field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
-            serving = dataclasses.replace(system.serving, redundant_experts=redundant, **{field: mode})  # type: ignore[arg-type]
-            sized = dataclasses.replace(system, serving=serving)
+            sized = with_mode(system, phase, mode)
+            sized = dataclasses.replace(sized, serving=dataclasses.replace(sized.serving, redundant_experts=redundant))
             eager = phase == "decode" and mode == "normal"
             eager_ms = system.model.layers * EAGER_US_PER_LAYER / 1e3 if eager else 0.0
             found = simulate(
@@ -143,7 +150,10 @@ def candidate_runs(
     rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> int:  # fmt: skip
     """How often ``evaluate_candidates`` reports progress."""
-    arms = sum(len(arms_of(ALGORITHMS, mode, rules)) for mode in modes or modes_of(system, phase))
+    arms = sum(
+        len(arms_of(ALGORITHMS, with_mode(system, phase, mode), phase, rules))
+        for mode in modes or modes_of(system, phase)
+    )
     return len(redundancies or redundancy_choices(system)) * arms * (resamples + 1)
 
 

@@ -22,9 +22,18 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.planner import PlannerConfig, plan
-from sglang_eplb_affinity.simulate.scenario import Algorithm, Arm, default_arm, make_map, run_batch, served_rule
+from sglang_eplb_affinity.simulate.scenario import (
+    Algorithm,
+    Arm,
+    Phase,
+    default_arm,
+    make_map,
+    mode_of,
+    run_batch,
+    served_rule,
+)
 from sglang_eplb_affinity.simulate.source import RoutingSource
-from sglang_eplb_affinity.simulate.system import DeepEPMode, System
+from sglang_eplb_affinity.simulate.system import System
 from sglang_eplb_affinity.simulate.timing import TimeModel
 
 PolicyName = Literal["none", "vanilla", "affinity", "affinity-async"]
@@ -46,9 +55,9 @@ class Policy:
     min_gain: float = 0.01
     rule: DispatchRule | None = None
 
-    def arm(self, mode: DeepEPMode) -> Arm:
+    def arm(self, system: System, phase: Phase) -> Arm:
         algorithms: dict[PolicyName, Algorithm] = {"none": "none", "vanilla": "eplb"}
-        return default_arm(algorithms.get(self.name, "affinity"), mode, self.rule)
+        return default_arm(algorithms.get(self.name, "affinity"), system, phase, self.rule)
 
     @property
     def stops_serving(self) -> bool:
@@ -137,7 +146,8 @@ class Day:
             raise InputError(f"--windows {windows}: must be at least 4")
         self.system, self.source, self.prefill, self.windows = system, source, prefill, windows
         self.tokens_per_gpu, self.plan_tokens = tokens_per_gpu, plan_tokens
-        self.mode = system.serving.prefill_mode if prefill else system.serving.decode_mode
+        self.phase: Phase = "prefill" if prefill else "decode"
+        self.mode = mode_of(system, self.phase)
         self.model = TimeModel(system)
         self._present = np.unique(source.trace.domain)
 
@@ -169,7 +179,8 @@ class Day:
                 self.tokens_per_gpu, self.system.cluster.gpus, self.prefill, window, self.rows(window, plan=False)
             )
             if before is None:
-                start = make_map(default_arm("none", self.mode), self.window_statistics(0), self.system, self.mode)
+                arm = default_arm("none", self.system, self.phase)
+                start = make_map(arm, self.window_statistics(0), self.system, self.mode)
                 maps = [start] * len(policies)
             plans: dict[tuple[str, bytes], Rebalance] = {}
             for number, policy in enumerate(policies):
@@ -190,7 +201,7 @@ class Day:
     def _replan(self, policy: Policy, window: RoutingWindow, current: ExpertMap) -> Rebalance:
         gpus = self.system.topology.num_gpus
         if policy.name == "vanilla":
-            new = make_map(policy.arm(self.mode), window, self.system, self.mode)
+            new = make_map(policy.arm(self.system, self.phase), window, self.system, self.mode)
             return Rebalance(new, 0.0, *moves(current, new, gpus))
         moved, busiest, seconds, before = 0, 0, 0.0, current
         for _ in range(policy.rounds if policy.name == "affinity-async" else 1):
@@ -205,8 +216,9 @@ class Day:
         """(new map, seconds that planning took for the simulated layers)."""
         capped = policy.name == "affinity-async"
         config = PlannerConfig(
-            objective=self.mode, dispatch=policy.arm(self.mode).rule, max_moves=policy.max_moves if capped else None,
-            num_groups=self.system.model.num_groups, minimum_gain=policy.min_gain if capped else None,
+            objective=self.mode, dispatch=policy.arm(self.system, self.phase).rule,
+            max_moves=policy.max_moves if capped else None, num_groups=self.system.model.num_groups,
+            minimum_gain=policy.min_gain if capped else None,
         )  # fmt: skip
         planned = plan(window, self.system.topology, self.system.num_slots, config, current)
         return planned.expert_map, planned.report.seconds
@@ -222,7 +234,7 @@ class Day:
             source,
             scale,
             used,
-            served_rule(policy.arm(self.mode).rule, self.system, self.tokens_per_gpu),
+            served_rule(policy.arm(self.system, self.phase).rule, self.system, self.tokens_per_gpu),
             self.model,
             self.mode,
             self.prefill,

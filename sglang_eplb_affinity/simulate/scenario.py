@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.default_rule import affinity_rule
 from sglang_eplb_affinity.dispatch.primaries import most_tokens
 from sglang_eplb_affinity.dispatch.rules import LARGE_PASS_RULE, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
@@ -39,22 +40,23 @@ class Arm:
     effort: Effort = "fast"
 
 
-def default_arm(algorithm: Algorithm, mode: DeepEPMode, rule: DispatchRule | None = None) -> Arm:
-    """SGLang's ``static`` for all but affinity: there ``cover`` joins copies, which low latency cannot use.
-
-    ``rule`` replaces affinity's own.
-    """
+def default_arm(algorithm: Algorithm, system: System, phase: Phase, rule: DispatchRule | None = None) -> Arm:
+    """SGLang's ``static`` for all but affinity, which takes what a server of this phase would. ``rule`` replaces it."""
     if algorithm != "affinity":
         return Arm(algorithm, "static")
-    return Arm(algorithm, rule or ("static" if mode == "low_latency" else "cover"))
+    return Arm(algorithm, rule or affinity_rule(mode_of(system, phase), system.topology.num_nodes, phase == "prefill"))
 
 
-def arms_of(algorithms: Sequence[Algorithm], mode: DeepEPMode, rules: Sequence[DispatchRule] = ()) -> list[Arm]:
-    """One of each algorithm; affinity with each of ``rules``, without any in low latency with ``primary`` too."""
+def arms_of(
+    algorithms: Sequence[Algorithm], system: System, phase: Phase, rules: Sequence[DispatchRule] = ()
+) -> list[Arm]:
+    """One of each algorithm; affinity with each of ``rules``, without any with ``primary`` too where ``static`` is its
+    default."""
     arms = []
     for algorithm in algorithms:
-        arms += [default_arm(algorithm, mode, rule) for rule in (rules if algorithm == "affinity" else ()) or (None,)]
-        if algorithm == "affinity" and not rules and mode == "low_latency":
+        wanted = (rules if algorithm == "affinity" else ()) or (None,)
+        arms += [default_arm(algorithm, system, phase, rule) for rule in wanted]
+        if algorithm == "affinity" and not rules and arms[-1].rule == "static":
             arms.append(Arm(algorithm, "primary"))
     return arms
 
@@ -64,11 +66,16 @@ def runs_of(
     rules: Sequence[DispatchRule] = (),
 ) -> int:  # fmt: skip
     """How often :func:`simulate` reports progress: after each map and each batch."""
-    return sum(len(arms_of(algorithms, mode_of(system, phase), rules)) for phase, _ in phases) * (resamples + 1)
+    return sum(len(arms_of(algorithms, system, phase, rules)) for phase, _ in phases) * (resamples + 1)
 
 
 def mode_of(system: System, phase: Phase) -> DeepEPMode:
     return system.serving.prefill_mode if phase == "prefill" else system.serving.decode_mode
+
+
+def with_mode(system: System, phase: Phase, mode: DeepEPMode) -> System:
+    field = {"prefill": "prefill_mode", "decode": "decode_mode"}[phase]
+    return dataclasses.replace(system, serving=dataclasses.replace(system.serving, **{field: mode}))  # type: ignore[arg-type]
 
 
 def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int) -> DispatchRule:
@@ -177,7 +184,7 @@ def simulate(
         mode = mode_of(system, phase)
         arms = [
             dataclasses.replace(arm, effort=effort, rule=served_rule(arm.rule, system, tokens_per_gpu))
-            for arm in arms_of(algorithms, mode, rules)
+            for arm in arms_of(algorithms, system, phase, rules)
         ]
         collected: list[list[tuple[list[LayerTime], np.ndarray, float]]] = [[] for _ in arms]
         for arm in arms:

@@ -7,9 +7,18 @@ def main() -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from tests.server import check_draft_weights, check_parts_of_pass
+    from tests.server import check_draft_weights, check_gone_ranks, check_parts_of_pass
 
-    print("RESULT " + json.dumps({"draft": check_draft_weights.findings(), "parts": check_parts_of_pass.findings()}))
+    print(
+        "RESULT "
+        + json.dumps(
+            {
+                "draft": check_draft_weights.findings(),
+                "parts": check_parts_of_pass.findings(),
+                "gone": check_gone_ranks.findings(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ LORA = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules"]
 # SGLang wants its ElasticBuffer to hold a prefill chunk and the largest decode batch; by default it holds 128 tokens.
 V2 = ["--moe-a2a-backend", "deepep_v2", "--chunked-prefill-size", "128", "--cuda-graph-max-bs-decode", "64"]
 HAS_V2 = importlib.metadata.version("sglang") != "0.5.17"
+ELASTIC = ["--moe-a2a-backend", "nixl", "--elastic-ep-backend", "nixl"]
 NORMAL = ["--moe-a2a-backend", "deepep", "--deepep-mode", "normal"]
 
 
@@ -103,6 +104,9 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "memory saver": [*ASYNC, "--enable-memory-saver"],
         "pdmux": [*ASYNC, "--enable-pdmux"],
         "elastic": [*ASYNC, "--elastic-ep-backend", "mooncake"],
+        "elastic ranks go": [*AFFINITY, *ELASTIC],
+        "elastic ranks come": [*AFFINITY, *ELASTIC, "--max-ep-size", "4"],
+        "elastic chunks": [*AFFINITY, *ELASTIC, "--eplb-rebalance-layers-per-chunk", "2"],
         "cover_balanced": [*EP2, "--ep-dispatch-algorithm", "cover_balanced"],
         "primary": [*EP2, "--ep-dispatch-algorithm", "primary"],
         "primary tokens": [*EP2, "--ep-dispatch-algorithm", "cover", "--eplb-affinity-primary-tokens", "64"],
@@ -173,6 +177,7 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         },
     }
     assert results["good map"]["code"] == results["ascend map"]["code"] == 0
+    assert (results["elastic ranks go"]["code"], results["elastic ranks go"]["errors"]) == (0, [])
     for rule in ("cover", "cover_balanced", "primary"):
         assert results[rule] == {
             "code": 0,
@@ -265,6 +270,8 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("memory saver", "--enable-memory-saver: /release_memory_occupation takes weights away that --eplb-async"),
         ("pdmux", "--enable-pdmux: prefill and decode run at the same time there, so --eplb-async could change"),
         ("elastic", "--elastic-ep-backend mooncake: does not go with --eplb-async; leave the flag out"),
+        ("elastic ranks come", "--max-ep-size 4: --eplb-algorithm affinity plans for the 2 ranks that the server"),
+        ("elastic chunks", "--eplb-rebalance-layers-per-chunk 2: a rank that is lost between two chunks would come"),
         ("missing.json", "layer 2 has no replica of logical expert 5"),
         ("range.json", "layer 1 slot 3 holds expert 16, but ids must be 0 to 15"),
         ("layers.json", "has 3 layers of 16 slots, but the model needs 4 layers of 16"),

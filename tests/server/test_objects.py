@@ -32,3 +32,16 @@ def test_new_weights_go_where_the_model_has_its_experts(found: dict, way: str) -
     """The target's by the map in force; a draft model's in their own order, whatever the target's map says."""
     assert found["draft"][f"target {way}"] == [0, 3, 2]
     assert found["draft"][f"draft {way}"][0] == 3
+
+
+def test_the_map_of_the_ranks_that_live_when_others_are_gone(found: dict) -> None:
+    """As SGLang's elastic EP says, through its manager and its weight updater; nothing waits for who is gone."""
+    gone = found["gone"]
+    right = {"agree": True, "gone slots": [0], "names gone": [], "experts": [8, 8], "valid": True, "wrong": 0}
+    figures = {name: value for name, value in gone.items() if isinstance(value, dict)}
+    assert len(figures) == 13 and all(value for value in gone.values())
+    for name, value in figures.items():
+        assert {key: value[key] for key in right} == right, name
+    # Of the three experts that rank 2 had, two in each layer were nowhere else; the next round asks no disk.
+    for rule in ("static", "cover", "cover_balanced", "primary"):
+        assert 4 <= figures[f"{rule} fault"]["from disk"] == figures[f"{rule} next"]["from disk"]

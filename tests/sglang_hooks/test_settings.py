@@ -102,6 +102,8 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
         ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "decode"}, False),
         ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "prefill"}, True),
         ({"moe_a2a_backend": "deepep_v2", "nnodes": 2}, True),
+        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "eplb_affinity_nodes": 1}, False),  # one NVLink domain
+        ({"moe_a2a_backend": "mooncake"}, False),
         ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "ep_num_redundant_experts": 0}, False),
     ],
 )

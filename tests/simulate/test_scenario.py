@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.sglang_hooks.topk_flags import gains_by_cover
 from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain, modes_of
 from sglang_eplb_affinity.simulate.replay import Day, Policy, domain_mix, moves, standard_policies
 from sglang_eplb_affinity.simulate.scenario import (
     ALGORITHMS,
+    PHASES,
     Interval,
+    arms_of,
     baseline_of,
     default_arm,
     gain_pct,
@@ -20,11 +24,13 @@ from sglang_eplb_affinity.simulate.scenario import (
     runs_of,
     served_rule,
     simulate,
+    with_mode,
     with_overlap,
 )
 from sglang_eplb_affinity.simulate.source import RoutingSource
-from sglang_eplb_affinity.simulate.system import load_system
+from sglang_eplb_affinity.simulate.system import DeepEPMode, load_system
 from sglang_eplb_affinity.simulate.v2_comparison import compare_v2, comparison_runs
+from tests.sglang_hooks.arguments import server_arguments
 from tests.simulate.conftest import make_trace
 
 
@@ -205,8 +211,8 @@ def test_day_needs_domains(system, trace):
 
 def test_moves_counts_new_experts_by_gpu(system, source):
     window = source.plan_window()
-    a = make_map(default_arm("none", "normal"), window, system, "normal")
-    b = make_map(default_arm("eplb", "normal"), window, system, "normal")
+    a = make_map(default_arm("none", system, "prefill"), window, system, "normal")
+    b = make_map(default_arm("eplb", system, "prefill"), window, system, "normal")
     total, busiest = moves(a, b, 8)
     assert 0 < busiest <= total
     assert moves(a, a, 8) == (0, 0)
@@ -219,6 +225,19 @@ def test_decode_modes_are_compared_within_a_node_only(system):
     assert modes_of(system, "prefill") == ("normal",)
     v2 = dataclasses.replace(one_node, serving=dataclasses.replace(one_node.serving, decode_mode="v2"))
     assert modes_of(v2, "decode") == ("v2",)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("mode", get_args(DeepEPMode))
+def test_affinity_takes_the_rule_of_a_server_of_the_phase(system, mode, nodes, phase):
+    sized = replace(system, cluster=replace(system.cluster, gpus_per_node=system.cluster.gpus // nodes))
+    arms = arms_of(["eplb", "affinity"], with_mode(sized, phase, mode), phase)
+    flags = {"moe_a2a_backend": "deepep", "deepep_mode": mode} if mode != "v2" else {"moe_a2a_backend": "deepep_v2"}
+    takes_cover = gains_by_cover(server_arguments(**flags, nnodes=nodes, disaggregation_mode=phase))
+    expected = ["cover"] if takes_cover else ["static", "primary"]
+    assert [arm.rule for arm in arms] == ["static", *expected]
+    assert takes_cover is (mode == "normal" or (mode == "v2" and (nodes == 2 or phase == "prefill")))
 
 
 def test_v2_pays_for_fanout_in_decode(system, source):
