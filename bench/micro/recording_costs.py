@@ -4,9 +4,10 @@
 
 Two servers of the small trained model on one rank, where nothing hides the host's work, run side by side and the other
 is paused: one without the recorder, and one with it, on which recording is stopped and started over HTTP. A block has
-one batch of requests under each, in changing order; the time of a decode pass is that between the first and the last
-tokens streamed. PyTorch's profiler then counts the operations of a pass, calls within calls included. Without Triton
-recording is some operations of plain torch a layer; on CUDA it is part of one launch (bench.gpu.kernel_times).
+one batch of requests under each, in changing order; a decode pass is timed between the first and the last tokens
+streamed, as are the process's seconds on a CPU, which what else runs on the machine disturbs less. PyTorch's profiler
+counts the operations of a pass, calls within calls included. Without Triton recording is some operations of plain torch
+a layer; on CUDA it is part of one launch (bench.gpu.kernel_times).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 MODEL = ROOT / "bench" / "engines" / "tiny_moe" / "model"
 REQUESTS, INPUT_TOKENS, OUTPUT_TOKENS, PROFILED_PASSES = 8, 32, 96, 8
 DECODE_PROFILES = "*DECODE*.gz"
+CPU = ", CPU time"
 FLAGS = (
     "--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--disable-cuda-graph",
     "--disable-radix-cache", "--context-length", "512", "--max-total-tokens", "8192", "--max-running-requests", "16",
@@ -53,11 +56,23 @@ def _post(server: Server, path: str, body: dict[str, Any] | None = None) -> Any:
     return urllib.request.urlopen(request, timeout=120)
 
 
-def decode(server: Server, seed: int) -> float:
-    """Seconds of a decode pass, of one batch of ``REQUESTS`` requests that begin and end together."""
+def cpu_seconds(server: Server) -> float:
+    """CPU time of the process that runs the passes, since it started."""
+    assert server.process is not None
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError, ValueError):
+            group = int((path.parent / "stat").read_text().rpartition(")")[2].split()[2])
+            if group == server.process.pid and path.read_bytes().startswith(b"sglang::scheduler"):
+                tasks = (path.parent / "task").glob("*/schedstat")
+                return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+    raise ServerFailed("no process sglang::scheduler among its own")
+
+
+def decode(server: Server, seed: int) -> tuple[float, float]:
+    """(seconds, seconds of CPU time) of a decode pass, of one batch of requests that begin and end together."""
     ids = np.random.default_rng(seed).integers(10, 1000, (REQUESTS, INPUT_TOKENS)).tolist()
     sampling = {"temperature": 0, "max_new_tokens": OUTPUT_TOKENS, "ignore_eos": True}
-    seen: list[tuple[float, int]] = []
+    seen: list[tuple[float, float, int]] = []
     with _post(server, "/generate", {"input_ids": ids, "sampling_params": sampling, "stream": True}) as answer:
         for line in answer:
             text = line.decode().removeprefix("data: ").strip()
@@ -66,12 +81,14 @@ def decode(server: Server, seed: int) -> float:
                 if "error" in found:
                     raise ServerFailed(f"a batch of requests failed: {found['error']}")
                 if found.get("index", 0) == 0:
-                    seen.append((time.perf_counter(), int(found["meta_info"]["completion_tokens"])))
-    (began, first), (ended, last) = seen[0], seen[-1]
+                    seen.append(
+                        (time.perf_counter(), cpu_seconds(server), int(found["meta_info"]["completion_tokens"]))
+                    )
+    (began, cpu_began, first), (ended, cpu_ended, last) = seen[0], seen[-1]
     if last - first < OUTPUT_TOKENS // 2:
         why = last_error(server.log, "too few to time decode passes")
         raise ServerFailed(f"streamed tokens {first} to {last} of {OUTPUT_TOKENS}: {why}")
-    return (ended - began) / (last - first)
+    return (ended - began) / (last - first), (cpu_ended - cpu_began) / (last - first)
 
 
 def operations(server: Server, folder: Path) -> float:
@@ -106,14 +123,15 @@ def end_turn(server: Server, condition: str) -> None:
 
 
 def decode_times(servers: ResidentServers, blocks: int) -> list[dict[str, float]]:
-    """Of each block milliseconds a decode pass, by condition."""
+    """Of each block milliseconds a decode pass by condition, and of CPU time by condition + ``CPU``."""
     rows = []
     for block in range(-1, blocks):
-        row = {}
+        row: dict[str, float] = {}
         for place in range(len(CONDITIONS)):
             condition = list(CONDITIONS)[(block + place) % len(CONDITIONS)]
             server = turn(servers, condition)
-            row[condition] = 1000 * decode(server, block + 1)
+            seconds, cpu = decode(server, block + 1)
+            row |= {condition: 1000 * seconds, condition + CPU: 1000 * cpu}
             end_turn(server, condition)
         if block >= 0:  # the first is warm-up
             rows.append(row)
@@ -153,13 +171,15 @@ def _measured(repeats: int) -> dict[str, Any]:
 
 def result_of(rows: list[dict[str, float]], counts: dict[str, float], repeats: int) -> dict[str, Any]:
     """The file's content, from :func:`decode_times` and the operations of a pass by condition."""
-    base = {block: row["stopped"] for block, row in enumerate(rows)}
     ratios = {
-        f"{condition} / stopped": ratio_by_block({b: row[condition] for b, row in enumerate(rows)}, base).as_dict()
-        for condition in CONDITIONS
-        if condition != "stopped"
+        f"{condition} / stopped{kind}": ratio_by_block(
+            {block: row[condition + kind] for block, row in enumerate(rows)},
+            {block: row["stopped" + kind] for block, row in enumerate(rows)},
+        ).as_dict()
+        for kind in ("", CPU)
+        for condition in ("on", "without the recorder")
     }
-    source, on = provenance(), ratios["on / stopped"]
+    source = provenance()
     added = counts["on"] - counts["stopped"]
     common = {
         "kind": "measured", "hardware": source["hardware"], "versions": source["versions"], "commit": source["commit"],
@@ -169,12 +189,16 @@ def result_of(rows: list[dict[str, float]], counts: dict[str, float], repeats: i
         "date": common["date"], "provenance": source, "model": str(MODEL.relative_to(ROOT)),
         "layers": int(json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]),
         "requests": REQUESTS, "output_tokens": OUTPUT_TOKENS, "flags": list(FLAGS),
-        "median_ms": {name: round(float(np.median([row[name] for row in rows])), 3) for name in CONDITIONS},
+        "median_ms": {name: round(float(np.median([row[name] for row in rows])), 3) for name in rows[0]},
         "ratios": ratios, "operations_of_a_pass": counts,
         "blocks": [{name: round(value, 3) for name, value in row.items()} for row in rows],
         "entries": [
-            {"name": "recording.cpu.decode_pass_ratio", "value": on["ratio"], "lower": on["lower"],
-             "upper": on["upper"], "unit": "ratio to recording stopped", **common},
+            *(
+                {"name": f"recording.cpu.{name}", "value": found["ratio"], "lower": found["lower"],
+                 "upper": found["upper"], "unit": "ratio to recording stopped", **common}
+                for name, found in (("decode_pass_ratio", ratios["on / stopped"]),
+                                    ("decode_cpu_time_ratio", ratios["on / stopped" + CPU]))
+            ),
             {"name": "recording.cpu.operations_added", "value": added, "lower": added, "upper": added,
              "unit": "torch operations a pass", **common},
         ],

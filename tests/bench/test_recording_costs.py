@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -60,6 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setattr(_Handler, "folder", None)
     http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    monkeypatch.setattr(recording_costs, "cpu_seconds", lambda _: time.perf_counter())
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
     yield SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", log=tmp_path / "absent.log")
@@ -68,7 +71,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_decode_pass_is_timed_after_prefill(server: Any) -> None:
-    assert PASS_SECONDS <= recording_costs.decode(server, 0) < 2.5 * PASS_SECONDS
+    seconds, cpu = recording_costs.decode(server, 0)
+    assert PASS_SECONDS <= seconds < 2.5 * PASS_SECONDS and cpu == pytest.approx(seconds, rel=0.2)
 
 
 def test_too_few_streamed_tokens_give_no_time(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +86,27 @@ def test_operations_of_decode_passes_are_counted(server: Any, tmp_path: Path) ->
 
 
 def test_ratios_are_taken_block_by_block() -> None:
-    rows = [{"without the recorder": time, "stopped": time, "on": 1.1 * time} for time in (1.0, 3.0, 2.0)]
+    times = (1.0, 3.0, 2.0)
+    rows = [{"without the recorder": time, "stopped": time, "on": 1.1 * time} for time in times]
+    rows = [row | {name + recording_costs.CPU: value / 2 for name, value in row.items()} for row in rows]
     counts = {"without the recorder": 100.0, "stopped": 100.0, "on": 130.0}
     found = recording_costs.result_of(rows, counts, 3)
     assert found["ratios"]["on / stopped"] == {"ratio": 1.1, "lower": 1.1, "upper": 1.1, "blocks": 3}
-    assert found["ratios"]["without the recorder / stopped"]["ratio"] == 1 and found["median_ms"]["on"] == 2.2
+    assert found["ratios"]["without the recorder / stopped, CPU time"]["ratio"] == 1 and found["median_ms"]["on"] == 2.2
     figures = {figure.name: figure.value for figure in parse_figures(found, "result")}
-    assert figures == {"recording.cpu.decode_pass_ratio": 1.1, "recording.cpu.operations_added": 30.0}
+    assert figures == {
+        "recording.cpu.decode_pass_ratio": 1.1, "recording.cpu.decode_cpu_time_ratio": 1.1,
+        "recording.cpu.operations_added": 30.0,
+    }  # fmt: skip
+
+
+def test_cpu_time_is_that_of_the_process_that_runs_the_passes(tmp_path: Path) -> None:
+    command = "import time, sys; time.sleep(60)"
+    process = subprocess.Popen(["sglang::scheduler", "-c", command], executable=sys.executable, start_new_session=True)
+    try:
+        while (seconds := recording_costs.cpu_seconds(SimpleNamespace(process=process))) <= 0:  # type: ignore[arg-type]
+            time.sleep(0.01)
+        assert seconds < 30
+    finally:
+        process.kill()
+        process.wait()
