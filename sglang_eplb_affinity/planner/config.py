@@ -64,7 +64,7 @@ class PlannerConfig:
     max_load_increase: float = 0.01
     load_noise_allowance: float = 1.0
     p95_allowance: float | None = None
-    shift_weight: float = 1.0
+    shift_weight: float = 1.5
     effort: Effort = "fast"
     dispatch: DispatchRule = "cover"
     even_primaries: bool = False
