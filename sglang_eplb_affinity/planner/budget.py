@@ -59,7 +59,7 @@ def _replica_steps(num_experts: int, num_slots: int) -> int:
     """Proposals in a stage: fewer for large models, which have more layers; more where there are many replicas."""
     size = min(64 / num_experts, 1.0)
     many = min(2 * (num_slots / num_experts - 1), 1.0)
-    return min(round(1000 * size**1.2 * (1 + 3 * many * size**1.5)), num_experts * num_slots)
+    return min(round(1000 * size**0.7 * (1 + 3 * many * size**1.5)), num_experts * num_slots)
 
 
 def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> SearchBudget:
@@ -73,7 +73,8 @@ def budget_for(num_experts: int, num_slots: int, config: PlannerConfig) -> Searc
         return SearchBudget(annealing, False, _SWAPS)
     if num_slots > num_experts and (config.dispatch in COVER_RULES or config.objective not in ("normal", "v2")):
         steps = _replica_steps(num_experts, num_slots) * scale
-        annealing = Annealing(2048, 20, steps, 0.05, 0.003) if fast else Annealing(4096, 80, 4 * steps, 0.06, 0.0024)
+        tokens = 2048 if fast or num_experts <= 64 else 4096
+        annealing = Annealing(tokens, 20 if fast else 40, steps if fast else 4 * steps, 0.1, 0.006)
         return SearchBudget(annealing, True, _BALANCED_REPLICAS if config.dispatch == "cover_balanced" else _REPLICAS)
     annealing = (
         Annealing(4096, 40, 2200 * scale, 0.08, 0.004) if fast else Annealing(16384, 100, 20000 * scale, 0.08, 0.0024)

@@ -79,7 +79,8 @@ def test_eplbs_map_that_is_uneven_is_mended_within_its_load() -> None:
     assert over(planned.expert_map.physical_to_logical[0], 64, topology) == 0
     free = plan(recorded, topology, 72, replace(config, even_primaries=False))
     assert planned.report.planned.cost[0] <= free.report.planned.cost[0] * 1.03
-    assert planned.report.planned.load_max_over_mean[0] <= free.report.eplb.load_max_over_mean[0] + 0.04
+    # 1 %, a standard error of the window's load, and 0.02 for what shares of a sample do not know.
+    assert planned.report.planned.load_max_over_mean[0] <= free.report.eplb.load_max_over_mean[0] + 0.05
 
 
 @settings(max_examples=40, deadline=None)

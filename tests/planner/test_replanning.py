@@ -100,7 +100,7 @@ def test_a_warm_start_refines_a_good_map_and_replaces_a_bad_one(rule):  # type: 
     warm = plan(later, topology, 40, replace(cold, warm_start=True), first).report
     anew = plan(later, topology, 40, cold, first).report
     assert warm.moved_experts.sum() < anew.moved_experts.sum()
-    assert (warm.planned.cost < warm.eplb.cost).all() and warm.planned.cost.mean() < 1.02 * anew.planned.cost.mean()
+    assert (warm.planned.cost < warm.eplb.cost).all() and warm.planned.cost.mean() < 1.05 * anew.planned.cost.mean()
     # EPLB's own map dispatches for no less than EPLB's: nothing to refine.
     bad = eplb_placement(later.counts, topology, 40)
     maps = [plan(later, topology, 40, replace(cold, warm_start=on), bad).expert_map for on in (True, False)]
