@@ -121,7 +121,7 @@ def replicas_command(out: Path) -> None:
 @main.command("v2")
 @click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
 def v2_command(out: Path) -> None:
-    """Decode with DeepEP V2 beside V1's low-latency mode; a quarter of an hour on 2 cores."""
+    """Decode with DeepEP V2 beside V1's low-latency mode; some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
     plan, test = (RoutingTrace.load(ROOT / path) for path in (PLAN, TEST))
@@ -145,7 +145,7 @@ def v2_command(out: Path) -> None:
 @main.command("decode")
 @click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
 def decode_command(out: Path) -> None:
-    """Replica choices and redundancies in decode (low latency); a quarter of an hour on 2 cores."""
+    """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
     rows = decode_rows(*(RoutingTrace.load(ROOT / path) for path in (PLAN, TEST)), done=click.echo)

@@ -19,12 +19,12 @@ HEADLINE = "simulate.v2.deepseek_v3_ep32.decode_gain_pct"
 V2_MEASURED = "results/deepep/h200-x2-v2.json"
 # Preset, GPUs, redundant experts to choose from, for both algorithms alike.
 RUNS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
-    ("deepseek-v3-h200", 32, (32, 256)),
-    ("deepseek-v3-h200", 8, (32, 64)),
+    ("deepseek-v3-h200", 32, (0, 32, 256)),
+    ("deepseek-v3-h200", 8, (0, 32, 64)),
     ("deepseek-v3-h800", 144, (32, 176)),
     ("deepseek-v3-gb200-nvl72", 72, (32, 248)),
-    ("qwen3-235b-h200", 16, (16, 128)),
-    ("gpt-oss-120b-h200", 8, (8, 64)),
+    ("qwen3-235b-h200", 16, (0, 16, 128)),
+    ("gpt-oss-120b-h200", 8, (0, 8, 64)),
 )
 
 
