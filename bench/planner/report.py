@@ -54,9 +54,10 @@ def report_text(tables: dict[str, list[Row]], environment: dict[str, Any]) -> st
         parts += [
             "## A day whose domains change (simulated from recorded tokens)",
             "24 windows of 4096 tokens, each served by the map that was planned on the windows before it, as rounds "
-            "of a server do. `with memory`: plans heed the loads of up to eight earlier windows, by the weight named "
-            "(1: what servers do), and layers return to their best map where they delivered less. `fan-out gain kept`: "
-            "of affinity with the same rule and no memory.",
+            "of a server do. `with memory`: plans heed the loads of so many earlier windows, by the weight named, and "
+            "layers return to their best map where they delivered less; the first such row of a day is what servers "
+            "do. `fan-out gain kept`: of affinity with the same rule and no memory. Days 1 to 4 have other sequences "
+            "in their windows; on a steady day all windows have all domains alike.",
             _plain([_day(row) for row in tables["loop"]]),
         ]
     if tables.get("percentile"):
@@ -118,10 +119,11 @@ def _quality(rows: list[Row]) -> str:
 
 def _day(row: Row) -> Row:
     return {
-        "trace": row["trace"], "GPUs x nodes": row["case"], "arm": row["arm"], "rule": row["rule"],
-        "weight": row["shift_weight"],
+        "trace": row["trace"], "GPUs x nodes": row["case"], "day": row["day"], "domains": row["domains"],
+        "arm": row["arm"], "rule": row["rule"], "windows": row["windows"], "weight": row["shift_weight"],
         "GPU fan-out": f"{row['gpu_fanout']:.3f}", "node fan-out": f"{row['node_fanout']:.3f}",
         "load max/mean": f"{row['load_max_over_mean']:.3f}", "ratio to EPLB": f"{row['load_ratio_to_eplb']:.3f}",
+        "on the planned window": f"{row['load_of_planned_window']:.3f}",
         "fan-out gain kept": f"{row['fanout_gain_kept_pct']:.0f} %", "layers gone back": row["returned_layers"],
     }  # fmt: skip
 

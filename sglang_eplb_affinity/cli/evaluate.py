@@ -132,7 +132,7 @@ def _result(
     trace, trace_path = recorded.trace, recorded.path
     traffic = measure_trace(trace, expert_map, topology, rule, name_of(map_path), pass_tokens)
     moved = None if current is None else moved_experts(current, expert_map, topology)
-    loss = without_gpus(trace, expert_map, topology, rule, gone, name_of(map_path)) if gone else None
+    loss = without_gpus(trace, expert_map, topology, rule, gone, name_of(map_path), pass_tokens) if gone else None
     return {
         "trace": str(trace_path),
         "map": name_of(map_path),

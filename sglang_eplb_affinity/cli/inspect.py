@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of
+from sglang_eplb_affinity.cli.options import FILE, check_output, check_png, dense_layers_option, say, topology_of
 from sglang_eplb_affinity.cli.picture import picture_of
 from sglang_eplb_affinity.dispatch.evaluate import even_load
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
@@ -19,7 +19,7 @@ from sglang_eplb_affinity.domain.reading import name_of
 from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.dumps import dense_rows, read_dumps
-from sglang_eplb_affinity.formats.maps import check_devices, load_map, parse_map
+from sglang_eplb_affinity.formats.maps import check_devices, check_slots, load_map, parse_map
 from sglang_eplb_affinity.formats.recorded_map import MapOrigin, origin_of
 
 
@@ -55,8 +55,7 @@ def inspect_command(
         raise InputError("give --map, --trace or --dump")
     if plot is not None:
         check_output(plot)
-        if plot.suffix != ".png":
-            raise InputError(f"--plot {plot}: must end in .png")
+        check_png(plot, "--plot")
     topology = None if gpus is None else topology_of(gpus, nodes)
     if trace_path is None and not dumps:
         assert map_path is not None
@@ -93,7 +92,7 @@ def _inspect_only_map(
         topology = origin.topology
     chosen = _pick_layer(layer, int(expert_map.replica_counts().max(1).argmax()), expert_map.num_layers)
     if topology is not None:
-        topology.slots_per_gpu(expert_map.num_slots)
+        check_slots(expert_map, topology.num_gpus, name_of(map_path))
     if plot is not None:
         from sglang_eplb_affinity.cli.plots import plot_map
 

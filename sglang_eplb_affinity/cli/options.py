@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,26 @@ import click
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.config import MOST_SEED
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Existence is checked where the file is read, so that the message says more than "does not exist".
 MOST_GPUS = 1 << 16
 FILE = click.Path(path_type=Path)
+
+
+class _Finite(click.types.FloatParamType):
+    """A float that is neither nan nor infinite: both pass comparisons that are meant to refuse them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+FINITE = _Finite()
 
 
 def topology_options(command: Command) -> Command:
@@ -34,6 +49,16 @@ def dense_layers_option(command: Command) -> Command:
         help="Leading dense layers of the model (3 for DeepSeek-V3). SGLang's maps, dumps and responses "
         "have a row for each; traces, vllm-ascend's and TensorRT-LLM's maps leave them out.",
     )(command)  # fmt: skip
+
+
+def seed_option(command: Command) -> Command:
+    """``--seed``: what every generator of random numbers here takes."""
+    return click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)(command)
+
+
+def check_png(path: Path | None, flag: str) -> None:
+    if path is not None and path.suffix != ".png":
+        raise InputError(f"{flag} {path}: must end in .png")
 
 
 def say(line: str) -> None:

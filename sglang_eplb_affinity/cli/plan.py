@@ -9,7 +9,17 @@ from typing import get_args
 
 import click
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, say, topology_of, topology_options
+from sglang_eplb_affinity.cli.options import (
+    FILE,
+    FINITE,
+    check_output,
+    dense_layers_option,
+    say,
+    seed_option,
+    topology_of,
+    topology_options,
+)
+from sglang_eplb_affinity.cli.plan_flags import check_current, check_flags, flags_named, slots_of
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.primaries import uneven_layers
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
@@ -42,9 +52,9 @@ SAMPLE_TOKENS = 16384
     "--redundant", default="0", show_default=True,
     help="Redundant experts (slots beyond the experts); `auto`: the knee of what they save, within --memory-gb.",
 )  # fmt: skip
-@click.option("--memory-gb", type=float, help="Memory free for experts on each GPU, for --redundant auto.")
+@click.option("--memory-gb", type=FINITE, help="Memory free for experts on each GPU, for --redundant auto.")
 @click.option(
-    "--expert-mb", type=float, help="MB of one expert of one layer, for --redundant auto (DeepSeek-V3 in FP8: 44)."
+    "--expert-mb", type=FINITE, help="MB of one expert of one layer, for --redundant auto (DeepSeek-V3 in FP8: 44)."
 )
 @click.option(
     "--algorithm",
@@ -59,22 +69,25 @@ SAMPLE_TOKENS = 16384
 )  # fmt: skip
 @click.option("--objective", type=click.Choice(get_args(Objective)), default="normal", show_default=True)
 @click.option(
-    "--prefill-share", type=float, default=None, help="Weight of normal mode in mixed (default: of the dump, else 0.5)."
+    "--prefill-share",
+    type=FINITE,
+    default=None,
+    help="Weight of normal mode in mixed (default: of the dump, else 0.5).",
 )
 @click.option(
     "--dispatch", type=click.Choice(DISPATCH_RULES), default="cover", show_default=True,
     help="Replica choice of the server; the map is planned and its load judged with it.",
 )  # fmt: skip
 @click.option(
-    "--max-load-increase", type=float, default=0.01, show_default=True,
+    "--max-load-increase", type=FINITE, default=0.01, show_default=True,
     help="Largest rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).",
 )  # fmt: skip
 @click.option(
-    "--load-noise-allowance", type=float, default=1.0, show_default=True,
+    "--load-noise-allowance", type=FINITE, default=1.0, show_default=True,
     help="The cap rises by so many standard errors of a GPU's load in the trace; 0: strict on the trace.",
 )  # fmt: skip
 @click.option(
-    "--p95-allowance", type=float,
+    "--p95-allowance", type=FINITE,
     help="Accept a layer's plan only if its load's 95th percentile, over runs of the trace, is at most this fraction "
     "above EPLB's own placement's (0.1 = 10 %).  [default: the mean decides]",
 )  # fmt: skip
@@ -89,7 +102,7 @@ SAMPLE_TOKENS = 16384
 @click.option("--current-map", type=FILE, help="Map in use: the plan then moves few experts.")
 @click.option("--max-moves", type=int, help="At most so many new experts per GPU and layer; needs --current-map.")
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="thorough", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@seed_option
 @click.option("--threads", type=int, help="Worker threads.  [default: from the cores]")
 @dense_layers_option
 @click.option("--out", type=FILE, required=True, help="Map file to write (SGLang's JSON).")
@@ -112,21 +125,14 @@ def plan_command(
     topology = topology_of(gpus, nodes)
     if (trace is None) == (not dumps):
         raise InputError("give either --trace or --dump (once or several times)")
-    if max_moves is not None and current_map is None:
-        raise InputError(
-            f"--max-moves {max_moves}: makes the plan incremental, as the server's flag does; give the current map too "
-            "(--current-map)"
-        )
-    if redundant != "auto" and not redundant.isdecimal():
-        raise InputError(f"--redundant {redundant}: must be a whole number, 0 or more, or auto")
-    if redundant == "auto" and not ((memory_gb or 0) > 0 and (expert_mb or 0) > 0):
-        raise InputError("--redundant auto: needs --memory-gb and --expert-mb, both above 0")
-    config = PlannerConfig(
-        objective=objective, prefill_share=prefill_share, max_load_increase=max_load_increase,
-        load_noise_allowance=load_noise_allowance, p95_allowance=p95_allowance, node_weight=node_weight,
-        num_groups=groups, effort=effort, dispatch=dispatch, seed=seed, max_moves=max_moves, survive=survive,
-        threads=threads,
-    )  # fmt: skip
+    check_flags(topology, click.get_current_context().params)
+    with flags_named():
+        config = PlannerConfig(
+            objective=objective, prefill_share=prefill_share, max_load_increase=max_load_increase,
+            load_noise_allowance=load_noise_allowance, p95_allowance=p95_allowance, node_weight=node_weight,
+            num_groups=groups, effort=effort, dispatch=dispatch, seed=seed, max_moves=max_moves, survive=survive,
+            threads=threads,
+        )  # fmt: skip
     for path in (out, report):
         if path is not None:
             check_output(path)
@@ -136,17 +142,13 @@ def plan_command(
         assert memory_gb is not None and expert_mb is not None
         slots = window.num_experts + _auto_redundant(window, topology, config, memory_gb, expert_mb)
     else:
-        slots = window.num_experts + int(redundant)
-        most = window.num_experts * (gpus - 1)
-        if int(redundant) > most:
-            raise InputError(f"--redundant {redundant}: {most} already put every expert on every GPU")
+        slots = slots_of(int(redundant), window.num_experts, gpus)
     current = None
     if current_map is not None:
         read = load_map(current_map, dense_layers, window.num_experts, gpus)
         current = read.aligned(window.num_layers, dense_layers, name_of(current_map), "the routing")
+        check_current(current, window.num_experts, int(redundant), name_of(current_map))
     if algorithm != "affinity":
-        if report is not None or max_moves is not None:
-            raise InputError(f"--report and --max-moves need --algorithm affinity, not {algorithm}")
         if not window.counts.any():
             raise InputError("routing window: empty, no tokens were recorded")
         hierarchical = algorithm == "deepseek_hierarchical"

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
+from sglang_eplb_affinity.cli.options import FILE, FINITE, check_output, check_png, dense_layers_option, seed_option
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
@@ -52,14 +52,16 @@ from sglang_eplb_affinity.simulate.v2_comparison import V2Comparison, compare_v2
     help="Affinity's replica choice; may repeat: the best is taken.  [default: static and primary in low latency "
     "and in decode with DeepEP V2 on one node, else cover]",
 )  # fmt: skip
-@click.option("--min-gain", default=1.0, show_default=True, help="Least sure gain in % that is worth a switch.")
+@click.option(
+    "--min-gain", type=FINITE, default=1.0, show_default=True, help="Least sure gain in % that is worth a switch."
+)
 @click.option("--layers", default=4, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")
 @click.option("--resamples", default=5, show_default=True, help="Batches drawn anew for the intervals.")
 @click.option(
     "--memory-gb", help="Memory free for experts on each GPU, or `auto` from the topology: tries redundancies up to it."
 )
 @click.option("--plot", type=FILE, help="Gain against memory as PNG; needs --memory-gb.")
-@click.option("--seed", default=0, show_default=True)
+@seed_option
 @click.option("--out", type=FILE, help="Write the recommendation as JSON.")
 def recommend_command(
     trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
@@ -82,6 +84,7 @@ def recommend_command(
     for path in (out, plot):
         if path is not None:
             check_output(path, standard_output=False)
+    check_png(plot, "--plot")
     if plot is not None and memory_gb is None:
         raise InputError(f"--plot {plot}: needs --memory-gb")
     tried = None if memory_gb is None else memory.redundancies(system, _gigabytes(memory_gb, system))

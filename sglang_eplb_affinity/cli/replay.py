@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
+from sglang_eplb_affinity.cli.options import FILE, FINITE, check_output, dense_layers_option, seed_option
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers, sampled_layers
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
@@ -33,7 +33,9 @@ from sglang_eplb_affinity.simulate.system import preset_names
 @click.option("--every", default="1,3,8", show_default=True, help="Rebalance every so many windows; several.")
 @click.option("--max-moves", default=2, show_default=True, help="Asynchronous: experts moved per GPU, layer and round.")
 @click.option("--rounds", default=4, show_default=True, help="Asynchronous: rounds of a rebalance.")
-@click.option("--min-gain", default=0.01, show_default=True, help="Asynchronous: least gain of a layer to act.")
+@click.option(
+    "--min-gain", type=FINITE, default=0.01, show_default=True, help="Asynchronous: least gain of a layer to act."
+)
 @click.option(
     "--pass-tokens", "--tokens-per-gpu", "pass_tokens", type=click.IntRange(1), default=1024, show_default=True,
     help="Tokens of one GPU in one pass: what step time, pass load and cover_balanced see.",
@@ -44,7 +46,7 @@ from sglang_eplb_affinity.simulate.system import preset_names
     "on one node, else cover]",
 )  # fmt: skip
 @click.option("--layers", default=3, show_default=True, help="MoE layers to simulate; 0: all.")
-@click.option("--seed", default=0, show_default=True)
+@seed_option
 @click.option("--out", type=FILE, help="Write the full result as JSON.")
 @click.option("--plots", type=FILE, help="Folder for plots (PNG).")
 def replay_command(
@@ -62,7 +64,7 @@ def replay_command(
           --every 1,4,16 --out day.json
     """
     system = configured(topology, None, None, None)
-    system = system.resized(gpus or system.cluster.gpus, redundant)
+    system = system.resized(system.cluster.gpus if gpus is None else gpus, redundant)
     if out is not None:
         check_output(out, standard_output=False)
     if plots is not None and not plots.is_dir():

@@ -11,7 +11,7 @@ from typing import get_args
 import click
 import numpy as np
 
-from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option
+from sglang_eplb_affinity.cli.options import FILE, FINITE, check_output, dense_layers_option, seed_option
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
@@ -35,7 +35,7 @@ from sglang_eplb_affinity.simulate.system import DeepEPMode, System, load_system
 
 
 def numbers(text: str | None, flag: str) -> list[int]:
-    """``8,16`` as a list; [] for None."""
+    """``8,16`` as a list, each number once; [] for None."""
     if text is None:
         return []
     try:
@@ -44,7 +44,7 @@ def numbers(text: str | None, flag: str) -> list[int]:
         values = [0]
     if min(values) < 1:
         raise InputError(f"{flag} {text}: expected whole numbers above 0, separated by commas")
-    return values
+    return list(dict.fromkeys(values))
 
 
 def sampled_layers(system: System, count: int) -> np.ndarray:
@@ -86,10 +86,10 @@ def command_line() -> str:
 @click.option("--layers", default=6, show_default=True, help="MoE layers to simulate, spread over the depth; 0: all.")
 @click.option("--resamples", default=8, show_default=True, help="Batches drawn anew for the intervals.")
 @click.option(
-    "--child-spread", default=CHILD_SPREAD, show_default=True,
+    "--child-spread", type=FINITE, default=CHILD_SPREAD, show_default=True,
     help="Only for routing made for a model with other experts than the trace: how unlike the made experts are.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True)
+@seed_option
 @click.option("--format", "style", type=click.Choice(["table", "json", "markdown"]), default="table", show_default=True)
 @click.option("--out", type=FILE, help="Write the full result as JSON.")
 @click.option("--plots", type=FILE, help="Folder for plots (PNG).")

@@ -10,9 +10,9 @@ import numpy as np
 from sglang_eplb_affinity.dispatch.evaluate import (
     NO_PASS_LOAD,
     NOT_KEPT,
-    ONE_PASS,
     check_fits,
     measure_layer,
+    passes_of,
     source_gpus,
 )
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
@@ -39,11 +39,12 @@ class Loss:
 
 def without_gpus(
     trace: RoutingTrace, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, gone: Sequence[int],
-    map_source: str = "map",
+    map_source: str = "map", pass_tokens: int | None = None,
 ) -> Loss:  # fmt: skip
     """``trace`` dispatched by ``rule`` when the GPUs ``gone`` are lost, whose tokens the others get in turn.
 
-    A token goes on without its lost experts. Raises InputError for GPUs that are not there, or all of them.
+    A token goes on without its lost experts. ``pass_tokens`` of each GPU make one pass, which ``cover_balanced`` sees;
+    None: all tokens are one. Raises InputError for GPUs that are not there, or all of them.
     """
     check_fits(expert_map, trace.num_layers, trace.num_experts, trace.source, map_source)
     if not gone or min(gone) < 0 or max(gone) >= topology.num_gpus:
@@ -54,6 +55,7 @@ def without_gpus(
     slots_per_gpu = topology.slots_per_gpu(expert_map.num_slots)
     source = source_gpus(trace, topology)
     source = np.where(np.isin(source, living), source, living[np.arange(len(source)) % len(living)]).astype(np.int32)
+    pass_of, _ = passes_of(len(source), source, topology, pass_tokens)
     alive = np.isin(np.arange(expert_map.num_slots) // slots_per_gpu, living)
     lost, hit, figures = [], [], []
     for layer, row in enumerate(expert_map.physical_to_logical):
@@ -67,7 +69,7 @@ def without_gpus(
         sums, load = np.zeros(5, np.int64), np.zeros(expert_map.num_slots, np.int64)
         measure_layer(
             np.ascontiguousarray(masked), source, table, replicas, slots_per_gpu, topology.gpus_per_node,
-            topology.num_nodes, int(RuleNumber.of(rule)), sums, load, NOT_KEPT, ONE_PASS, NO_PASS_LOAD,
+            topology.num_nodes, int(RuleNumber.of(rule)), sums, load, NOT_KEPT, pass_of, NO_PASS_LOAD,
         )  # fmt: skip
         by_gpu = load.reshape(topology.num_gpus, -1).sum(1)[living]
         lost.append(int(is_lost.sum()))

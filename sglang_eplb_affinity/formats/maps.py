@@ -38,7 +38,7 @@ def load_map(
     """A map in any of the formats (told by suffix and keys), with rows for the dense layers as SGLang wants them.
 
     ``dense_layers`` rows are added only to formats that leave them out. ``num_gpus``: refuse a map that says that it
-    is for another number. Raises InputError that names the file.
+    is for another number, or whose slots do not divide over it. Raises InputError that names the file.
     """
     data = read_content(path)
     if num_gpus is not None:
@@ -47,7 +47,16 @@ def load_map(
     most = int(found.replica_counts().max(initial=0))
     if found.num_layers * found.num_experts * most > MAX_REPLICAS:
         raise InputError(f"{name_of(path)}: has up to {most} replicas of an expert in a layer, too many to be a map")
+    if num_gpus is not None:
+        check_slots(found, num_gpus, name_of(path))
     return found
+
+
+def check_slots(expert_map: ExpertMap, num_gpus: int, source: str) -> None:
+    """Refuse a map of ``source`` whose slots are not as many on each of ``num_gpus`` GPUs."""
+    slots = expert_map.num_slots
+    if slots % num_gpus:
+        raise InputError(f"{source}: has {slots} slots, which do not divide evenly over {num_gpus} GPUs")
 
 
 def parse_map(data: Any, source: str, dense_layers: int = 0, num_experts: int | None = None) -> ExpertMap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.planner.survival import SURVIVE, Survive
 
+MOST_SEED = (1 << 32) - 1  # searches add layers and attempts to it, in 64 bits
 Objective = Literal["normal", "low_latency", "mixed", "v2"]
 Effort = Literal["fast", "thorough"]
 
@@ -62,7 +64,7 @@ class PlannerConfig:
     max_load_increase: float = 0.01
     load_noise_allowance: float = 1.0
     p95_allowance: float | None = None
-    shift_weight: float = 1.0
+    shift_weight: float = 1.5
     effort: Effort = "fast"
     dispatch: DispatchRule = "cover"
     even_primaries: bool = False
@@ -93,12 +95,14 @@ class PlannerConfig:
         if self.prefill_share is not None and not 0.0 <= self.prefill_share <= 1.0:
             raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")
         for name in ("max_load_increase", "load_noise_allowance", "shift_weight"):
-            if not getattr(self, name) >= 0.0:
-                raise InputError(f"planner: {name}={getattr(self, name)} must be 0 or more")
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise InputError(f"planner: {name}={getattr(self, name)} must be 0 or more, and finite")
         for name in ("seed", "max_moves", "move_cost", "node_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"planner: {name}={value} must be 0 or more")
+        if self.seed > MOST_SEED:
+            raise InputError(f"planner: seed={self.seed} must be at most {MOST_SEED}")
         if self.p95_allowance is not None and not self.p95_allowance >= 0.0:
             raise InputError(f"planner: p95_allowance={self.p95_allowance} must be 0 or more")
         if self.minimum_gain is not None and not 0.0 <= self.minimum_gain < 1.0:

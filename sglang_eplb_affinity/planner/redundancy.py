@@ -14,11 +14,13 @@ from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.core import plan
 
 TRIED = 7
+_MANY = 1 << 32  # slots, more than any model has; a quotient of floats may be infinite
 
 
 def slots_within(memory_bytes: float, expert_bytes: float, layers: int) -> int:
     """Slots of each GPU in every one of ``layers`` MoE layers that ``memory_bytes`` of the GPU hold."""
-    return int(memory_bytes // (expert_bytes * layers))
+    of_slot = expert_bytes * layers
+    return _MANY if memory_bytes >= _MANY * of_slot else int(memory_bytes // of_slot)
 
 
 def redundancies_within(num_experts: int, num_gpus: int, slots_per_gpu: int, tried: int = TRIED) -> list[int]:
@@ -41,10 +43,13 @@ def redundancies_within(num_experts: int, num_gpus: int, slots_per_gpu: int, tri
 def knee(memory: Sequence[float], gain: Sequence[float]) -> int:
     """Index of the point that is farthest above the chord from the first to the last point, both axes scaled to 0..1.
 
-    ``memory`` rises. A point that gains less than one with less memory is never it. Source: Satopaa et al., "Finding a
-    Kneedle in a Haystack" (2011), for a single curve without smoothing.
+    ``memory`` rises. A point that gains less than one with less memory is never it. ``gain`` is against what is served
+    otherwise: where some point gains, those that lose are worth that, 0, and none of them is the knee. Source: Satopaa
+    et al., "Finding a Kneedle in a Haystack" (2011), for a single curve without smoothing.
     """
     x, y = np.asarray(memory, float), np.maximum.accumulate(np.asarray(gain, float))
+    if y[-1] > 0:
+        y = np.maximum(y, 0.0)
     first = np.flatnonzero(y == y[-1])[0]
     if first == 0 or y[-1] <= y[0]:
         return 0

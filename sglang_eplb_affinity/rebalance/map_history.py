@@ -30,7 +30,7 @@ from sglang_eplb_affinity.rebalance.delivery import Delivery
 
 HOLD_ROUNDS = 4
 MOST_RETURNS = 4
-EARLIER_WINDOWS = 8  # whose loads a plan looks at
+EARLIER_WINDOWS = 3  # whose loads a plan looks at
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sglang_eplb_affinity.device.recorder import PHASES
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, planned_rule
 from sglang_eplb_affinity.domain.topology import Topology
-from sglang_eplb_affinity.planner.config import Objective, PlannerConfig
+from sglang_eplb_affinity.planner.config import MOST_SEED, Objective, PlannerConfig
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
 from sglang_eplb_affinity.sglang_hooks import async_arguments, topk_flags
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
@@ -46,7 +46,7 @@ class RecordingSettings:
             interval=args.eplb_rebalance_num_iterations,
             sample_tokens=args.expert_affinity_sample_tokens,
             max_pass_tokens=_most_tokens_of_a_pass(args),
-            seed=args.random_seed or 0,
+            seed=(args.random_seed or 0) & MOST_SEED,
             log_passes=args.expert_load_log_passes,
             speculative=args.speculative_algorithm is not None,
         )

@@ -162,7 +162,23 @@ class System:
         return self.model.experts + self.serving.redundant_experts
 
     def resized(self, gpus: int, redundant: int | None = None) -> System:
-        """The same on another number of GPUs; redundant experts are raised to the next number that divides."""
+        """The same on another number of GPUs; redundant experts are raised to the next number that divides.
+
+        Raises InputError for what ``--gpus`` and ``--redundant`` cannot be.
+        """
+        if gpus < 1:
+            raise InputError(f"--gpus {gpus}: must be at least 1")
+        experts, most = self.model.experts, self.model.experts * (gpus - 1)
+        if redundant is not None and not 0 <= redundant <= most:
+            raise InputError(
+                f"--redundant {redundant}: must be 0 to {most}, which puts each of {experts} experts on all {gpus} GPUs"
+            )
+        if redundant is not None and (experts + redundant) % gpus:
+            fits = divisible_redundancy(experts, gpus, redundant)
+            raise InputError(
+                f"--redundant {redundant}: with {experts} experts this makes {experts + redundant} slots, which do not "
+                f"divide evenly over {gpus} GPUs; use {fits}"
+            )
         wanted = self.serving.redundant_experts if redundant is None else redundant
         if redundant is None:
             wanted = divisible_redundancy(self.model.experts, gpus, wanted)

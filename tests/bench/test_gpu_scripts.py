@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import _load_names
+from bench.harness.arms import arms_named
 from bench.harness.engine import ROOT
 from bench.harness.profile import Profile
 
@@ -87,7 +88,7 @@ def test_a_share_without_gpus_is_refused() -> None:
     assert "error: share.sh: share 0 of 2 is empty: the host has GPUs '0'" in done.stderr
 
 
-@pytest.mark.parametrize(("plan", "runs"), [("costs", 4), ("ep4", 2)])
+@pytest.mark.parametrize(("plan", "runs"), [("costs", 4), ("ep4", 2), ("runs", 2)])
 def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Path) -> None:
     checkout(tmp_path)
     (tmp_path / "work" / "results").mkdir(parents=True)
@@ -101,6 +102,8 @@ def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Pat
         profile = Profile.named(options["--profile"])
         profile = profile.with_poisson(float(options["--rate"])) if "--rate" in options else profile
         assert _load_names(options.get("--loads"), profile)
+        if "--arms" in options:
+            arms_named(options["--arms"].split(","))
 
 
 FAKE_NCCL = """

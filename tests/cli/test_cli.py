@@ -79,7 +79,7 @@ def test_plans_held_to_their_95th_percentile_leave_more_layers_to_eplb(trace, tm
         left.append(json.loads(report.read_text())["fallback"])
     assert left == [["", "", ""], ["", "search not better", ""]]
     wrong = plan_map(trace, tmp_path / "map.json", "--p95-allowance", -1)
-    assert isinstance(wrong.exception, InputError) and "p95_allowance=-1" in str(wrong.exception)
+    assert isinstance(wrong.exception, InputError) and "--p95-allowance -1" in str(wrong.exception)
 
 
 def test_replanning_keeps_to_the_cap_and_counts_moves(trace, tmp_path):  # type: ignore[no-untyped-def]
@@ -184,7 +184,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[tuple[object, ...], str]]:
         "no such trace": ((*plan, "--trace", tmp_path / "none.npz"), "none.npz"),
         "broken trace": ((*plan, "--trace", broken), "broken.npz"),
         "id beyond the experts": ((*plan, "--trace", far), "far.npz"),
-        "slots do not divide": ((*plan, "--trace", trace, "--redundant", 3), "multiple of 4"),
+        "slots do not divide": ((*plan, "--trace", trace, "--redundant", 3), "use 0 or 4"),
         "gpus do not divide": (("plan", "--trace", trace, "--gpus", 4, "--nodes", 3, "--out", out), "--nodes 3"),
         "map misses an expert": ((*evaluate, "--trace", trace, "--map", holes), "holes.json"),
         "unknown option": ((*plan, "--tracee", trace), "tracee"),

@@ -168,6 +168,10 @@ def test_memory_says_which_redundancies_to_try_and_the_knee_which_to_take():
     assert knee([1, 2, 3, 4], [0, 8, 9, 10]) == 1
     assert knee([1, 2, 3, 4], [5, 4, 3, 2]) == 0
     assert knee([1, 2, 3], [0, 0, 10]) == 2
+    # What loses is no better than not switching, however steeply the loss falls.
+    assert knee([1, 2, 3, 4, 5], [-60, -15, -6, 5, 15]) == 4 and knee([1, 2, 3, 4], [-60, -9, 10, 11]) == 2
+    assert knee([1, 2, 3, 4], [-60, -9, -6, -5]) == 1
+    assert slots_within(1e300 * 1e9, 40e6, 50) > 1e9 and slots_within(8e9, 1e-300, 50) > 1e9
     window = window_of(hot_tokens(8), 16)
     rows, at = try_redundancies(window, Topology(4), PlannerConfig(), [0, 16, 48])
     assert rows[-1].gpu_fanout == pytest.approx(1.0) and rows[0].cost > rows[1].cost > rows[2].cost and at > 0

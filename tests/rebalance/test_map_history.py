@@ -260,8 +260,8 @@ def test_a_plan_heeds_what_load_was_in_earlier_windows() -> None:
         assert found is not None
         return float(found.load[0])
 
-    (free, _), (careful, history) = (day_of_topics(weight) for weight in (0.0, 1.0))
-    assert history.shares is not None and history.shares.shape == (5, 1, 16)
+    (free, _), (careful, history) = (day_of_topics(weight) for weight in (0.0, PlannerConfig.shift_weight))
+    assert history.shares is not None and history.shares.shape == (EARLIER_WINDOWS, 1, 16)
     assert load(careful) < 1.3 < load(free)
 
 

@@ -6,14 +6,18 @@ shows that the affinity recorder counts every token once.
 """
 
 import itertools
+import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from bench.figures.rebalance_log import LogSummary
 from sglang_eplb_affinity.rebalance.verify import WRONG
+from tests.server.conftest import free_port
 from tests.server.harness import NUM_PROMPTS, RunningServer, ServerCase, prompts, serve
 
 MODELS = ("qwen3moe", "dsv3")
@@ -53,6 +57,7 @@ OTHER_CLASSES = [("glm4moe", 2, 4, False, "affinity"), ("qwen2moe", 2, 4, False,
 FULL = bool(os.environ.get("EPLB_AFFINITY_FULL_MATRIX"))
 MATRIX = ALL if FULL else PAIRWISE
 CASES = [*(ServerCase(*case) for case in [*MATRIX, *OTHER_CLASSES]), *COVER, *PRIMARY]
+APART_TOKENS = 24
 ASYNC_CASES = ALL_ASYNC if FULL else [ALL_ASYNC[6], ALL_ASYNC[-1]]
 
 
@@ -85,6 +90,49 @@ def test_outputs_equal_those_without_eplb_while_rounds_run(
     assert {rebalance.mode for rebalance in log.rebalances} == {"asynchronous"}
     text = (tmp_path / "log").read_text(errors="replace")
     assert WRONG not in text and "hold what the map says" in text
+
+
+def test_outputs_equal_those_of_one_server_when_prefill_and_decode_are_apart(
+    reference, models: Path, tmp_path: Path, port: int
+) -> None:
+    """Both rebalance, each for the passes that it runs; the KV cache goes through mooncake's stand-in."""
+    case = ServerCase("qwen3moe", 2, 4, algorithm="affinity", iterations=6, extra=("--eplb-min-gain", "0"))
+    expected = [output[:APART_TOKENS] for output in reference(case.model, case.ep, case.dp_attention)]
+    bootstrap = free_port()
+    apart = ("--disaggregation-transfer-backend", "mooncake", "--disaggregation-bootstrap-port", str(bootstrap))
+    # Retracted requests are otherwise kept in pinned memory.
+    roles = {"prefill": (), "decode": ("--disaggregation-decode-retraction-backup", "cpu_tensor")}
+    with ExitStack() as stack:
+        servers = {}
+        for role, flags in roles.items():
+            flags = (*case.flags, "--disaggregation-mode", role, "--disable-overlap-schedule", *apart, *flags)
+            log = tmp_path / role
+            serving = serve(models / case.model, list(flags), log, port=free_port(), ranks=case.ep)
+            servers[role] = stack.enter_context(serving)
+        batches = []
+        for number in range(12):
+            batches.append(_generate_apart(servers, bootstrap, 1 + number * NUM_PROMPTS))
+            if all(server.rebalances().moved >= 2 for server in servers.values()):
+                break
+        logs = {role: server.rebalances() for role, server in servers.items()}
+    for outputs in batches:
+        assert outputs == expected
+    assert min(log.moved for log in logs.values()) >= 2, logs
+
+
+def _generate_apart(servers: dict[str, RunningServer], bootstrap: int, first_room: int) -> list[list[int]]:
+    """Each request goes to both servers, which meet in a room of the prefill server's (0 is none)."""
+
+    def one(number: int, prompt: str, pool: ThreadPoolExecutor) -> list[int]:
+        sampling = {"temperature": 0, "max_new_tokens": APART_TOKENS, "ignore_eos": True}
+        room = {"bootstrap_host": "127.0.0.1", "bootstrap_port": bootstrap, "bootstrap_room": first_room + number}
+        body = {"text": prompt, "sampling_params": sampling, **room}
+        answers = [pool.submit(server.post, "/generate", body) for server in servers.values()]
+        return list(json.loads([answer.result() for answer in answers][1])["output_ids"])
+
+    with ThreadPoolExecutor(5) as requests, ThreadPoolExecutor(10) as pool:
+        numbered = enumerate(prompts(NUM_PROMPTS))
+        return list(requests.map(lambda pair: one(*pair, pool), numbered))
 
 
 def batches_until_moved(server: RunningServer, rebalances: int, most: int = 12) -> Iterator[list[list[int]]]:

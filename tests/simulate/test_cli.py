@@ -80,7 +80,10 @@ def test_replay_and_recommend_run(trace_file, system_file, tmp_path):
         (["simulate", "--trace", "TRACE", "--topology", "nope"], "no preset 'nope'"),
         (["simulate", "--trace", "TRACE", "--topology", "TOPOLOGY", "--gpus", "8,x"], "--gpus 8,x"),
         (["simulate", "--trace", "TRACE", "--topology", "TOPOLOGY", "--gpus", "6"], "cluster.gpus is 6"),
-        (["simulate", "--trace", "TRACE", "--topology", "TOPOLOGY", "--redundant", "3"], "19 physical experts"),
+        (
+            ["simulate", "--trace", "TRACE", "--topology", "TOPOLOGY", "--redundant", "3"],
+            "--redundant 3: with 16 experts this makes 19 slots",
+        ),
         (["simulate", "--trace", "TRACE", "--topology", "TOPOLOGY", "--resamples", "1"], "--resamples 1"),
         (["simulate", "--trace", "TRACE", "--topology", "TOPOLOGY", "--layers", "-1"], "--layers -1"),
         (["simulate", "--trace", "TRACE", "--topology", "TOPOLOGY", "--out", "no/such/x.json"], "no/such"),

@@ -54,9 +54,15 @@ def test_many_replicas_by_blocks_of_tokens_at_one_effort(tmp_path):  # type: ign
     assert (parts.test.topk_ids[:64] == RoutingTrace.load(path).topk_ids[64:128]).all()
 
 
+def _eplb_and_affinity(day: str, domains: str) -> list[tuple[str, ...]]:
+    return [(day, domains, arm, "0", "") for arm in ("deepseek", "affinity")]
+
+
 def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(loop_day, "WINDOWS", 4)
-    monkeypatch.setattr(loop_day, "SHIFT_WEIGHTS", (1.0, 50.0))
+    monkeypatch.setattr(loop_day, "SHIFT_WEIGHTS", (loop_day.SHIFT_WEIGHTS[0], 50.0))
+    monkeypatch.setattr(loop_day, "OTHER_DAYS", (1,))
+    monkeypatch.setattr(loop_day, "TRIED", loop_day.TRIED[1:2])
     trace = synthetic_trace(2048, 1, 32, 4)
     assert trace.sequence is not None
     domain = (trace.sequence // 2 % 2).astype(np.int8)
@@ -65,11 +71,21 @@ def test_a_day_of_changing_domains(tmp_path, monkeypatch):  # type: ignore[no-un
     args = ["--trace", str(path), "--part", "loop", "--case", "8x2", "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(main, args, catch_exceptions=False).exit_code == 0
     rows = list(csv.DictReader((tmp_path / "out" / "loop.csv").open()))
-    arms = [row["arm"] for row in rows]
-    assert arms == ["deepseek", "affinity", *["affinity, with memory"] * 2] and rows[0]["load_ratio_to_eplb"] == "1.0"
-    assert [float(row["fanout_gain_kept_pct"]) for row in rows[:2]] == [0, 100]
-    assert [row["shift_weight"] for row in rows] == ["", "", "1.0", "50.0"]
-    assert rows[2]["gpu_fanout"] != rows[3]["gpu_fanout"]  # the weight reaches the search
+    memory, usual = "affinity, with memory", str(loop_day.SHIFT_WEIGHTS[0])
+    days = [(row["day"], row["domains"], row["arm"], row["windows"], row["shift_weight"]) for row in rows]
+    assert days == [
+        *_eplb_and_affinity("0", "changing"), ("0", "changing", memory, "3", usual),
+        ("0", "changing", memory, "3", "50.0"), ("0", "changing", "affinity, next window's loads known", "", usual),
+        *_eplb_and_affinity("0", "steady"), ("0", "steady", memory, "3", usual),
+        *_eplb_and_affinity("1", "changing"), ("1", "changing", memory, "3", usual),
+        ("1", "changing", memory, "8", "1.0"), ("1", "changing", "with memory, 95th percentile", "3", usual),
+    ]  # fmt: skip
+    assert [float(row["fanout_gain_kept_pct"]) for row in rows[:2]] == [0, 100] and rows[0][
+        "load_ratio_to_eplb"
+    ] == "1.0"
+    assert (
+        rows[2]["gpu_fanout"] != rows[3]["gpu_fanout"] != rows[4]["gpu_fanout"]
+    )  # weight and foresight reach the search
     figures = parse_figures(json.loads((tmp_path / "out" / "summary_entries.json").read_text()), "summary_entries.json")
     found = {figure.name: figure for figure in figures}
     assert set(found) == {"loop.day.load_ratio_to_eplb", "loop.day.fanout_gain_kept_pct"}

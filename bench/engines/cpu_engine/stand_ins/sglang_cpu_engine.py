@@ -1,4 +1,4 @@
-"""What SGLang's CPU engine lacks for expert parallelism, data-parallel attention and DeepSeek models.
+"""What SGLang's CPU engine lacks for expert parallelism, data-parallel attention, DeepSeek models and disaggregation.
 
 SGLang loads this in every process through its plugin entry points. Faults that concern EPLB itself are mended in the
 patch series, not here.
@@ -97,8 +97,19 @@ def _complete_torch_cpu():
         torch.cpu.is_current_stream_capturing = lambda: False
 
 
+def _stand_in_for_mooncake():
+    """The way of the KV cache from a prefill to a decode server, unless mooncake itself is installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("mooncake") is None:
+        import mooncake_stand_in
+
+        mooncake_stand_in.install()
+
+
 def load():
     _complete_torch_cpu()
+    _stand_in_for_mooncake()
     _replace_native_moe()
     _register_mla_handler()
     _complete_dp_attention()
