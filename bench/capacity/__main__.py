@@ -148,7 +148,8 @@ def decode_command(out: Path) -> None:
     """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
-    rows = decode_rows(*(RoutingTrace.load(ROOT / path) for path in (PLAN, TEST)), done=click.echo)
+    plan, test = (RoutingTrace.load(ROOT / path) for path in (PLAN, TEST))
+    rows = decode_rows(plan, test, done=click.echo)
     write_atomically(folder / "decode-rules.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.3f").encode())
     write_atomically(folder / "decode-rules.md", (decode_table(rows) + "\n").encode())
     fill(ROOT / PAGE, folder)
