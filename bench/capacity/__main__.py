@@ -25,6 +25,7 @@ from bench.calibration.calibrate import (
 from bench.calibration.fidelity import fidelity, fidelity_table
 from bench.calibration.measured import load_measured
 from bench.capacity import expert_times
+from bench.capacity.decode import decode_rows, decode_table
 from bench.capacity.docs import fill
 from bench.capacity.replicas import replica_gains
 from bench.capacity.v2 import HEADLINE, V2_MEASURED, fanout_ratio, v2_rows, v2_table
@@ -120,7 +121,7 @@ def replicas_command(out: Path) -> None:
 @main.command("v2")
 @click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
 def v2_command(out: Path) -> None:
-    """Decode with DeepEP V2 beside V1's low-latency mode; a quarter of an hour on 2 cores."""
+    """Decode with DeepEP V2 beside V1's low-latency mode; some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
     plan, test = (RoutingTrace.load(ROOT / path) for path in (PLAN, TEST))
@@ -138,6 +139,19 @@ def v2_command(out: Path) -> None:
     measured = fanout_ratio(load_measured(ROOT / V2_MEASURED))
     text = json.dumps({"entries": [entry, measured]}, indent=2) + "\n"
     write_atomically(folder / "deepep_v2_summary_entries.json", text.encode())
+    fill(ROOT / PAGE, folder)
+
+
+@main.command("decode")
+@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+def decode_command(out: Path) -> None:
+    """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
+    folder = ROOT / out
+    folder.mkdir(parents=True, exist_ok=True)
+    plan, test = (RoutingTrace.load(ROOT / path) for path in (PLAN, TEST))
+    rows = decode_rows(plan, test, done=click.echo)
+    write_atomically(folder / "decode-rules.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.3f").encode())
+    write_atomically(folder / "decode-rules.md", (decode_table(rows) + "\n").encode())
     fill(ROOT / PAGE, folder)
 
 

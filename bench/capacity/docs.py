@@ -45,7 +45,9 @@ def gains_table(folder: Path) -> str:
             if gain is not None:
                 cell = f"{gain['value']:+.1f} % [{gain['lower']:+.1f}, {gain['upper']:+.1f}]"
                 title = f"{r['phase']}, {r['mode'].replace('_', ' ')}"
-                title += ", primary" if r["dispatch_rule"] == "primary" else ""
+                if r["mode"] == "low_latency" and r["dispatch_rule"] != "static":
+                    title += ", `primary`"  # which follows another rule in large passes
+                    cell += "" if r["dispatch_rule"] == "primary" else f" (as `{r['dispatch_rule']}`)"
                 rows.setdefault((file.stem, r["gpus"]), {})[title] = f"{cell}, +{r['redundant']}"
     if not rows:
         raise InputError(f"docs: no simulated results in {folder.name}; run `python -m bench.capacity all`")

@@ -19,12 +19,12 @@ HEADLINE = "simulate.v2.deepseek_v3_ep32.decode_gain_pct"
 V2_MEASURED = "results/deepep/h200-x2-v2.json"
 # Preset, GPUs, redundant experts to choose from, for both algorithms alike.
 RUNS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
-    ("deepseek-v3-h200", 32, (32, 256)),
-    ("deepseek-v3-h200", 8, (32, 64)),
+    ("deepseek-v3-h200", 32, (0, 32, 256)),
+    ("deepseek-v3-h200", 8, (0, 32, 64)),
     ("deepseek-v3-h800", 144, (32, 176)),
     ("deepseek-v3-gb200-nvl72", 72, (32, 248)),
-    ("qwen3-235b-h200", 16, (16, 128)),
-    ("gpt-oss-120b-h200", 8, (8, 64)),
+    ("qwen3-235b-h200", 16, (0, 16, 128)),
+    ("gpt-oss-120b-h200", 8, (0, 8, 64)),
 )
 
 
@@ -52,9 +52,11 @@ def v2_rows(
             "V2 affinity ms": ours.step_ms.value, "gain %": gain.value, "lower": gain.lower, "upper": gain.upper,
             "V2 over V1, EPLB %": change.value, "V2 affinity over V1 EPLB %": both.value,
             "EPLB redundant": eplb.redundant, "redundant": ours.redundant,
+            "V1 affinity redundant": v1.redundant, "V1 rule": v1.dispatch_rule, "rule": ours.dispatch_rule,
             "EPLB GPU fan-out": eplb.gpu_fanout, "GPU fan-out": ours.gpu_fanout,
             "EPLB node fan-out": eplb.node_fanout, "node fan-out": ours.node_fanout,
             "EPLB load": eplb.load_max_over_mean, "load": ours.load_max_over_mean,
+            "EPLB active slots": eplb.active_slots, "active slots": ours.active_slots,
             "GB of experts a GPU": expert_gb(system.resized(gpus, ours.redundant), ours.redundant),
         })  # fmt: skip
         done(rows[-1])
@@ -86,17 +88,19 @@ def v2_table(rows: list[dict[str, Any]]) -> str:
         "cluster", "requests/GPU", "V1: EPLB, step ms", "V1: affinity over EPLB", "V2: EPLB, step ms",
         "V2: affinity over EPLB", "V2 instead of V1, EPLB both", "redundant (EPLB, affinity)",
         "V2's GPU / node fan-out (EPLB to affinity)", "load (EPLB to affinity)",
+        "active slots (EPLB to affinity)",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     for r in rows:
         cells = (
             f"{r['preset']}, {r['GPUs']} GPUs", str(r["batch"]), f"{r['V1 EPLB ms']:.1f}",
-            f"{r['V1 affinity gain %']:+.1f} %", f"{r['V2 EPLB ms']:.1f}",
-            f"{r['gain %']:+.1f} % [{r['lower']:+.1f}, {r['upper']:+.1f}]", f"{r['V2 over V1, EPLB %']:+.1f} %",
+            f"{r['V1 affinity gain %']:+.1f} %, `{r['V1 rule']}`", f"{r['V2 EPLB ms']:.1f}",
+            f"{r['gain %']:+.1f} % [{r['lower']:+.1f}, {r['upper']:+.1f}], `{r['rule']}`",
+            f"{r['V2 over V1, EPLB %']:+.1f} %",
             f"{r['EPLB redundant']}, {r['redundant']}",
             f"{r['EPLB GPU fan-out']:.2f} to {r['GPU fan-out']:.2f} / {r['EPLB node fan-out']:.2f} to "
             f"{r['node fan-out']:.2f}",
-            f"{r['EPLB load']:.2f} to {r['load']:.2f}",
+            f"{r['EPLB load']:.2f} to {r['load']:.2f}", f"{r['EPLB active slots']:.1f} to {r['active slots']:.1f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

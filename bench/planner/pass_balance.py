@@ -119,7 +119,8 @@ def rows_of(split: Split, case: Case, pass_tokens: int, layer_step: int, passes:
         traffic = measure(tokens, maps[of], topology, rule, source, pass_tokens=pass_tokens)
         means = (traffic.gpu_fanout, traffic.node_fanout, traffic.pass_load_max_over_mean)
         rows.append({"arm": arm, **_figures(*(float(values.mean()) for values in means))})
-    rows.append({"arm": "affinity, lp", **lp_figures(tokens, maps["affinity"], topology, source, pass_tokens)})
+    for name, label in (("eplb", "EPLB"), ("affinity", "affinity")):
+        rows.append({"arm": f"{label}, lp", **lp_figures(tokens, maps[name], topology, source, pass_tokens)})
     cover = next(row for row in rows if row["arm"] == "affinity, cover")
     head = {"trace": split.name, "case": case.label, "passes": passes, "tokens_of_a_gpu": pass_tokens}
     return [{**head, **row, "fanout_ratio_to_cover": row["gpu_fanout"] / cover["gpu_fanout"]} for row in rows]

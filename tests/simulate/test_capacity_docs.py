@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.capacity import decode
 from bench.capacity.docs import compact_table, fill, gains_table, table_named
 from sglang_eplb_affinity.domain.errors import InputError
 
@@ -47,6 +48,38 @@ def test_gains_have_a_row_for_each_size_and_a_column_for_each_phase(tmp_path):
         "| [one](../results/simulate/one.md) | 8 | +10.0 % [+9.0, +11.0], +8 |  |",
         "| [one](../results/simulate/one.md) | 16 |  | +10.0 % [+9.0, +11.0], +8 |",
     ]
+
+
+def test_primary_has_a_column_of_its_own_and_says_what_large_passes_follow(tmp_path):
+    small, large = result(dispatch_rule="primary"), result(dispatch_rule="cover_balanced", gpus=32)
+    results = [result(), small, result(gpus=32), large]
+    (tmp_path / "one.json").write_text(json.dumps({"system": "one", "results": results}))
+    cell = "+10.0 % [+9.0, +11.0]"
+    assert gains_table(tmp_path).splitlines() == [
+        "| cluster | GPUs | decode, low latency | decode, low latency, `primary` |",
+        "|---|---:|---|---|",
+        f"| [one](../results/simulate/one.md) | 8 | {cell}, +8 | {cell}, +8 |",
+        f"| [one](../results/simulate/one.md) | 32 | {cell}, +8 | {cell} (as `cover_balanced`), +8 |",
+    ]
+
+
+def test_decode_arms_beside_eplb_and_its_best(system_file, trace, monkeypatch):
+    monkeypatch.setattr(decode, "RUNS", ((str(system_file), 8, (8,), (0,)),))
+    monkeypatch.setattr(decode, "RESAMPLES", 2)
+    rows = decode.decode_rows(trace, trace)
+    arms = ("contiguous map", "EPLB", "affinity, `static`", "affinity, `cover`", "affinity, `primary`")
+    assert [(row["batch"], row["arm"]) for row in rows] == [(batch, arm) for batch in decode.BATCHES for arm in arms]
+    served = [row["served rule"] for row in rows]
+    assert served == [*["static"] * 3, "cover", "primary", *["static"] * 3, "cover", "cover_balanced"]
+    for first in (0, 5):
+        _, eplb, static, *_ = rows[first : first + 5]
+        assert eplb["gain over EPLB %"] == 0 and eplb["best EPLB ms"] <= eplb["step ms"]
+        assert eplb["best EPLB redundant"] in (0, 8) and eplb["best EPLB active slots"] <= eplb["active slots"] <= 3
+        assert static["gain over EPLB %"] == pytest.approx(100 * (1 - static["step ms"] / eplb["step ms"]), abs=0.5)
+    lines = decode.decode_table(rows).splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert "`cover_balanced`" not in lines[2] and "(as `cover_balanced`)" in lines[3]
+    assert f"{rows[0]['step ms']:.1f}" in lines[2] and f"ms, {rows[0]['active slots']:.1f} |" in lines[2]
 
 
 def test_fill_replaces_between_markers_only(tmp_path):
