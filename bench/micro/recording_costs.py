@@ -5,14 +5,13 @@
 Two servers of the small trained model on one rank, where nothing hides the host's work, run side by side and the other
 is paused: one without the recorder, and one with it, on which recording is stopped and started over HTTP. A block has
 one batch of requests under each, in changing order; a decode pass is timed between the first and the last tokens
-streamed, as are the process's seconds on a CPU, which what else runs on the machine disturbs less. PyTorch's profiler
-counts the operations of a pass, calls within calls included. Without Triton recording is some operations of plain torch
-a layer; on CUDA it is part of one launch (bench.gpu.kernel_times).
+streamed, as are the process's seconds on a CPU, which what else runs on the machine disturbs less. Without Triton
+recording is some operations of plain torch a layer, which are counted; on CUDA it is part of one launch
+(bench.gpu.kernel_times).
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.figures.stats import ratio_by_block
 from bench.gpu.resident import ResidentArm, ResidentServers
@@ -34,11 +34,13 @@ from bench.harness.process import last_error
 from bench.harness.server import Server, ServerFailed
 from bench.harness.side_by_side import free_port, give_turn
 from bench.micro.options import out_and_repeats
+from bench.micro.round_costs import Launches
+from sglang_eplb_affinity.device.map_and_record import MapAndRecord
+from sglang_eplb_affinity.device.recorder import AffinityRecorder, one_group
 from sglang_eplb_affinity.domain.errors import InputError
 
 MODEL = ROOT / "bench" / "engines" / "tiny_moe" / "model"
-REQUESTS, INPUT_TOKENS, OUTPUT_TOKENS, PROFILED_PASSES = 8, 32, 96, 8
-DECODE_PROFILES = "*DECODE*.gz"
+REQUESTS, INPUT_TOKENS, OUTPUT_TOKENS = 8, 32, 96
 CPU = ", CPU time"
 FLAGS = (
     "--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--disable-cuda-graph",
@@ -91,20 +93,19 @@ def decode(server: Server, seed: int) -> tuple[float, float]:
     return (ended - began) / (last - first), (cpu_ended - cpu_began) / (last - first)
 
 
-def operations(server: Server, folder: Path) -> float:
-    """Operations of torch in a decode pass, mean of a profile of ``PROFILED_PASSES`` passes."""
-    before = set(folder.rglob(DECODE_PROFILES))
-    profile = {"output_dir": str(folder), "num_steps": PROFILED_PASSES, "activities": ["CPU"], "with_stack": False}
-    _post(server, "/start_profile", {**profile, "profile_by_stage": True}).read()
-    decode(server, 0)
-    deadline = time.monotonic() + 60
-    while not (written := set(folder.rglob(DECODE_PROFILES)) - before):
-        if time.monotonic() > deadline:
-            raise ServerFailed("the profile of its passes was not written within 60 s")
-        time.sleep(0.5)
-    time.sleep(0.5)
-    events = json.loads(gzip.decompress(written.pop().read_bytes()))["traceEvents"]
-    return sum(event.get("cat") == "cpu_op" for event in events) / PROFILED_PASSES
+def operations(layers: int) -> int:
+    """Operations of torch that recording adds to a decode pass of a model like the served one, in plain torch."""
+    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    experts, top_k = config["num_experts"], config["num_experts_per_tok"]
+    recorder = AffinityRecorder(num_layers=layers, num_experts=experts, top_k=top_k)
+    step, rows = MapAndRecord(top_k, recorder, None), one_group(REQUESTS)
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(REQUESTS)])
+    with Launches() as launches:
+        recorder.begin_pass([REQUESTS], phase=1)
+        for layer in range(layers):
+            step.reference(layer, ids, rows)
+        recorder.end_pass()
+    return launches.count
 
 
 def turn(servers: ResidentServers, condition: str) -> Server:
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     for name, ratio in result["ratios"].items():
         print(f"decode pass, {name}: {ratio['ratio']} ({ratio['lower']} to {ratio['upper']})")
-    print("operations of torch a pass: " + ", ".join(f"{k} {n:.0f}" for k, n in result["operations_of_a_pass"].items()))
+    print(f"operations of torch that recording adds to a pass: {result['operations_added']}")
     write_result(options.out, result)
     return 0
 
@@ -160,17 +161,13 @@ def _measured(repeats: int) -> dict[str, Any]:
         with ResidentServers(ARMS, MODEL, FLAGS, environment, folder / "logs", free_port()) as servers:
             if servers.failed:
                 raise ServerFailed("; ".join(f"{name}: {why}" for name, why in servers.failed.items()))
-            counts = {}
-            for condition in CONDITIONS:
-                server = turn(servers, condition)
-                counts[condition] = operations(server, folder / "profiles")
-                end_turn(server, condition)
             rows = decode_times(servers, repeats)
-    return result_of(rows, counts, repeats)
+    return result_of(rows, repeats)
 
 
-def result_of(rows: list[dict[str, float]], counts: dict[str, float], repeats: int) -> dict[str, Any]:
-    """The file's content, from :func:`decode_times` and the operations of a pass by condition."""
+def result_of(rows: list[dict[str, float]], repeats: int) -> dict[str, Any]:
+    """The file's content, from :func:`decode_times`."""
+    layers = int(json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
     ratios = {
         f"{condition} / stopped{kind}": ratio_by_block(
             {block: row[condition + kind] for block, row in enumerate(rows)},
@@ -180,17 +177,17 @@ def result_of(rows: list[dict[str, float]], counts: dict[str, float], repeats: i
         for condition in ("on", "without the recorder")
     }
     source = provenance()
-    added = counts["on"] - counts["stopped"]
+    added = operations(layers)
     common = {
         "kind": "measured", "hardware": source["hardware"], "versions": source["versions"], "commit": source["commit"],
         "date": now(), "command": f"python -m bench.micro.recording_costs --repeats {repeats} --out FILE",
     }  # fmt: skip
     return {
         "date": common["date"], "provenance": source, "model": str(MODEL.relative_to(ROOT)),
-        "layers": int(json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]),
+        "layers": layers,
         "requests": REQUESTS, "output_tokens": OUTPUT_TOKENS, "flags": list(FLAGS),
         "median_ms": {name: round(float(np.median([row[name] for row in rows])), 3) for name in rows[0]},
-        "ratios": ratios, "operations_of_a_pass": counts,
+        "ratios": ratios, "operations_added": added,
         "blocks": [{name: round(value, 3) for name, value in row.items()} for row in rows],
         "entries": [
             *(

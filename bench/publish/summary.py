@@ -114,7 +114,14 @@ def merge_figures(old: Iterable[Figure], new: Iterable[Figure]) -> list[Figure]:
 
 
 def dump_figures(figures: Iterable[Figure], path: Path) -> None:
-    """Write entries sorted by name; atomically."""
+    """Write entries sorted by name; atomically. Raises InputError where ``path`` has entries that this would lose."""
     entries = [asdict(figure) for figure in sorted(figures, key=lambda figure: figure.name)]
+    if path.is_file():
+        lost = {figure.name for figure in load_figures(path)} - {entry["name"] for entry in entries}
+        if lost:
+            raise InputError(
+                f"{path}: has {len(lost)} other entries, such as {min(lost)}, which this would lose; write elsewhere "
+                "and merge with `python -m bench summary add`"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps({"entries": entries}, indent=2) + "\n").encode())

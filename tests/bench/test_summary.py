@@ -65,5 +65,18 @@ def test_add_merges_files_and_writes_nothing_when_one_is_wrong(tmp_path: Path) -
     assert load_figures(target) == [FIGURE]
 
 
+def test_entries_of_a_file_are_not_lost_to_others(tmp_path: Path) -> None:
+    """As with `summary from-series --output results/summary.json` in place of `summary add`."""
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps([asdict(FIGURE), asdict(replace(FIGURE, name="other.figure"))]))
+    before = path.read_bytes()
+    done = CliRunner().invoke(main, ["summary", "from-series", "--output", str(path)])
+    assert done.exit_code == 2 and "has 2 other entries, such as" in done.output
+    assert path.read_bytes() == before
+    fresh = tmp_path / "series.json"
+    for _ in range(2):  # its own file is written anew
+        assert CliRunner().invoke(main, ["summary", "from-series", "--output", str(fresh)]).exit_code == 0
+
+
 def test_the_summary_of_this_repository_is_valid() -> None:
     load_figures(ROOT / "results" / "summary.json")
