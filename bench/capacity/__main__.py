@@ -86,7 +86,7 @@ def everything(out: Path, keep: bool) -> None:
     _cli("simulate", *_traces(), "--topology", "deepseek-v3-h800", "--gpus", "320", into=None)
     ep320 = time.monotonic() - started
     rows = _calibration(folder)
-    rows_of_trace = fidelity(_joined(), [Topology(8, 2), Topology(16, 4)])
+    rows_of_trace = fidelity(_own_traces()[0], [Topology(8, 2), Topology(16, 4)])
     write_atomically(folder / "fidelity.md", (fidelity_table(rows_of_trace) + "\n").encode())
     entries = _entries(folder, ep320, largest_error(rows))
     write_atomically(folder / "summary_entries.json", (json.dumps({"entries": entries}, indent=2) + "\n").encode())
@@ -101,9 +101,8 @@ def replicas_command(out: Path) -> None:
     """Gains of many replicas over EPLB at its best redundancy, served with the rule that affinity takes."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
-    figures = replica_gains(*(RoutingTrace.load(ROOT / path) for path in (PLAN, TEST)))
-    table = pd.DataFrame(figures).drop(columns=["hardware", "unit"])
-    write_atomically(folder / "replicas.csv", table.to_csv(index=False, float_format="%.3f").encode())
+    figures = replica_gains(*_own_traces())
+    _write_csv(folder / "replicas.csv", pd.DataFrame(figures).drop(columns=["hardware", "unit"]))
     source = provenance()
     entries = [
         {
@@ -124,9 +123,8 @@ def v2_command(out: Path) -> None:
     """Decode with DeepEP V2 beside V1's low-latency mode; some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
-    plan, test = (RoutingTrace.load(ROOT / path) for path in (PLAN, TEST))
-    rows = v2_rows(plan, test, done=click.echo)
-    write_atomically(folder / "deepep-v2.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.3f").encode())
+    rows = v2_rows(*_own_traces(), done=click.echo)
+    _write_csv(folder / "deepep-v2.csv", pd.DataFrame(rows))
     write_atomically(folder / "deepep-v2.md", (v2_table(rows) + "\n").encode())
     first, source = rows[0], provenance()
     entry = {
@@ -148,9 +146,8 @@ def decode_command(out: Path) -> None:
     """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
-    plan, test = (RoutingTrace.load(ROOT / path) for path in (PLAN, TEST))
-    rows = decode_rows(plan, test, done=click.echo)
-    write_atomically(folder / "decode-rules.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.3f").encode())
+    rows = decode_rows(*_own_traces(), done=click.echo)
+    _write_csv(folder / "decode-rules.csv", pd.DataFrame(rows))
     write_atomically(folder / "decode-rules.md", (decode_table(rows) + "\n").encode())
     fill(ROOT / PAGE, folder)
 
@@ -199,8 +196,13 @@ def _traces() -> list[str]:
     return ["--trace", PLAN, "--test-trace", TEST]
 
 
-def _joined() -> RoutingTrace:
-    return RoutingTrace.load(ROOT / PLAN)
+def _own_traces() -> tuple[RoutingTrace, RoutingTrace]:
+    """The tokens planned on, and those held out."""
+    return RoutingTrace.load(ROOT / PLAN), RoutingTrace.load(ROOT / TEST)
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    write_atomically(path, table.to_csv(index=False, float_format="%.3f").encode())
 
 
 def _cli(*arguments: str, into: Path | None, keep: bool = False) -> None:

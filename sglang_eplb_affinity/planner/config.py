@@ -94,17 +94,16 @@ class PlannerConfig:
         object.__setattr__(self, "dispatch", planned_rule(self.dispatch))
         if self.prefill_share is not None and not 0.0 <= self.prefill_share <= 1.0:
             raise InputError(f"planner: prefill_share={self.prefill_share} must be between 0 and 1")
-        for name in ("max_load_increase", "load_noise_allowance", "shift_weight"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise InputError(f"planner: {name}={getattr(self, name)} must be 0 or more, and finite")
+        for name in ("max_load_increase", "load_noise_allowance", "shift_weight", "p95_allowance"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise InputError(f"planner: {name}={value} must be 0 or more, and finite")
         for name in ("seed", "max_moves", "move_cost", "node_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"planner: {name}={value} must be 0 or more")
         if self.seed > MOST_SEED:
             raise InputError(f"planner: seed={self.seed} must be at most {MOST_SEED}")
-        if self.p95_allowance is not None and not self.p95_allowance >= 0.0:
-            raise InputError(f"planner: p95_allowance={self.p95_allowance} must be 0 or more")
         if self.minimum_gain is not None and not 0.0 <= self.minimum_gain < 1.0:
             raise InputError(f"planner: minimum_gain={self.minimum_gain} must be a fraction, 0 to below 1")
         if self.search_scale < 1:

@@ -35,12 +35,12 @@ Report = Callable[[RoundRecord, ExpertMap], None]
 
 
 class SynchronousRounds:
-    """One for each rank. ``algorithm``: the server's, whoever plans. ``report`` is told on
-    ``first_rank``, which plans: rank 0 unless that is gone.
+    """One for each rank. ``algorithm``: the server's, whoever plans. ``first_rank`` plans and is told ``report``: rank 0
+    unless that is gone.
 
     ``planned``: the first map in force was planned, not SGLang's start placement, so that the first round may improve
     on it. ``device``: where a broadcast's message must be. ``history``: of the map at the start; kept on the
-    first rank. ``remark``: goes into each round's reason.
+    first rank. ``remark``: goes into each round's reason, and tells which ranks the rounds are for.
     """
 
     def __init__(

@@ -55,12 +55,12 @@ def resolve(args: ServerArguments) -> None:
         args.ep_dispatch_algorithm = "cover"
     if args.expert_affinity_sample_tokens < 1:
         raise InputError(f"--expert-affinity-sample-tokens {args.expert_affinity_sample_tokens}: must be at least 1")
-    if not 0 <= args.eplb_affinity_max_load_increase < math.inf:
-        raise InputError(
-            f"--eplb-affinity-max-load-increase {args.eplb_affinity_max_load_increase}: must be 0 or more, and finite"
-        )
-    if args.eplb_affinity_p95_allowance is not None and not args.eplb_affinity_p95_allowance >= 0:
-        raise InputError(f"--eplb-affinity-p95-allowance {args.eplb_affinity_p95_allowance}: must be 0 or more")
+    for flag, share in (
+        ("--eplb-affinity-max-load-increase", args.eplb_affinity_max_load_increase),
+        ("--eplb-affinity-p95-allowance", args.eplb_affinity_p95_allowance),
+    ):
+        if share is not None and not 0 <= share < math.inf:
+            raise InputError(f"{flag} {share}: must be 0 or more, and finite")
     if args.eplb_affinity_max_moves is not None and args.eplb_affinity_max_moves < 1:
         raise InputError(f"--eplb-affinity-max-moves {args.eplb_affinity_max_moves}: must be at least 1")
     _check_min_gain(args)

@@ -210,8 +210,9 @@ def test_a_plan_can_be_held_to_its_95th_percentile():
     assert (p95(free) > eplb).any()
     assert (p95(rows) <= eplb + 1e-9).all()
     assert set(held.report.fallback) <= {"", NOT_BETTER}
-    with pytest.raises(InputError, match="p95_allowance=-1 must be 0 or more"):
-        PlannerConfig(p95_allowance=-1)
+    for value in (-1.0, np.inf):
+        with pytest.raises(InputError, match=f"p95_allowance={value} must be 0 or more, and finite"):
+            PlannerConfig(p95_allowance=value)
 
 
 def test_earlier_windows_cost_by_their_deviation_and_not_by_load_of_the_window():
