@@ -35,8 +35,8 @@ Report = Callable[[RoundRecord, ExpertMap], None]
 
 
 class SynchronousRounds:
-    """One for each rank. ``algorithm``: the server's, whoever plans. ``first_rank`` plans and is told ``report``: rank 0
-    unless that is gone.
+    """One for each rank. ``algorithm``: the server's, whoever plans. ``first_rank`` plans and is told
+    ``report``: rank 0 unless that is gone.
 
     ``planned``: the first map in force was planned, not SGLang's start placement, so that the first round may improve
     on it. ``device``: where a broadcast's message must be. ``history``: of the map at the start; kept on the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,14 +94,18 @@ def test_a_layer_moves_only_for_the_gain_asked_for(rule):  # type: ignore[no-unt
 
 @pytest.mark.parametrize("rule", ["static", "cover"])
 def test_a_warm_start_refines_a_good_map_and_replaces_a_bad_one(rule):  # type: ignore[no-untyped-def]
-    tokens = skewed_tokens(np.random.default_rng(12), 4, 4000, 32, 4)
-    earlier, later = window_of(tokens[:, ::2], 32), window_of(tokens[:, 1::2], 32)
-    topology, cold = Topology(8, 2), PlannerConfig(dispatch=rule)
-    first = plan(earlier, topology, 40, cold).expert_map
-    warm = plan(later, topology, 40, replace(cold, warm_start=True), first).report
-    anew = plan(later, topology, 40, cold, first).report
-    assert warm.moved_experts.sum() < anew.moved_experts.sum()
-    assert (warm.planned.cost < warm.eplb.cost).all() and warm.planned.cost.mean() < 1.05 * anew.planned.cost.mean()
+    topology, ratios = Topology(8, 2), []
+    for drawn, seed in itertools.product((12, 13, 14, 15), (0, 1)):  # a single plan is a few per cent of luck
+        tokens = skewed_tokens(np.random.default_rng(drawn), 4, 4000, 32, 4)
+        earlier, later = window_of(tokens[:, ::2], 32), window_of(tokens[:, 1::2], 32)
+        cold = PlannerConfig(dispatch=rule, seed=seed)
+        first = plan(earlier, topology, 40, cold).expert_map
+        warm = plan(later, topology, 40, replace(cold, warm_start=True), first).report
+        anew = plan(later, topology, 40, cold, first).report
+        assert warm.moved_experts.sum() < anew.moved_experts.sum()
+        assert (warm.planned.cost < warm.eplb.cost).all()
+        ratios.append(warm.planned.cost.mean() / anew.planned.cost.mean())
+    assert np.mean(ratios) < 1.02
     # EPLB's own map dispatches for no less than EPLB's: nothing to refine.
     bad = eplb_placement(later.counts, topology, 40)
     maps = [plan(later, topology, 40, replace(cold, warm_start=on), bad).expert_map for on in (True, False)]
