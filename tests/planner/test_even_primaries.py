@@ -71,16 +71,18 @@ def test_every_plan_is_even(data: st.DataObject) -> None:
 
 
 def test_eplbs_map_that_is_uneven_is_mended_within_its_load() -> None:
-    recorded, topology = window(64, 8, 3, 2000), Topology(8)
-    eplb = eplb_placement(recorded.counts, topology, 72)
-    assert over(eplb.physical_to_logical[0], 64, topology) > 0
-    config = PlannerConfig(dispatch="primary", threads=1)
-    planned = plan(recorded, topology, 72, config)
-    assert over(planned.expert_map.physical_to_logical[0], 64, topology) == 0
-    free = plan(recorded, topology, 72, replace(config, even_primaries=False))
-    assert planned.report.planned.cost[0] <= free.report.planned.cost[0] * 1.03
-    # 1 %, a standard error of the window's load, and 0.02 for what shares of a sample do not know.
-    assert planned.report.planned.load_max_over_mean[0] <= free.report.eplb.load_max_over_mean[0] + 0.05
+    topology, config, added = Topology(8), PlannerConfig(dispatch="primary", threads=1), []
+    for drawn in (3, 4, 5, 6):
+        recorded = window(64, 8, drawn, 2000)
+        eplb = eplb_placement(recorded.counts, topology, 72)
+        assert over(eplb.physical_to_logical[0], 64, topology) > 0
+        planned = plan(recorded, topology, 72, config)
+        assert over(planned.expert_map.physical_to_logical[0], 64, topology) == 0
+        free = plan(recorded, topology, 72, replace(config, even_primaries=False)).report
+        assert planned.report.planned.cost[0] <= free.planned.cost[0] * 1.03
+        added.append(planned.report.planned.load_max_over_mean[0] - free.eplb.load_max_over_mean[0])
+    # Of one: 1 %, a standard error of the window's load, and 0.02 for what shares of a sample do not know.
+    assert max(added) <= 0.05 and np.mean(added) <= 0.02
 
 
 @settings(max_examples=40, deadline=None)
