@@ -38,7 +38,7 @@ from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.domain.topology import Topology
 
 PLAN, TEST = "bench/data/tiny_moe_plan.npz", "bench/data/tiny_moe_test.npz"
-PAGE = "docs/capacity_results.md"
+PAGE, RESULTS = "docs/capacity_results.md", "results/simulate"
 DEEPEP = ("results/deepep/h200-x2.json", "results/deepep/h200-x4.json", V2_MEASURED)
 FULL, SMALL = ("--layers", "6", "--resamples", "8"), ("--layers", "4", "--resamples", "5")
 RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 @main.command("all")
-@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
 @click.option("--keep", is_flag=True, help="Keep the results that are there already, and make the others.")
 def everything(out: Path, keep: bool) -> None:
     """All runs; some minutes on 2 cores."""
@@ -90,13 +90,13 @@ def everything(out: Path, keep: bool) -> None:
     write_atomically(folder / "fidelity.md", (fidelity_table(rows_of_trace) + "\n").encode())
     entries = _entries(folder, ep320, largest_error(rows))
     write_atomically(folder / "summary_entries.json", (json.dumps({"entries": entries}, indent=2) + "\n").encode())
-    fill(ROOT / PAGE, folder)
+    _fill_page(folder)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     click.echo(f"{time.monotonic() - began:.0f} s in all; peak memory of a run {peak:.2f} GiB; EP320 {ep320:.0f} s")
 
 
 @main.command("replicas")
-@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
 def replicas_command(out: Path) -> None:
     """Gains of many replicas over EPLB at its best redundancy, served with the rule that affinity takes."""
     folder = ROOT / out
@@ -118,7 +118,7 @@ def replicas_command(out: Path) -> None:
 
 
 @main.command("v2")
-@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
 def v2_command(out: Path) -> None:
     """Decode with DeepEP V2 beside V1's low-latency mode; some minutes on 2 cores."""
     folder = ROOT / out
@@ -137,11 +137,11 @@ def v2_command(out: Path) -> None:
     measured = fanout_ratio(load_measured(ROOT / V2_MEASURED))
     text = json.dumps({"entries": [entry, measured]}, indent=2) + "\n"
     write_atomically(folder / "deepep_v2_summary_entries.json", text.encode())
-    fill(ROOT / PAGE, folder)
+    _fill_page(folder)
 
 
 @main.command("decode")
-@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
 def decode_command(out: Path) -> None:
     """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
     folder = ROOT / out
@@ -149,18 +149,18 @@ def decode_command(out: Path) -> None:
     rows = decode_rows(*_own_traces(), done=click.echo)
     _write_csv(folder / "decode-rules.csv", pd.DataFrame(rows))
     write_atomically(folder / "decode-rules.md", (decode_table(rows) + "\n").encode())
-    fill(ROOT / PAGE, folder)
+    _fill_page(folder)
 
 
 @main.command("calibration")
-@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder with results.")
+@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder with results.")
 def calibration_command(out: Path) -> None:
     """Only the comparison of the time model with every measured point."""
     click.echo(f"largest error on points that were not fitted: {largest_error(_calibration(ROOT / out)):.1f} %")
 
 
 @main.command("experts")
-@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder for results.")
+@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
 def experts_command(out: Path) -> None:
     """The time of experts against every measured one, and its entry for the summary."""
     folder = ROOT / out
@@ -176,7 +176,7 @@ def experts_command(out: Path) -> None:
 
 
 @main.command("docs")
-@click.option("--out", type=ResultFolder(), default="results/simulate", show_default=True, help="Folder with results.")
+@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder with results.")
 def docs_command(out: Path) -> None:
     """Put the tables of the last run into docs/capacity_results.md."""
     fill(ROOT / PAGE, ROOT / out)
@@ -199,6 +199,12 @@ def _traces() -> list[str]:
 def _own_traces() -> tuple[RoutingTrace, RoutingTrace]:
     """The tokens planned on, and those held out."""
     return RoutingTrace.load(ROOT / PLAN), RoutingTrace.load(ROOT / TEST)
+
+
+def _fill_page(folder: Path) -> None:
+    """The page shows the project's own results, not those of a trial elsewhere."""
+    if folder == ROOT / RESULTS:
+        fill(ROOT / PAGE, folder)
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from bench.capacity import __main__ as commands
 from bench.capacity import decode
 from bench.capacity.docs import compact_table, fill, gains_table, table_named
 from sglang_eplb_affinity.domain.errors import InputError
@@ -112,3 +114,13 @@ def test_page_is_up_to_date_and_entries_are_valid(tmp_path):
     for file in RESULTS.glob("*.json"):
         data = json.loads(file.read_text())
         assert data.get("kind", "simulated") == "simulated"
+
+
+def test_results_elsewhere_leave_the_page_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "decode_rows", lambda plan, test, done: [])
+    monkeypatch.setattr(commands, "decode_table", lambda rows: "| none |")
+    before = (ROOT / commands.PAGE).read_bytes()
+    done = CliRunner().invoke(commands.main, ["decode", "--out", str(tmp_path / "trial")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "trial" / "decode-rules.md").read_text() == "| none |\n"
+    assert (ROOT / commands.PAGE).read_bytes() == before
