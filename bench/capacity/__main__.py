@@ -53,6 +53,10 @@ ADVICE = ("deepseek-v3-h800", "qwen3-235b-h200", "gpt-oss-120b-h200")
 PUBLISHED_THROUGHPUT = (("prefill", "32", 52_300), ("decode", "72", 22_300))
 HEADLINES = {32: "simulate.deepseek_v3_ep32.tpot_gain_pct", 144: "simulate.deepseek_v3_ep144.tpot_gain_pct"}
 
+out_option = click.option(
+    "--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder of the results."
+)
+
 
 @click.group()
 def main() -> None:
@@ -60,7 +64,7 @@ def main() -> None:
 
 
 @main.command("all")
-@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
+@out_option
 @click.option("--keep", is_flag=True, help="Keep the results that are there already, and make the others.")
 def everything(out: Path, keep: bool) -> None:
     """All runs; some minutes on 2 cores."""
@@ -96,7 +100,7 @@ def everything(out: Path, keep: bool) -> None:
 
 
 @main.command("replicas")
-@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
+@out_option
 def replicas_command(out: Path) -> None:
     """Gains of many replicas over EPLB at its best redundancy, served with the rule that affinity takes."""
     folder = ROOT / out
@@ -118,7 +122,7 @@ def replicas_command(out: Path) -> None:
 
 
 @main.command("v2")
-@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
+@out_option
 def v2_command(out: Path) -> None:
     """Decode with DeepEP V2 beside V1's low-latency mode; some minutes on 2 cores."""
     folder = ROOT / out
@@ -141,7 +145,7 @@ def v2_command(out: Path) -> None:
 
 
 @main.command("decode")
-@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
+@out_option
 def decode_command(out: Path) -> None:
     """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
     folder = ROOT / out
@@ -153,14 +157,14 @@ def decode_command(out: Path) -> None:
 
 
 @main.command("calibration")
-@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder with results.")
+@out_option
 def calibration_command(out: Path) -> None:
     """Only the comparison of the time model with every measured point."""
     click.echo(f"largest error on points that were not fitted: {largest_error(_calibration(ROOT / out)):.1f} %")
 
 
 @main.command("experts")
-@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder for results.")
+@out_option
 def experts_command(out: Path) -> None:
     """The time of experts against every measured one, and its entry for the summary."""
     folder = ROOT / out
@@ -176,7 +180,7 @@ def experts_command(out: Path) -> None:
 
 
 @main.command("docs")
-@click.option("--out", type=ResultFolder(), default=RESULTS, show_default=True, help="Folder with results.")
+@out_option
 def docs_command(out: Path) -> None:
     """Put the tables of the last run into docs/capacity_results.md."""
     fill(ROOT / PAGE, ROOT / out)
