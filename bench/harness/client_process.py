@@ -7,7 +7,7 @@ leaves behind or breaks does not reach the next. One JSON object a line comes in
 the measurement is over: {"exit": code of the child}. At first a line {"ready": true}.
 
 bench_serving runs as it is; with a workload, but for: prompts are prepared by bench.harness.workload, its texts are not
-tokenised again, the pause after its own warm-up is left out (there is no such warm-up), and its requests are kept in
+tokenised again, the pauses around its own warm-up are left out (there is no such warm-up), and its requests are kept in
 full.
 """
 
@@ -30,6 +30,7 @@ from bench.harness.request_log import RequestLog
 from bench.harness.workload import requests_of
 
 SAMPLE_S = 0.01
+PAUSE_S = 1.0  # of bench_serving, between its warm-up and its load
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class _Clock:
 
     @staticmethod
     def sleep(seconds: float) -> None: ...
+
+
+class _Loop:
+    """bench_serving's `asyncio`, without its pause of a second; arrivals are waited for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(seconds: float) -> None:
+        if seconds != PAUSE_S:
+            await asyncio.sleep(seconds)
 
 
 def main() -> None:
@@ -120,6 +133,7 @@ def _run(serving: Any, workload: Path, requests: Path) -> None:
     serving.get_tokenizer = lambda *_: _NoTokenizer()
     serving.check_chat_template = lambda *_: True
     serving.time = _Clock
+    serving.asyncio = _Loop()
     kept: list[RequestLog] = []
     samples: list[tuple[float, float, float]] = []
     zero, epoch = time.perf_counter(), time.time()

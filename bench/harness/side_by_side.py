@@ -18,6 +18,9 @@ SIDE_BY_SIDE_ENVIRONMENT = {
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "7200",
     # While others load, the GPUs' free memory differs; SGLang takes that for a stranger's process and does not start.
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",
+    # uvicorn kills a tokenizer worker that does not answer in time: one that still imports beside many others, or that
+    # was paused while it was asked. It would be started anew in the middle of a row.
+    "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "7200",
 }
 # What a server still does after its last answer (a pass that was launched ahead, the rest of a rebalance) is over by
 # then. Paused in the middle of a collective, its kernel on one GPU would wait for its peer, and keep that GPU busy.

@@ -88,7 +88,7 @@ def test_a_share_without_gpus_is_refused() -> None:
     assert "error: share.sh: share 0 of 2 is empty: the host has GPUs '0'" in done.stderr
 
 
-@pytest.mark.parametrize(("plan", "runs"), [("costs", 4), ("ep4", 2), ("runs", 2)])
+@pytest.mark.parametrize(("plan", "runs"), [("costs", 4), ("ep4", 2), ("runs", 4)])
 def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Path) -> None:
     checkout(tmp_path)
     (tmp_path / "work" / "results").mkdir(parents=True)

@@ -21,8 +21,10 @@ unpack() { # SMALLER_MODEL: for GPUs that do not hold the plan's servers
     [ "$gib" -gt 120 ] || options+=(--model "$1")
     say "GPUs of $gib GiB"
 }
-place_maps() { # RUN LINK: those that were planned before
-    [ -d "$CARRY/maps/$2" ] && mkdir -p "$results/$1/maps" && cp "$CARRY/maps/$2"/*.json "$results/$1/maps/"
+place_maps() { # RUN LINK: those that were planned before, for this run or for any on that link
+    local maps=$CARRY/maps/$1
+    [ -d "$maps" ] || maps=$CARRY/maps/$2
+    [ -d "$maps" ] && mkdir -p "$results/$1/maps" && cp "$maps"/*.json "$results/$1/maps/"
 }
 measure() { # RUN LINK END PROFILE [OPTIONS]
     local run=$1 link=$2 end=$3 of=$4; shift 4
