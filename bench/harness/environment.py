@@ -18,6 +18,7 @@ from typing import Any
 from bench.harness.engine import ROOT
 from bench.harness.process import scrub
 
+_WHERE = ("--results-dir", "--out", "--hold")  # options that name folders and files of this machine
 _PACKAGES = ("sglang", "sglang-eplb-affinity", "torch", "transformers", "numpy", "deep-ep", "sgl-kernel")
 
 
@@ -96,9 +97,16 @@ def patches_digest(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def command_line() -> list[str]:
-    """The command that was given, without this machine's folders."""
-    return ["python", "-m", "bench", *(scrub(argument) for argument in sys.argv[1:])]
+def command_line(module: str = "bench", arguments: Sequence[str] | None = None) -> list[str]:
+    """The command that was given, without this machine's folders: where results went is left out."""
+    given = iter(sys.argv[1:] if arguments is None else arguments)
+    kept: list[str] = []
+    for argument in given:
+        if argument in _WHERE:
+            next(given, None)
+        elif argument.split("=", 1)[0] not in _WHERE:
+            kept.append(scrub(argument))
+    return ["python", "-m", module, *kept]
 
 
 def _cpu_model() -> str:

@@ -74,6 +74,7 @@ def record_cell(
         void = (*void, f"the server's log does not show the emulated link ({link.title})")
     command = list(server.command) if server is not None else []
     flags = command[command.index("--model-path") + 2 :] if command else []
+    flags = [flag.replace(str(folder.path), f"results/{folder.name}") for flag in flags]
     return CellRecord(
         key=cell,
         finished=now(),

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import click
 from tqdm import tqdm
 
-from bench.harness.environment import describe_environment, now, provenance, versions
+from bench.harness.environment import command_line, describe_environment, now, provenance, versions
 from bench.harness.output_paths import ResultFolder
 from bench.planner.loop_day import DAY_CASES, day_entries, day_rows
 from bench.planner.percentile import PERCENTILE_CASES, percentile_rows
@@ -60,12 +60,12 @@ def main(
     Example:
       python -m bench.planner --trace my_trace.npz --part quality --out /tmp/planner
     """
-    command = "python -m bench.planner" + "".join(f" {arg}" for arg in sys.argv[1:])
+    command = command_line("bench.planner")
     splits = [Split.load(text, split_tokens) for text in traces or (OWN_TRACE,)]
     efforts = efforts or get_args(Effort)
     chosen = parts or PARTS
     rebalance = upstream_rebalance()
-    environment = describe_environment(["python", "-m", "bench.planner", *sys.argv[1:]])
+    environment = describe_environment(command)
     environment["baseline"] = f"SGLang {upstream_version()}" if rebalance else "own EPLB (SGLang is not installed)"
     warm_up()
     tables: dict[str, list[Row]] = {}
@@ -117,7 +117,8 @@ def main(
     text = report_text(tables, environment)
     write_atomically(out / "report.md", text.encode())
     write_atomically(out / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
-    write_atomically(out / "summary_entries.json", (json.dumps(_entries(tables, command), indent=1) + "\n").encode())
+    entries = _entries(tables, " ".join(command))
+    write_atomically(out / "summary_entries.json", (json.dumps(entries, indent=1) + "\n").encode())
     click.echo(text)
 
 

@@ -13,8 +13,8 @@ h200-x2-replicas-nvlink nvlink 980 h200-x2-replicas --loads main,prefill
 h200-x2-low-latency nvlink 1360 h200-x2-low-latency --loads decode
 h200-x2-decode nvlink 1680 h200-x2-decode --loads decode"
 fi
-while read -r run link end profile options; do
-    # shellcheck disable=SC2086  # options are words
-    measure "$run" "$link" "$end" "$profile" $options </dev/null
+while read -r run link end profile more; do
+    # shellcheck disable=SC2086  # words
+    measure "$run" "$link" "$end" "$profile" $more </dev/null
 done <<<"$runs"
 say "over"
