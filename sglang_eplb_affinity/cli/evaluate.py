@@ -35,8 +35,8 @@ from sglang_eplb_affinity.formats.maps import load_map
 @click.option("--map", "maps", type=FILE, multiple=True, required=True, help="Expert map; may repeat.")
 @topology_options
 @click.option(
-    "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True, default=("cover",), show_default=True,
-    help="Replica choice; may repeat. dynamic spreads evenly over replicas, as EPLB assumes.",
+    "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True, default=("cover_balanced",),
+    show_default=True, help="Replica choice; may repeat. dynamic spreads evenly over replicas, as EPLB assumes.",
 )  # fmt: skip
 @click.option(
     "--pass-tokens",

@@ -30,7 +30,7 @@ from sglang_eplb_affinity.formats.recorded_map import MapOrigin, origin_of
 @click.option("--gpus", type=int, help="GPUs: also tells what each holds, and with routing its load.")
 @click.option("--nodes", type=int, default=1, show_default=True)
 @click.option(
-    "--dispatch", "rule", type=click.Choice(DISPATCH_RULES), default="cover", show_default=True,
+    "--dispatch", "rule", type=click.Choice(DISPATCH_RULES), default="cover_balanced", show_default=True,
     help="Replica choice of the fan-out histogram.",
 )  # fmt: skip
 @dense_layers_option

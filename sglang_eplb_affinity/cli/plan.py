@@ -75,7 +75,7 @@ SAMPLE_TOKENS = 16384
     help="Weight of normal mode in mixed (default: of the dump, else 0.5).",
 )
 @click.option(
-    "--dispatch", type=click.Choice(DISPATCH_RULES), default="cover", show_default=True,
+    "--dispatch", type=click.Choice(DISPATCH_RULES), default="cover_balanced", show_default=True,
     help="Replica choice of the server; the map is planned and its load judged with it.",
 )  # fmt: skip
 @click.option(

@@ -11,11 +11,11 @@ DispatchMode = Literal["normal", "low_latency", "auto", "v2"]
 
 
 def affinity_rule(mode: DispatchMode | None, num_nodes: int, prefill_only: bool) -> DispatchRule:
-    """``cover`` where a token is sent once per destination and fewer destinations save time, else ``static``.
+    """``cover_balanced`` where a token is sent once per destination and fewer destinations save time, else ``static``.
 
     ``num_nodes``: of the planned topology. ``prefill_only``: there are no decode passes. ``mode`` None: another
     all-to-all backend, or none. DeepEP V2 sends once per destination in decode too, but within a node its decode gains
     nothing by fewer, and pays for every active slot (docs/capacity_planning.md).
     """
     pays = mode == "normal" or (mode == "v2" and (num_nodes > 1 or prefill_only))
-    return "cover" if pays else "static"
+    return "cover_balanced" if pays else "static"

@@ -23,7 +23,7 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_phase,
     check_schedule,
     check_top_k,
-    gains_by_cover,
+    default_rule,
     is_ours,
     records_affinity,
     replaces_counts,
@@ -51,8 +51,8 @@ def resolve(args: ServerArguments) -> None:
     if name == ALGORITHM and not args.enable_eplb:
         args.enable_eplb = True
         logger.info("--eplb-algorithm affinity turns on --enable-eplb")
-    if args.ep_dispatch_algorithm is None and gains_by_cover(args):
-        args.ep_dispatch_algorithm = "cover"
+    if args.ep_dispatch_algorithm is None:
+        args.ep_dispatch_algorithm = default_rule(args)
     if args.expert_affinity_sample_tokens < 1:
         raise InputError(f"--expert-affinity-sample-tokens {args.expert_affinity_sample_tokens}: must be at least 1")
     for flag, share in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sglang_eplb_affinity.dispatch.default_rule import DispatchMode, affinity_rule
-from sglang_eplb_affinity.dispatch.rules import OWN_RULES
+from sglang_eplb_affinity.dispatch.rules import OWN_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
 
@@ -47,11 +47,13 @@ def _is_cuda() -> bool:
     return bool(is_cuda())
 
 
-def gains_by_cover(args: ServerArguments) -> bool:
-    """Whether `cover` is the better default: our maps, replicas to choose from, and a mode that gains by it."""
+def default_rule(args: ServerArguments) -> DispatchRule | None:
+    """A better default than SGLang's, given our maps, replicas, and a mode that gains by it; else None."""
+    if not is_ours(args) or args.ep_num_redundant_experts == 0 or not _our_rules_run(args):
+        return None
     nodes = args.eplb_affinity_nodes or args.nnodes
     rule = affinity_rule(dispatch_mode(args), nodes, args.disaggregation_mode == "prefill")
-    return is_ours(args) and args.ep_num_redundant_experts > 0 and rule == "cover" and _our_rules_run(args)
+    return None if rule == "static" else rule
 
 
 def dispatch_mode(args: ServerArguments) -> DispatchMode | None:

@@ -193,10 +193,10 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         }
 
 
-def test_cover_is_the_default_only_where_it_saves_destinations(results: dict[str, dict]) -> None:
+def test_balanced_cover_is_the_default_only_where_it_saves_destinations(results: dict[str, dict]) -> None:
     cases = ["normal", "normal asked", "normal without replicas", "normal vanilla", "low latency"]
     rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in cases}
-    assert rules == {case: "cover" if case == "normal" else "static" for case in cases}, results
+    assert rules == {case: "cover_balanced" if case == "normal" else "static" for case in cases}, results
 
 
 @pytest.mark.skipif(not HAS_V2, reason="SGLang 0.5.17 has no DeepEP V2")

@@ -10,7 +10,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
 from sglang_eplb_affinity.sglang_hooks.settings import Settings, num_groups_of
-from sglang_eplb_affinity.sglang_hooks.topk_flags import gains_by_cover
+from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule
 from tests.sglang_hooks.arguments import TEXT, server_arguments
 
 
@@ -108,4 +108,4 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
     ],
 )
 def test_cover_is_the_default_where_fanout_pays(flags: dict, cover: bool) -> None:
-    assert gains_by_cover(server_arguments(**flags)) is cover
+    assert default_rule(server_arguments(**flags)) == ("cover_balanced" if cover else None)

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingTrace
-from sglang_eplb_affinity.sglang_hooks.topk_flags import gains_by_cover
+from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule
 from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain, modes_of
 from sglang_eplb_affinity.simulate.replay import Day, Policy, domain_mix, moves, standard_policies
 from sglang_eplb_affinity.simulate.scenario import (
@@ -51,7 +51,8 @@ def results(system, source):
 
 def test_every_arm_and_phase_is_reported_and_adds_up(system, results):
     affinity = [(r.phase, r.dispatch_rule) for r in results if r.algorithm == "affinity"]
-    assert affinity == [("prefill", "cover"), ("decode", "static"), ("decode", "cover_balanced")] and len(results) == 7
+    assert affinity == [("prefill", "cover_balanced"), ("decode", "static"), ("decode", "cover_balanced")]
+    assert len(results) == 7
     for r in results:
         assert 0 < r.active_slots <= system.num_slots / system.cluster.gpus
         layer_us = r.dispatch_us.value + r.experts_us.value + r.combine_us.value + r.rest_us.value
@@ -234,17 +235,17 @@ def test_affinity_takes_the_rule_of_a_server_of_the_phase(system, mode, nodes, p
     sized = replace(system, cluster=replace(system.cluster, gpus_per_node=system.cluster.gpus // nodes))
     arms = arms_of(["eplb", "affinity"], with_mode(sized, phase, mode), phase)
     flags = {"moe_a2a_backend": "deepep", "deepep_mode": mode} if mode != "v2" else {"moe_a2a_backend": "deepep_v2"}
-    takes_cover = gains_by_cover(server_arguments(**flags, nnodes=nodes, disaggregation_mode=phase))
-    expected = ["cover"] if takes_cover else ["static", "primary"]
-    assert [arm.rule for arm in arms] == ["static", *expected]
-    assert takes_cover is (mode == "normal" or (mode == "v2" and (nodes == 2 or phase == "prefill")))
+    served = default_rule(server_arguments(**flags, nnodes=nodes, disaggregation_mode=phase))
+    assert [arm.rule for arm in arms] == ["static", *([served] if served else ["static", "primary"])]
+    pays = mode == "normal" or (mode == "v2" and (nodes == 2 or phase == "prefill"))
+    assert served == ("cover_balanced" if pays else None)
 
 
 def test_v2_pays_for_fanout_in_decode(system, source):
     v1 = simulate(system, source, [("decode", 64)], ["eplb", "affinity"], resamples=2)
     v2 = dataclasses.replace(system, serving=dataclasses.replace(system.serving, decode_mode="v2"))
     eplb, affinity = simulate(v2, source, [("decode", 64)], ["eplb", "affinity"], resamples=2)
-    assert (eplb.dispatch_rule, affinity.dispatch_rule, affinity.mode) == ("static", "cover", "v2")
+    assert (eplb.dispatch_rule, affinity.dispatch_rule, affinity.mode) == ("static", "cover_balanced", "v2")
     assert v1[1].dispatch_rule == "static"
     assert affinity.gpu_fanout < 0.95 * eplb.gpu_fanout
     assert affinity.dispatch_us.value < eplb.dispatch_us.value
