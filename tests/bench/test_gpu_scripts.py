@@ -88,12 +88,16 @@ def test_a_share_without_gpus_is_refused() -> None:
     assert "error: share.sh: share 0 of 2 is empty: the host has GPUs '0'" in done.stderr
 
 
-@pytest.mark.parametrize(("plan", "runs"), [("costs", 4), ("ep4", 2), ("runs", 4)])
+@pytest.mark.parametrize(
+    ("plan", "runs"),
+    [("costs.sh", 4), ("ep4.sh", 2), ("runs.sh {}/replicas.runs", 3), ("runs.sh {}/table.runs", 2)],
+)
 def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Path) -> None:
     checkout(tmp_path)
     (tmp_path / "work" / "results").mkdir(parents=True)
     work = {"WORK": f"{tmp_path}/work", "CARRY": f"{tmp_path}/work/carry", "START": str(int(time.time()))}
-    done = script(tmp_path, f"bench/gpu/plans/{plan}.sh", REHEARSE="1", PYTHON="python3", **work)
+    command = f"bench/gpu/plans/{plan}".format("bench/gpu/plans").split()
+    done = script(tmp_path, *command, REHEARSE="1", PYTHON="python3", **work)
     assert done.returncode == 0 and "over" in done.stdout, done.stdout + done.stderr
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     assert len(calls) == runs and all({"--no-report", "--rehearse"} <= set(call) for call in calls)
