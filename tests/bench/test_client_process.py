@@ -1,4 +1,4 @@
-"""What the harness changes of SGLang's load generator and of servers side by side, by the text of the SGLang installed."""
+"""What the harness changes of SGLang, held against the text of the SGLang that is installed."""
 
 import asyncio
 from importlib.util import find_spec
