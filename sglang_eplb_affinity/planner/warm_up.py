@@ -27,8 +27,9 @@ def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (fr
     topology = Topology(2, 2)
     for window in (RoutingWindow(counts, None, tokens), RoutingWindow(counts, pairs, None)):
         for slots in (4, 6):
-            for rule in ("cover", "dynamic"):
-                rules = dataclasses.replace(config, dispatch=rule, max_moves=None, threads=1)
+            for rule in ("cover", "dynamic", "primary"):
+                even = rule == "primary"
+                rules = dataclasses.replace(config, dispatch=rule, even_primaries=even, max_moves=None, threads=1)
                 first = plan(window, topology, slots, rules).expert_map
                 plan(
                     window,

@@ -1,0 +1,38 @@
+"""A server's first round compiles nothing: what any rule plans with is there after the warm-up."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
+from sglang_eplb_affinity.domain.routing import RoutingWindow
+from sglang_eplb_affinity.domain.topology import Topology
+from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.planner.core import plan
+from sglang_eplb_affinity.planner.warm_up import warm_up
+
+def compiled():
+    ours = [module for name, module in sys.modules.items() if name.startswith("sglang_eplb_affinity.")]
+    found = [item for module in ours for item in vars(module).values() if isinstance(item, Dispatcher)]
+    return {(f.py_func.__module__, f.py_func.__name__, s) for f in found for s in f.nopython_signatures}
+
+warm_up()
+before = compiled()
+assert len(before) > 20
+random = np.random.default_rng(0)
+tokens = np.array([[random.choice(16, 4, replace=False) for _ in range(300)]], np.int16)
+window = RoutingWindow(np.bincount(tokens.ravel(), minlength=16)[None].astype(np.int64), None, tokens)
+for rule in DISPATCH_RULES:
+    for topology in (Topology(4, 2), Topology(2, 1)):
+        for slots in (16, 20):
+            plan(window, topology, slots, PlannerConfig(dispatch=rule))
+print(sorted(f"{module}.{name}" for module, name, _ in compiled() - before))
+"""
+
+
+def test_no_rule_compiles_anything_after_the_warm_up() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr + done.stdout
