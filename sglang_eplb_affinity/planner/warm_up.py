@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.numba_rules import static_slots
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
@@ -15,7 +16,7 @@ from sglang_eplb_affinity.planner.core import plan
 
 
 def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (frozen)
-    """Run tiny plans that touch every kernel; returns the seconds it took.
+    """Run tiny plans that touch every kernel of a round; returns the seconds it took.
 
     Kernels are specialised by type, never by shape, so one call serves every model. With a warm disk cache it takes
     about a second, else the compilation (some tens of seconds, once per machine).
@@ -38,4 +39,6 @@ def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (fr
                     dataclasses.replace(rules, max_moves=1),
                     ExpertMap(first.physical_to_logical, 4),
                 )
+    # What a round calls beside plans: the tables of `static`.
+    static_slots(np.zeros((1, 1), np.int32), np.ones(1, np.int32), 1, 1, 1)
     return time.perf_counter() - began

@@ -11,8 +11,10 @@ from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import PlannerConfig
+from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.planner.core import plan
 from sglang_eplb_affinity.planner.warm_up import warm_up
+from sglang_eplb_affinity.rebalance.plan_round import PlanRequest, PlanSettings, plan_round
 
 def compiled():
     ours = [module for name, module in sys.modules.items() if name.startswith("sglang_eplb_affinity.")]
@@ -21,14 +23,21 @@ def compiled():
 
 warm_up()
 before = compiled()
-assert len(before) > 20
+assert len(before) > 10
 random = np.random.default_rng(0)
 tokens = np.array([[random.choice(16, 4, replace=False) for _ in range(300)]], np.int16)
 window = RoutingWindow(np.bincount(tokens.ravel(), minlength=16)[None].astype(np.int64), None, tokens)
 for rule in DISPATCH_RULES:
     for topology in (Topology(4, 2), Topology(2, 1)):
         for slots in (16, 20):
-            plan(window, topology, slots, PlannerConfig(dispatch=rule))
+            config = PlannerConfig(dispatch=rule)
+            plan(window, topology, slots, config)
+            for algorithm in ("affinity", "deepseek"):
+                settings = PlanSettings(algorithm, config, topology)
+                current = ExpertMap(np.arange(slots)[None] % 16, 16)
+                first = plan_round(PlanRequest(window, current, settings, first=True))
+                assert first.result in ("planned", "unchanged"), first.reason
+                plan_round(PlanRequest(window, current, settings, history=first.history))
 print(sorted(f"{module}.{name}" for module, name, _ in compiled() - before))
 """
 
