@@ -10,6 +10,8 @@ from sglang_eplb_affinity.planner.budget import budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.judge import Earlier, judge
 
+EARLIER_WINDOWS = 3  # whose loads a server's plan looks at, beside those of its own window
+
 
 def earlier_of(window: RoutingWindow, layer: int, num_slots: int, config: PlannerConfig) -> Earlier:
     """The earlier windows in which the layer had traffic, and what they weigh."""

@@ -24,13 +24,12 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.formats.recorded_map import KEY, MapOrigin
 from sglang_eplb_affinity.planner.block_spread import STANDARD_ERRORS, Excess, block_figures, excess
 from sglang_eplb_affinity.planner.config import PlannerConfig
-from sglang_eplb_affinity.planner.earlier_windows import better_over_windows
+from sglang_eplb_affinity.planner.earlier_windows import EARLIER_WINDOWS, better_over_windows
 from sglang_eplb_affinity.planner.layer_figures import LayerFigures, sampled
 from sglang_eplb_affinity.rebalance.delivery import Delivery
 
 HOLD_ROUNDS = 4
 MOST_RETURNS = 4
-EARLIER_WINDOWS = 3  # whose loads a plan looks at
 
 
 @dataclass(frozen=True)

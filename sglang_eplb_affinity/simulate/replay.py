@@ -2,9 +2,10 @@
 
 The share of each recorded domain rises and falls over the day, every domain with its own peak hour. The day is cut into
 windows. A rebalance plans on the window before (tokens of the plan half of the recording); the window itself is served
-with tokens of the test half. Two upstream-like policies stop serving while they plan and move weights; the asynchronous
-one does not stop: it goes in up to ``rounds`` rounds, each of which moves at most ``max_moves`` experts to each GPU and
-layer, and only where the plan promises ``min_gain``.
+with tokens of the test half. As a server's, plans of affinity heed the loads of its last rounds' windows. Two
+upstream-like policies stop serving while they plan and move weights; the asynchronous one does not stop: it goes in up
+to ``rounds`` rounds, each of which moves at most ``max_moves`` experts to each GPU and layer, and only where the plan
+promises ``min_gain``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.planner import PlannerConfig, plan
+from sglang_eplb_affinity.planner.earlier_windows import EARLIER_WINDOWS
 from sglang_eplb_affinity.simulate.scenario import (
     Algorithm,
     Arm,
@@ -174,6 +176,8 @@ class Day:
         maps: list[ExpertMap] = []
         results: list[list[WindowResult]] = [[] for _ in policies]
         before: RoutingWindow | None = None
+        # What a server remembers of its rounds' windows (rebalance/map_history.py).
+        remembered: list[list[np.ndarray]] = [[] for _ in policies]
         for window in range(self.windows):
             batch = self.source.batch(
                 self.tokens_per_gpu, self.system.cluster.gpus, self.prefill, window, self.rows(window, plan=False)
@@ -182,14 +186,17 @@ class Day:
                 arm = default_arm("none", self.system, self.phase)
                 start = make_map(arm, self.window_statistics(0), self.system, self.mode)
                 maps = [start] * len(policies)
-            plans: dict[tuple[str, bytes], Rebalance] = {}
+            plans: dict[tuple[str, bytes, bytes], Rebalance] = {}
             for number, policy in enumerate(policies):
                 rebalance = None
                 if before is not None and policy.due(window):
-                    key = (policy.name, maps[number].physical_to_logical.tobytes())
+                    earlier = np.stack(remembered[number]) if remembered[number] else None
+                    map_bytes = maps[number].physical_to_logical.tobytes()
+                    key = (policy.name, map_bytes, b"" if earlier is None else earlier.tobytes())
                     if key not in plans:
-                        plans[key] = self._replan(policy, before, maps[number])
+                        plans[key] = self._replan(policy, replace(before, earlier=earlier), maps[number])
                     rebalance = plans[key]
+                    remembered[number] = [*remembered[number], before.shares()][-EARLIER_WINDOWS:]
                 results[number].append(self._window(window, policy, batch, maps[number], rebalance))
                 if rebalance is not None:
                     maps[number] = rebalance.expert_map

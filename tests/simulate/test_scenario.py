@@ -9,6 +9,7 @@ import pytest
 
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule
 from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain, modes_of
 from sglang_eplb_affinity.simulate.replay import Day, Policy, domain_mix, moves, standard_policies
@@ -202,6 +203,20 @@ def test_day_moves_nothing_without_eplb_and_keeps_the_move_cap(system, source):
     # One expert for each GPU and layer and round at most.
     assert max(w.moved_experts for w in capped.windows) <= 8 * 3
     assert results["vanilla"].mean("balancedness") > results["none"].mean("balancedness")
+
+
+def test_plans_of_a_day_heed_the_last_rounds_as_a_servers_do(system, source, monkeypatch):
+    heeded = []
+
+    def seen(window, *arguments):
+        heeded.append(0 if window.earlier is None else len(window.earlier))
+        return plan(window, *arguments)
+
+    monkeypatch.setattr("sglang_eplb_affinity.simulate.replay.plan", seen)
+    day = Day(system, source, windows=7, tokens_per_gpu=128, plan_tokens=1024)
+    day.run([Policy("affinity", 1), Policy("affinity", 3)])
+    # The first round's window is both policies'; the second policy has one more, three windows later.
+    assert heeded == [0, 1, 2, 0, 3, 3, 3, 1]
 
 
 def test_day_needs_domains(system, trace):
