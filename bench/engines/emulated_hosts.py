@@ -204,16 +204,32 @@ def main(arguments: Sequence[str]) -> int:
         os.execvp("unshare", ["unshare", "--user", "--map-root-user", *inside])
     try:
         with EmulatedHosts(options.gbit) as hosts:
-            process = subprocess.Popen(hosts.command(0, command))
-            signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:
-                    continue  # the command got it too, and ends in its own way
+            return _run_to_its_end(hosts.command(0, command))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _run_to_its_end(command: Sequence[str]) -> int:
+    """Its exit code. A SIGTERM goes on to it, also one that comes while it starts."""
+    process: subprocess.Popen[bytes] | None = None
+    asked = False
+
+    def end(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        if process is not None:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
+    process = subprocess.Popen(command)
+    if asked:
+        process.terminate()
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the command got it too, and ends in its own way
 
 
 if __name__ == "__main__":

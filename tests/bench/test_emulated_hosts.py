@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,21 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_line_gives_the_commands_exit_code() -> None:
     done = program("--", "sh", "-c", f"hostname; ssh {NAMES[1]} hostname; exit 7")
     assert (done.returncode, done.stdout) == (7, "host0\nhost1\n")
+
+
+def test_what_ends_it_while_the_command_starts_ends_the_command_too() -> None:
+    script = """
+import os, signal, subprocess
+from bench.engines import emulated_hosts
+class Early(subprocess.Popen):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+emulated_hosts.subprocess.Popen = Early
+print(emulated_hosts._run_to_its_end(["sleep", "600"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, str(-signal.SIGTERM)), done.stderr
 
 
 @pytest.mark.usefixtures("hosts")
