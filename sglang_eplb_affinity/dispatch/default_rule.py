@@ -17,5 +17,5 @@ def affinity_rule(mode: DispatchMode | None, num_nodes: int, prefill_only: bool)
     all-to-all backend, or none. DeepEP V2 sends once per destination in decode too, but within a node its decode gains
     nothing by fewer, and pays for every active slot (docs/capacity_planning.md).
     """
-    pays = mode == "normal" or (mode == "v2" and (num_nodes > 1 or prefill_only))
+    pays = mode == "normal" or (mode == "v2" and num_nodes > 1) or (mode in ("v2", "auto") and prefill_only)
     return "cover_balanced" if pays else "static"

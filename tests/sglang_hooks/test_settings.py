@@ -98,6 +98,7 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
     [
         ({"moe_a2a_backend": "deepep", "deepep_mode": "normal"}, True),
         ({"moe_a2a_backend": "deepep", "deepep_mode": "auto"}, False),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "disaggregation_mode": "prefill"}, True),
         ({"moe_a2a_backend": "deepep_v2"}, False),
         ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "decode"}, False),
         ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "prefill"}, True),
