@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import static_slots
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
@@ -26,9 +27,10 @@ def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (fr
     counts = np.array([[2, 2, 2, 2]], np.int64)
     pairs = np.ones((1, 4, 4), np.int64)
     topology = Topology(2, 2)
+    rules_of_servers: tuple[DispatchRule, ...] = ("cover", "dynamic", *(("primary",) if config.even_primaries else ()))
     for window in (RoutingWindow(counts, None, tokens), RoutingWindow(counts, pairs, None)):
         for slots in (4, 6):
-            for rule in ("cover", "dynamic", "primary"):
+            for rule in rules_of_servers:
                 even = rule == "primary"
                 rules = dataclasses.replace(config, dispatch=rule, even_primaries=even, max_moves=None, threads=1)
                 first = plan(window, topology, slots, rules).expert_map

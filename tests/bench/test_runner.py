@@ -223,6 +223,15 @@ def test_records_say_where_they_come_from(bench: Bench, folder: RunFolder, plan:
     assert (folder.path / "cells" / "b0-affinity-c4" / "timeline.npz").is_file()
 
 
+def test_records_name_no_folder_of_their_machine(bench: Bench, folder: RunFolder, plan: RunPlan) -> None:
+    served = ("--init-expert-location", str(folder.path / "maps" / "affinity.json"))
+    server = replace(plan.profile.server, eplb_flags=(*plan.profile.server.eplb_flags, *served))
+    measure(folder, replace(plan, profile=replace(plan.profile, server=server)))
+    flags = folder.store.latest()[CellKey(0, "affinity", 4)].provenance["server_flags"]
+    assert flags[flags.index(served[0]) + 1] == f"results/{folder.name}/maps/affinity.json"
+    assert str(folder.path.parent) not in " ".join(flags)
+
+
 def test_arms_side_by_side_start_once_and_take_turns(bench: Bench, folder: RunFolder, plan: RunPlan) -> None:
     plan = side_by_side(replace(plan, blocks=2))
     assert measure(folder, plan)

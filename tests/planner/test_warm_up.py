@@ -21,16 +21,16 @@ def compiled():
     found = [item for module in ours for item in vars(module).values() if isinstance(item, Dispatcher)]
     return {(f.py_func.__module__, f.py_func.__name__, s) for f in found for s in f.nopython_signatures}
 
-warm_up()
-before = compiled()
-assert len(before) > 10
 random = np.random.default_rng(0)
 tokens = np.array([[random.choice(16, 4, replace=False) for _ in range(300)]], np.int16)
 window = RoutingWindow(np.bincount(tokens.ravel(), minlength=16)[None].astype(np.int64), None, tokens)
-for rule in DISPATCH_RULES:
+for rule in DISPATCH_RULES:  # `primary` comes last, and has more to compile
+    config = PlannerConfig(dispatch=rule)
+    warm_up(config)
+    before = compiled()
+    assert len(before) > 10
     for topology in (Topology(4, 2), Topology(2, 1)):
         for slots in (16, 20):
-            config = PlannerConfig(dispatch=rule)
             plan(window, topology, slots, config)
             for algorithm in ("affinity", "deepseek"):
                 settings = PlanSettings(algorithm, config, topology)
@@ -38,10 +38,11 @@ for rule in DISPATCH_RULES:
                 first = plan_round(PlanRequest(window, current, settings, first=True))
                 assert first.result in ("planned", "unchanged"), first.reason
                 plan_round(PlanRequest(window, current, settings, history=first.history))
-print(sorted(f"{module}.{name}" for module, name, _ in compiled() - before))
+    new = sorted(f"{module}.{name}" for module, name, _ in compiled() - before)
+    assert not new, (rule, new)
 """
 
 
 def test_no_rule_compiles_anything_after_the_warm_up() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr + done.stdout
+    assert done.returncode == 0, done.stderr

@@ -115,6 +115,8 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "primary tokens negative": [*EP2, "--ep-dispatch-algorithm", "primary", "--eplb-affinity-primary-tokens", "-1"],
         "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
         "normal": [*AFFINITY, *REPLICAS, *NORMAL],
+        "auto": [*AFFINITY, *REPLICAS, *NORMAL[:-1], "auto"],
+        "auto prefill": [*AFFINITY, *REPLICAS, *NORMAL[:-1], "auto", "--disaggregation-mode", "prefill"],
         "normal asked": [*AFFINITY, *REPLICAS, *NORMAL, "--ep-dispatch-algorithm", "static"],
         "normal without replicas": [*AFFINITY, *NORMAL],
         "normal vanilla": [*EP2, *REPLICAS, *NORMAL, "--enable-eplb", "--eplb-algorithm", "deepseek"],
@@ -194,9 +196,11 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
 
 
 def test_balanced_cover_is_the_default_only_where_it_saves_destinations(results: dict[str, dict]) -> None:
-    cases = ["normal", "normal asked", "normal without replicas", "normal vanilla", "low latency"]
+    cases = ["normal", "normal asked", "normal without replicas", "normal vanilla", "low latency", "auto"]
+    cases += ["auto prefill"]
     rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in cases}
-    assert rules == {case: "cover_balanced" if case == "normal" else "static" for case in cases}, results
+    balanced = ("normal", "auto prefill")
+    assert rules == {case: "cover_balanced" if case in balanced else "static" for case in cases}, results
 
 
 @pytest.mark.skipif(not HAS_V2, reason="SGLang 0.5.17 has no DeepEP V2")
