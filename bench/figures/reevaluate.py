@@ -82,6 +82,7 @@ def _again(record: CellRecord, seen: RequestLog, during: str, life: str, plan: R
         speeds=plan.profile.server.engine != "cpu",
         kind=load.kind,
         one_map=bool(plan.profile.server.plan_trace),
+        held_back=plan.profile.server.held_back(record.key.concurrency),
     )
     void += tuple(reason for reason in record.void if any(part in reason for part in SEEN_ONCE) and reason not in void)
     evaluated = {"commit": provenance()["commit"], "date": now()}

@@ -20,7 +20,8 @@ UNSEEN_FIRST_TOKENS = 0.2
 BUSY_CLIENT_CORES = 0.9
 # Requests that the client has in flight but no scheduler runs or queues are stuck before or behind the schedulers.
 HELD_BY_SCHEDULERS = 0.8
-# Requests that wait while others decode: more than these found no room and hide in TTFT. New ones always wait a step.
+# Requests that wait while others decode, beyond those that the server's flags hold back: more than these found no room
+# and hide in TTFT. New ones always wait a step.
 ADMISSION_QUEUE = 0.1
 
 
@@ -38,9 +39,11 @@ def void_reasons(
     speeds: bool = True,
     kind: str = REQUESTS,
     one_map: bool = False,
+    held_back: float = 0.0,
 ) -> tuple[str, ...]:
     """Everything that voids a cell; empty for a row that counts. ``speeds``: whether its times mean anything (on a CPU
-    they do not, and are not checked). ``one_map``: the arm serves one map, so it must not rebalance."""
+    they do not, and are not checked). ``one_map``: the arm serves one map, so it must not rebalance. ``held_back``:
+    requests that the server's flags keep waiting (ServerConfig.held_back)."""
     if error:  # what is missing besides follows from it
         return (error,)
     reasons = []
@@ -58,7 +61,7 @@ def void_reasons(
     elif (whole := int(metrics.get("whole_requests", 0))) < MIN_WHOLE_REQUESTS:
         reasons.append(f"{whole} requests ran wholly in the steady part; a row needs {MIN_WHOLE_REQUESTS}: send more")
     else:
-        reasons += _load_reasons(concurrency, open_loop, metrics, speeds)
+        reasons += _load_reasons(concurrency, open_loop, metrics, speeds, held_back)
     return tuple(reasons + _rebalance_reasons(arm, server_life, cell, one_map))
 
 
@@ -82,7 +85,9 @@ def _client_reasons(metrics: Mapping[str, float]) -> list[str]:
     return []
 
 
-def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float], speeds: bool) -> list[str]:
+def _load_reasons(
+    concurrency: int, open_loop: bool, metrics: Mapping[str, float], speeds: bool, held_back: float
+) -> list[str]:
     reasons = []
     in_flight = metrics["mean_concurrency"]
     least = REACHED_CONCURRENCY if speeds else REACHED_CONCURRENCY_ON_CPU
@@ -96,7 +101,7 @@ def _load_reasons(concurrency: int, open_loop: bool, metrics: Mapping[str, float
     held = metrics.get("server_in_flight")
     if held is not None and in_flight >= 2 and held < HELD_BY_SCHEDULERS * in_flight:
         reasons.append(f"the schedulers held {held:.1f} of {in_flight:.1f} requests in flight: tokens wait elsewhere")
-    if (queue := metrics.get("server_queue", 0.0)) > max(1.0, ADMISSION_QUEUE * in_flight):
+    if (queue := metrics.get("server_queue", 0.0)) > held_back + max(1.0, ADMISSION_QUEUE * in_flight):
         reasons.append(f"{queue:.0f} requests waited for room in the server, which hides in TTFT")
     return reasons
 

@@ -51,6 +51,15 @@ class ServerConfig:
     dist_init_addr: str = ""
     remote_shell: tuple[str, ...] = ("ssh", "-tt", "-o", "BatchMode=yes")
 
+    def held_back(self, concurrency: int) -> float:
+        """Of ``concurrency`` requests, those that the flags keep waiting while others decode: what is beyond
+        --max-running-requests, and what SGLang's prefill delayer collects for one pass."""
+        flags = _by_flag(self.flags)
+        (most,) = flags.get("--max-running-requests", [str(concurrency)])
+        running = min(concurrency, int(most))
+        (share,) = flags.get("--prefill-delayer-queue-min-ratio", ["0"])
+        return concurrency - running + float(share) * running
+
 
 @dataclass(frozen=True)
 class LoadConfig:

@@ -69,6 +69,7 @@ def record_cell(
         speeds=plan.profile.server.engine != "cpu",
         kind=load.kind,
         one_map=bool(plan.profile.server.plan_trace),
+        held_back=plan.profile.server.held_back(cell.concurrency),
     )
     if link.emulated and not result.error and ACTIVE not in life_log:
         void = (*void, f"the server's log does not show the emulated link ({link.title})")

@@ -1,9 +1,10 @@
 """What a layer's experts take in a decode pass, by how many slots have tokens and how many tokens there are.
 
-    python -m bench.micro.expert_slots --out FILE.json
+    python -m bench.micro.expert_slots --out FILE.json [--jobs 12]
 
 DeepGEMM's masked products as low-latency mode runs them (gate and up, then down; the activation between them left out),
 in a CUDA graph, bf16 and FP8, on random values. A slot without tokens costs nothing; one with few costs its weights.
+``--jobs``: as many processes compile the kernels first, each of which takes ten seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +60,12 @@ class Case:
     tokens: int  # of a GPU; each goes to TOP_K slots, dealt out evenly
 
 
-def cases() -> Iterator[Case]:
-    """Those that the figures need first."""
+def cases(only: str = "") -> Iterator[Case]:
+    """Those that the figures need first; with ``only``, of SHAPE:DTYPE."""
     for shape in SHAPES:
         for dtype in ("bf16", "fp8"):
+            if only and only != f"{shape.name}:{dtype}":
+                continue
             for tokens in TOKENS:
                 yield from (Case(shape.name, dtype, slots, tokens) for slots in shape.slots)
 
@@ -132,27 +137,38 @@ def microseconds(run: Callable[[], None]) -> list[float]:
     return found
 
 
+def experts_of(case: Case) -> Experts:
+    shape = next(shape for shape in SHAPES if shape.name == case.shape)
+    largest = max(TOKENS) * TOP_K // min(shape.slots)
+    return Experts(shape, case.dtype, -(-largest // BLOCK) * BLOCK)
+
+
+def products_of(case: Case, experts: Experts) -> Callable[[], None]:
+    masked = torch.from_numpy(rows_of_slots(case, experts.present)).cuda()
+    return experts.products(masked, max(1, case.tokens * TOP_K // case.slots))
+
+
+def compile_kernels(case: Case) -> None:
+    """Run it once in this process: what it compiles stays in DeepGEMM's cache."""
+    set_environment()
+    products_of(case, experts_of(case))()
+    torch.cuda.synchronize()
+
+
 def measure(seconds: float, only: str = "") -> Iterator[dict[str, Any]]:
     """One row a case (``only``: of SHAPE:DTYPE); those that would begin after ``seconds`` are missing."""
     deadline = time.monotonic() + seconds
     experts: Experts | None = None
     made: tuple[str, str] | None = None
-    for case in cases():
-        if only and only != f"{case.shape}:{case.dtype}":
-            continue
+    for case in cases(only):
         if time.monotonic() > deadline:
             return
-        shape = next(shape for shape in SHAPES if shape.name == case.shape)
         if made != (case.shape, case.dtype):
             experts = None  # before the next ones are made
             torch.cuda.empty_cache()
-            largest = max(TOKENS) * TOP_K // min(shape.slots)
-            experts, made = Experts(shape, case.dtype, -(-largest // BLOCK) * BLOCK), (case.shape, case.dtype)
+            experts, made = experts_of(case), (case.shape, case.dtype)
         assert experts is not None
-        rows = rows_of_slots(case, experts.present)
-        masked = torch.from_numpy(rows).cuda()
-        expected = max(1, case.tokens * TOP_K // case.slots)
-        times = microseconds(experts.products(masked, expected))
+        times = microseconds(products_of(case, experts))
         yield {**asdict(case), "us": round(float(np.median(times)), 2), "us_min": min(times), "us_max": max(times)}
 
 
@@ -186,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=result_file, required=True)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--only", default="", help="SHAPE:DTYPE, such as deepseek-v3:fp8")
+    parser.add_argument("--jobs", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
         need_gpus("bench.micro.expert_slots")
@@ -194,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     set_environment()
     source, command = provenance(), "python -m bench.micro.expert_slots --out FILE.json"
+    if options.jobs > 0:
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            list(pool.map(compile_kernels, cases(options.only)))
     rows: list[dict[str, Any]] = []
     out: Path = options.out
     for row in measure(options.seconds, options.only):

@@ -119,6 +119,7 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
         summary = over_blocks(frame)
         rows = list(_rows(frame, summary, plan))
         lines += ["", f"## Latency and throughput{emulated}", "", *_caveats(frame, plan), "", _steady_text(plan), ""]
+        lines += [_held_back_text(plan), ""] if _held_back_text(plan) else []
         lines += latency_table(frame, summary, plan)
         by_cell = {(level, arm): values for level, arm, values in rows if values is not None}
         lines += ["", f"## In the layout of the original proposal: no EPLB/vanilla/affinity{emulated}", ""]
@@ -193,6 +194,13 @@ _CONDITIONS_TEXT = (
     "What could make a row lie: requests in flight as the client and as the schedulers saw them, requests that waited "
     "for room, and how busy and late the load generator was. Rows beyond the limits are void."
 )
+
+
+def _held_back_text(plan: RunPlan) -> str:
+    server, levels = plan.profile.server, plan.profile.load.concurrency
+    held = [(n, server.held_back(n)) for n in levels if server.held_back(n) and not plan.profile.load.request_rate]
+    waits = ", ".join(f"{number:g} of {level}" for level, number in held)
+    return f"The server's flags let up to {waits} requests wait, which TTFT includes." if held else ""
 
 
 def _targets_text(plan: RunPlan) -> str:

@@ -5,6 +5,7 @@ import pytest
 from bench.figures.rebalance_log import LogSummary, Rebalance, parse_log
 from bench.figures.validity import void_reasons
 from bench.harness.arms import ARMS
+from bench.harness.profile import Profile
 from sglang_eplb_affinity.rebalance import verify
 
 GOOD = {"completed": 8, "output_tokens": 256, "mean_concurrency": 3.8, "whole_requests": 5}
@@ -17,6 +18,7 @@ UNCHANGED = Rebalance("unchanged")
 
 def reasons(arm: str, life: LogSummary, cell: LogSummary, error: str | None = None, **changed: Any) -> tuple[str, ...]:
     loop = {"requested": 8, "wanted_tokens": 256, "concurrency": 4, "open_loop": changed.pop("open_loop", False)}
+    loop["held_back"] = changed.pop("held_back", 0.0)
     metrics = {**GOOD, **changed}
     return void_reasons(ARMS[arm], **loop, metrics=metrics, server_life=life, cell=cell, error=error)
 
@@ -92,6 +94,18 @@ def test_concurrency_must_be_reached_in_a_closed_loop_only() -> None:
 def test_what_makes_times_the_clients_or_the_queues_voids(changed: dict[str, float], why: str) -> None:
     (reason,) = reasons("none", NOTHING, NOTHING, **changed)
     assert why in reason
+
+
+def test_requests_that_the_flags_hold_back_may_wait() -> None:
+    assert reasons("none", NOTHING, NOTHING, server_queue=2.9, held_back=2.0) == ()
+    (reason,) = reasons("none", NOTHING, NOTHING, server_queue=3.1, held_back=2.0)
+    assert reason.startswith("3 requests waited for room in the server")
+
+
+def test_what_the_flags_of_a_server_hold_back() -> None:
+    table, main = Profile.named("h200-x2-table").server, Profile.named("h200-x2").server
+    assert [table.held_back(n) for n in (64, 512, 2048)] == pytest.approx([12.8, 102.4, 1536 + 102.4])
+    assert main.held_back(2048) == 0
 
 
 def test_ttft_that_was_not_seen_voids() -> None:
