@@ -148,7 +148,7 @@ class ServedModel:
         if path is not None:
             served = ExpertMap.from_json(json.loads(path.read_text()), experts)
         asked: Any = rule_of(self.profile.server, ARMS[arm])
-        rule = served_rule(asked if path is not None else "static", system, tokens)
+        rule = served_rule(asked if path is not None else "static", system, tokens, mode)
         times, waits, fans = [], [], []
         for number in range(PASSES):
             ids = self._tokens(tokens, number)

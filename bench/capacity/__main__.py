@@ -169,7 +169,7 @@ def experts_command(out: Path) -> None:
     """The time of experts against every measured one, and its entry for the summary."""
     folder = ROOT / out
     folder.mkdir(parents=True, exist_ok=True)
-    times = expert_times.compare(ROOT / expert_times.MEASURED)
+    times = expert_times.compare(ROOT)
     origin = provenance()
     common = {"versions": versions(), "commit": origin["commit"], "date": now(),
               "command": "python -m bench.capacity experts"}  # fmt: skip

@@ -50,7 +50,7 @@ from sglang_eplb_affinity.simulate.v2_comparison import V2Comparison, compare_v2
 @click.option(
     "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True,
     help="Affinity's replica choice; may repeat: the best is taken.  [default: static and primary in low latency "
-    "and in decode with DeepEP V2 on one node, else cover]",
+    "and in decode with DeepEP V2 on one node, else cover_balanced]",
 )  # fmt: skip
 @click.option(
     "--min-gain", type=FINITE, default=1.0, show_default=True, help="Least sure gain in % that is worth a switch."

@@ -74,7 +74,7 @@ def command_line() -> str:
 @click.option(
     "--dispatch", "rules", type=click.Choice(DISPATCH_RULES), multiple=True,
     help="Affinity's replica choice; may repeat.  [default: static and primary in low latency and "
-    "in decode with v2 on one node, else cover]",
+    "in decode with v2 on one node, else cover_balanced]",
 )  # fmt: skip
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="fast", show_default=True)
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)

@@ -23,8 +23,9 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
-# Rows of a block of a grouped product: up to so many tokens a slot takes as long as its weights take to read.
-TOKENS_PER_SLOT = 64
+# Half of the rows of a grouped product's block, up to which a slot takes as long as its weights take to read: the
+# hottest experts have twice the mean's rows.
+TOKENS_PER_SLOT = 32
 
 
 @kernel

@@ -22,8 +22,8 @@ class LayerPlan:
     ``slots`` int32 [slots]: the expert of each slot afterwards. ``source`` int32 [slots]: the slot whose weights it
     takes, as they are before the change; -1 where the slot keeps its own. ``replicas`` int32 [experts, max_replicas]:
     slots of each expert in rising order, padded with -1. ``static_choice`` int32 [ranks, experts]: the slot that each
-    rank sends an expert's tokens to under SGLang's ``static`` dispatch, or under ``primary`` in small passes; None
-    under other rules.
+    rank sends an expert's tokens to under SGLang's ``static`` dispatch; under ``primary`` [ranks, 2 * experts], see
+    :func:`rank_table`; None under other rules.
     """
 
     layer: int
@@ -66,12 +66,8 @@ def layer_plan(
     """From the slots before and after, int32 [slots] each."""
     one = ExpertMap(new[None], num_experts)
     replicas = one.logical_to_all_physical()[0]
-    static = None
-    if rule == "static":
-        static = static_choice(replicas, topology, len(new))
-    elif rule == "primary":
-        static = np.tile(primaries_of(replicas[None], topology, len(new)), (topology.num_gpus, 1))
-    return LayerPlan(layer, new.astype(np.int32), choose_sources(old, new, topology), replicas, static)
+    table = rank_table(replicas, topology, len(new), rule)
+    return LayerPlan(layer, new.astype(np.int32), choose_sources(old, new, topology), replicas, table)
 
 
 def choose_sources(old: np.ndarray, new: np.ndarray, topology: Topology) -> np.ndarray:
@@ -104,6 +100,18 @@ def static_choice(replicas: np.ndarray, topology: Topology, num_slots: int) -> n
     count = (table >= 0).sum(1).astype(np.int32)
     slots_per_gpu = topology.slots_per_gpu(num_slots)
     return np.asarray(static_slots(table, count, topology.num_gpus, slots_per_gpu, topology.gpus_per_node))
+
+
+def rank_table(replicas: np.ndarray, topology: Topology, num_slots: int, rule: DispatchRule) -> np.ndarray | None:
+    """int32 [ranks, columns]: what a rank looks up in one layer, or None. Under ``static`` the slot of each expert;
+    under ``primary`` each expert's primary slot, for small passes, and behind them those of ``static``."""
+    if rule not in ("static", "primary"):
+        return None
+    static = static_choice(replicas, topology, num_slots)
+    if rule == "static":
+        return static
+    primary = primaries_of(replicas[None], topology, num_slots)
+    return np.concatenate([np.tile(primary, (topology.num_gpus, 1)), static], axis=1)
 
 
 def job_of(plan: LayerPlan, rank: int, slots_per_gpu: int) -> LayerJob:

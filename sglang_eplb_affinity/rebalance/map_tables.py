@@ -12,7 +12,7 @@ from sglang_eplb_affinity.rebalance.layer_moves import LayerPlan
 
 @dataclass(frozen=True)
 class StagedTables:
-    """One layer's new rows on the device: int64 [slots], [experts, width], [experts], and [experts] or None.
+    """One layer's new rows on the device: int64 [slots], [experts, width], [experts], and [columns] or None.
 
     ``replicas`` covers as many columns as the old or the new table uses; beyond them both hold -1.
     """
@@ -26,8 +26,8 @@ class StagedTables:
 
 class MapTables:
     """``physical_to_logical`` [layers, slots], ``logical_to_all_physical`` [layers, experts, slots],
-    ``num_replicas`` [layers, experts] and ``static_choice`` [layers, experts] (None unless dispatch is ``static`` or
-    ``primary``): the tensors that dispatch reads. ``host_*`` are SGLang's copies on the CPU."""
+    ``num_replicas`` [layers, experts] and ``static_choice`` [layers, columns] (rank_table of layer_moves; None unless
+    dispatch is ``static`` or ``primary``): the tensors that dispatch reads. ``host_*``: SGLang's copies on the CPU."""
 
     def __init__(
         self,

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sglang_eplb_affinity.dispatch.primaries import primaries_of
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.living_ranks import LivingRanks
-from sglang_eplb_affinity.rebalance.layer_moves import static_choice
+from sglang_eplb_affinity.rebalance.layer_moves import rank_table
 
 
 def metadata_of(
@@ -23,14 +22,14 @@ def metadata_of(
     """SGLang's ExpertLocationMetadata with all replicas of each expert.
 
     ``ep_rank`` None: the global rank modulo EP size, as SGLang's own rebalance has it. Under ``static`` the replica
-    that this rank uses is the one that the planner counted with, under ``primary`` in small passes the primary slot.
+    that this rank uses is the one that the planner counted with; under ``primary`` its table is that of rank_table.
     SGLang's own table is another draw, knows no emulated nodes, and is filled by a Python loop over ranks, layers and
     experts while every rank waits. ``living``: ``expert_map`` is of living ranks, the tables are of all slots and name
     none of a rank that is gone; nodes are those of the living.
     """
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
-    rank = dist.get_rank() % topology.num_gpus if ep_rank is None and rule == "static" else ep_rank
+    rank = dist.get_rank() % topology.num_gpus if ep_rank is None and rule in ("static", "primary") else ep_rank
     rows, table = expert_map.physical_to_logical, expert_map.logical_to_all_physical()
     chosen = _chosen_slots(
         table, topology if living is None else living.topology, expert_map.num_slots, rule, rank, living
@@ -59,21 +58,24 @@ def _chosen_slots(
     table: np.ndarray, topology: Topology, num_slots: int, rule: DispatchRule, rank: int | None,
     living: LivingRanks | None,
 ) -> np.ndarray | None:  # fmt: skip
-    """int32 [layers, experts]: the slot that this rank uses under ``static`` and ``primary``; None under others."""
-    if rule == "static":
-        assert rank is not None
-        own = rank if living is None else int(np.searchsorted(living.ranks, rank))
-        return np.stack([static_choice(layer, topology, num_slots)[own] for layer in table])
-    return primaries_of(table, topology, num_slots) if rule == "primary" else None
+    """int32 [layers, columns]: what this rank looks up under ``static`` and ``primary``; None under others."""
+    if rule not in ("static", "primary"):
+        return None
+    assert rank is not None
+    own = rank if living is None else int(np.searchsorted(living.ranks, rank))
+    tables = (rank_table(layer, topology, num_slots, rule) for layer in table)
+    return np.stack([of_layer[own] for of_layer in tables if of_layer is not None])
 
 
-def with_primaries(metadata: Any, topology: Topology) -> Any:
-    """SGLang's own metadata, with the table of primary slots where it has that of ``static``."""
+def with_primaries(metadata: Any, topology: Topology, ep_rank: int | None = None) -> Any:
+    """SGLang's own metadata, with ``primary``'s table of this rank where it has that of ``static``."""
     if metadata.logical_to_rank_dispatch_physical_map is None:
+        rank = dist.get_rank() % topology.num_gpus if ep_rank is None else ep_rank
         replicas = map_of(metadata).logical_to_all_physical()
-        primary = primaries_of(replicas, topology, metadata.num_physical_experts).astype(np.int64)
+        table = _chosen_slots(replicas, topology, metadata.num_physical_experts, "primary", rank, None)
+        assert table is not None
         device = metadata.physical_to_logical_map.device
-        metadata.logical_to_rank_dispatch_physical_map = torch.from_numpy(primary).to(device)
+        metadata.logical_to_rank_dispatch_physical_map = torch.from_numpy(table.astype(np.int64)).to(device)
     return metadata
 
 

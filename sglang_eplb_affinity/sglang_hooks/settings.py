@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sglang_eplb_affinity.device.recorder import PHASES
+from sglang_eplb_affinity.dispatch.default_rule import DispatchMode
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, planned_rule
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import MOST_SEED, Objective, PlannerConfig
@@ -90,6 +91,7 @@ class Settings:
     redundant: int = 0
     primary_rows: int = 0
     own_tokens: bool = False
+    dispatch_mode: DispatchMode | None = None
     records: bool = True
     chooses_replicas: bool = True
     replaces_counts: bool = True
@@ -121,6 +123,7 @@ class Settings:
             redundant=args.ep_num_redundant_experts,
             primary_rows=_primary_rows(args, shape) if rule == "primary" else 0,
             own_tokens=args.moe_a2a_backend != "none",
+            dispatch_mode=topk_flags.dispatch_mode(args),
             records=topk_flags.records_affinity(args),
             chooses_replicas=topk_flags.chooses_replicas(args),
             replaces_counts=topk_flags.replaces_counts(args),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +17,14 @@ from sglang_eplb_affinity.sglang_hooks.settings import Settings
 _INFOS, _TABLES = "eplb_affinity_infos", "eplb_affinity_tables"
 
 
+class InfoTables(NamedTuple):
+    """Of one layer: for passes of many rows, for those among them of low-latency mode, and for passes of few rows."""
+
+    large: LayerTables
+    low_latency: LayerTables
+    small: LayerTables
+
+
 class TopkStep:
     """Callable for each layer. ``recorder`` None: nothing is recorded."""
 
@@ -24,6 +33,7 @@ class TopkStep:
 
         self.chooses = settings.chooses_replicas
         self._primary_rows = settings.primary_rows
+        self._low_latency = _low_latency_passes(settings)
         self._recorder = recorder
         placement = None
         if metadata is not None:
@@ -46,7 +56,12 @@ class TopkStep:
         """
         tables = None
         if self.chooses and info is not None and info.ep_dispatch_algorithm in DISPATCH_RULES:
-            tables = _tables_of(info, small=topk_ids.shape[0] <= self._primary_rows)
+            of_layer = tables_of(info)
+            # Both are known when a CUDA graph is captured.
+            if topk_ids.shape[0] <= self._primary_rows:
+                tables = of_layer.small
+            else:
+                tables = of_layer.low_latency if self._low_latency() else of_layer.large
         rows = None
         if layer is not None and self._recorder is not None:
             rows = self._recorder.rows_to_record(layer, topk_ids.shape[0])
@@ -65,19 +80,33 @@ class TopkStep:
             metadata.__dict__.setdefault(_INFOS, {})[layer] = info
 
 
-def _tables_of(info: Any, small: bool) -> LayerTables:
-    """``small``: of a pass with few rows, which a CUDA graph knows when it is captured."""
-    tables: tuple[LayerTables, LayerTables] | None = getattr(info, _TABLES, None)
+def tables_of(info: Any) -> InfoTables:
+    """Made once, and kept with ``info``."""
+    tables: InfoTables | None = getattr(info, _TABLES, None)
     if tables is None:
-        of_rank = LayerTables("static", info.partial_logical_to_rank_dispatch_physical_map)
+        looked_up = info.partial_logical_to_rank_dispatch_physical_map
         if info.ep_dispatch_algorithm == "static":
-            tables = of_rank, of_rank
+            static = LayerTables("static", looked_up)
+            tables = InfoTables(static, static, static)
         else:
             replicas = LayerTables(
                 planned_rule(info.ep_dispatch_algorithm),
                 info.partial_logical_to_all_physical_map,
                 info.partial_logical_to_all_physical_map_num_valid,
             )
-            tables = replicas, of_rank if info.ep_dispatch_algorithm == "primary" else replicas
+            tables = InfoTables(replicas, replicas, replicas)
+            if info.ep_dispatch_algorithm == "primary":  # rank_table of rebalance/layer_moves.py
+                primary, static = (LayerTables("static", half) for half in looked_up.chunk(2))
+                tables = InfoTables(replicas, static, primary)
         setattr(info, _TABLES, tables)
-    return tables[small]
+    return tables
+
+
+def _low_latency_passes(settings: Settings) -> Callable[[], bool]:
+    """Whether the pass at hand dispatches in DeepEP's low-latency mode; asked under ``primary`` only."""
+    if settings.table_rule != "primary" or settings.dispatch_mode != "auto":
+        low_latency = settings.dispatch_mode == "low_latency"
+        return lambda: low_latency
+    from sglang.srt.layers.dp_attention import get_is_extend_in_batch
+
+    return lambda: not get_is_extend_in_batch()  # as DeepEPMode.resolve

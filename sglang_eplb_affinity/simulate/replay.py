@@ -241,7 +241,12 @@ class Day:
             source,
             scale,
             used,
-            served_rule(policy.arm(self.system, self.phase).rule, self.system, self.tokens_per_gpu),
+            served_rule(
+                policy.arm(self.system, self.phase).rule,
+                self.system,
+                self.tokens_per_gpu,
+                mode_of(self.system, self.phase),
+            ),
             self.model,
             self.mode,
             self.prefill,

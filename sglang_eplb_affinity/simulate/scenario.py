@@ -48,16 +48,19 @@ def default_arm(algorithm: Algorithm, system: System, phase: Phase, rule: Dispat
 
 
 def arms_of(
-    algorithms: Sequence[Algorithm], system: System, phase: Phase, rules: Sequence[DispatchRule] = ()
-) -> list[Arm]:
-    """One of each algorithm; affinity with each of ``rules``, without any with ``primary`` too where ``static`` is its
-    default."""
+    algorithms: Sequence[Algorithm], system: System, phase: Phase, rules: Sequence[DispatchRule] = (),
+    tokens_per_gpu: int = 0,
+) -> list[Arm]:  # fmt: skip
+    """One of each algorithm; affinity with each of ``rules``, without any with its default and, where that is one of
+    ``static`` and ``primary`` and passes of ``tokens_per_gpu`` tell them apart, with the other too."""
     arms = []
     for algorithm in algorithms:
         wanted = (rules if algorithm == "affinity" else ()) or (None,)
         arms += [default_arm(algorithm, system, phase, rule) for rule in wanted]
-        if algorithm == "affinity" and not rules and arms[-1].rule == "static":
-            arms.append(Arm(algorithm, "primary"))
+        if algorithm == "affinity" and not rules and arms[-1].rule in ("static", "primary"):
+            other: DispatchRule = "primary" if arms[-1].rule == "static" else "static"
+            if served_rule("primary", system, tokens_per_gpu, mode_of(system, phase)) != "static":
+                arms.append(Arm(algorithm, other))
     return arms
 
 
@@ -66,7 +69,7 @@ def runs_of(
     rules: Sequence[DispatchRule] = (),
 ) -> int:  # fmt: skip
     """How often :func:`simulate` reports progress: after each map and each batch."""
-    return sum(len(arms_of(algorithms, system, phase, rules)) for phase, _ in phases) * (resamples + 1)
+    return sum(len(arms_of(algorithms, system, phase, rules, tokens)) for phase, tokens in phases) * (resamples + 1)
 
 
 def mode_of(system: System, phase: Phase) -> DeepEPMode:
@@ -78,12 +81,14 @@ def with_mode(system: System, phase: Phase, mode: DeepEPMode) -> System:
     return dataclasses.replace(system, serving=dataclasses.replace(system.serving, **{field: mode}))  # type: ignore[arg-type]
 
 
-def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int) -> DispatchRule:
-    """The rule that a server asked for ``rule`` follows in a pass of so many tokens on each GPU."""
+def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int, mode: DeepEPMode) -> DispatchRule:
+    """The rule that a server asked for ``rule`` follows in a pass of so many tokens on each GPU, in ``mode``."""
     if rule != "primary":
         return rule
     most = most_tokens(system.model.experts, system.model.top_k, system.cluster.gpus, True)
-    return rule if tokens_per_gpu <= most else LARGE_PASS_RULE
+    if tokens_per_gpu <= most:
+        return rule
+    return "static" if mode == "low_latency" else LARGE_PASS_RULE
 
 
 @dataclass(frozen=True)
@@ -183,8 +188,8 @@ def simulate(
     for phase, tokens_per_gpu in phases:
         mode = mode_of(system, phase)
         arms = [
-            dataclasses.replace(arm, effort=effort, rule=served_rule(arm.rule, system, tokens_per_gpu))
-            for arm in arms_of(algorithms, system, phase, rules)
+            dataclasses.replace(arm, effort=effort, rule=served_rule(arm.rule, system, tokens_per_gpu, mode))
+            for arm in arms_of(algorithms, system, phase, rules, tokens_per_gpu)
         ]
         collected: list[list[tuple[list[LayerTime], np.ndarray, float]]] = [[] for _ in arms]
         for arm in arms:

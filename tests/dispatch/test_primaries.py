@@ -52,9 +52,9 @@ def test_where_a_map_allows_no_even_choice() -> None:
 
 
 def test_the_size_of_a_small_pass() -> None:
-    assert most_tokens(256, 8, 32, own_tokens=True) == 64  # 64 tokens for each of 8 experts of a GPU, over a top-8
-    assert most_tokens(64, 8, 2, own_tokens=True) == 256
-    assert most_tokens(64, 8, 2, own_tokens=False) == 512  # every rank has the tokens of both
+    assert most_tokens(256, 8, 32, own_tokens=True) == 32  # 32 tokens for each of 8 experts of a GPU, over a top-8
+    assert most_tokens(64, 8, 2, own_tokens=True) == 128
+    assert most_tokens(64, 8, 2, own_tokens=False) == 256  # every rank has the tokens of both
 
 
 def test_layers_are_apart() -> None:

@@ -165,7 +165,8 @@ def seen(ranks: list[Rank], alive: list[int]) -> dict[str, Any]:
         if static is not None:
             named |= set(static.unique().tolist())
             found = torch.gather(metadata.physical_to_logical_map, 1, static)
-            wrong += int((found != torch.arange(EXPERTS)).sum())
+            halves = static.shape[1] // EXPERTS  # under `primary` two tables, one behind the other
+            wrong += int((found != torch.arange(EXPERTS).repeat(halves)).sum())
     return {
         "agree": all(torch.equal(maps[0], other) for other in maps),
         "gone slots": sorted(set(maps[0][:, gone].flatten().tolist())),

@@ -16,7 +16,7 @@ from sglang_eplb_affinity.sglang_hooks.location import map_of, metadata_of
 LAYERS, EXPERTS, SLOTS = 2, 8, 12
 
 
-@pytest.mark.parametrize("rule", ["static", "cover"])
+@pytest.mark.parametrize("rule", ["static", "cover", "primary"])
 def test_sglang_serves_by_the_static_table_that_was_planned_with(monkeypatch, rule: str) -> None:
     # SGLang itself imports on a machine without a GPU only beside the CPU engine's stand-ins.
     location = ModuleType("sglang.srt.eplb.expert_location")
@@ -34,13 +34,15 @@ def test_sglang_serves_by_the_static_table_that_was_planned_with(monkeypatch, ru
         assert (map_of(found).physical_to_logical == slots).all()
         assert found.logical_to_all_physical_map.shape == (LAYERS, EXPERTS, SLOTS) and found.ep_size == 4
         assert (found.logical_to_all_physical_map_num_valid.numpy() == expert_map.replica_counts()).all()
-        if rule != "static":
+        if rule == "cover":
             assert found.logical_to_rank_dispatch_physical_map is None
             continue
+        halves = ("static",) if rule == "static" else ("primary", "static")
         for layer in range(LAYERS):
             ids = torch.arange(EXPERTS)[None]
-            expected = choose_replicas(ids, torch.from_numpy(table[layer]), topology, SLOTS, "static", rank)
-            assert (found.logical_to_rank_dispatch_physical_map[layer] == expected[0]).all()
+            replicas = torch.from_numpy(table[layer])
+            expected = [choose_replicas(ids, replicas, topology, SLOTS, half, rank)[0] for half in halves]
+            assert (found.logical_to_rank_dispatch_physical_map[layer] == torch.cat(expected)).all()
 
 
 def test_load_record_shares_an_experts_tokens_among_its_replicas() -> None:

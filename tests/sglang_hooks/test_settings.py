@@ -49,8 +49,8 @@ def test_eplbs_own_algorithm_beside_the_forward_passes() -> None:
 
 
 def test_the_size_of_small_passes() -> None:
-    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary")).primary_rows == 64 * 4 // 2
-    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary", moe_a2a_backend="deepep")).primary_rows == 64
+    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary")).primary_rows == 32 * 4 // 2
+    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary", moe_a2a_backend="deepep")).primary_rows == 32
     flags = {"ep_dispatch_algorithm": "primary", "eplb_affinity_primary_tokens": 0}
     assert Settings.of(server_arguments(**flags)).primary_rows == 0
     assert Settings.of(server_arguments()).primary_rows == 0
@@ -94,19 +94,23 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "cover"),
+    ("flags", "rule"),
     [
-        ({"moe_a2a_backend": "deepep", "deepep_mode": "normal"}, True),
-        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto"}, False),
-        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "disaggregation_mode": "prefill"}, True),
-        ({"moe_a2a_backend": "deepep_v2"}, False),
-        ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "decode"}, False),
-        ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "prefill"}, True),
-        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2}, True),
-        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "eplb_affinity_nodes": 1}, False),  # one NVLink domain
-        ({"moe_a2a_backend": "mooncake"}, False),
-        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "ep_num_redundant_experts": 0}, False),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "normal"}, "cover_balanced"),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto"}, "primary"),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "low_latency"}, "primary"),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "nnodes": 2}, None),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "ep_num_redundant_experts": 0}, None),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "disaggregation_mode": "decode"}, "primary"),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "disaggregation_mode": "prefill"}, "cover_balanced"),
+        ({"moe_a2a_backend": "deepep_v2"}, None),
+        ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "decode"}, None),
+        ({"moe_a2a_backend": "deepep_v2", "disaggregation_mode": "prefill"}, "cover_balanced"),
+        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2}, "cover_balanced"),
+        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "eplb_affinity_nodes": 1}, None),  # one NVLink domain
+        ({"moe_a2a_backend": "mooncake"}, None),
+        ({"moe_a2a_backend": "deepep_v2", "nnodes": 2, "ep_num_redundant_experts": 0}, None),
     ],
 )
-def test_cover_is_the_default_where_fanout_pays(flags: dict, cover: bool) -> None:
-    assert default_rule(server_arguments(**flags)) == ("cover_balanced" if cover else None)
+def test_the_default_rule(flags: dict, rule: str | None) -> None:
+    assert default_rule(server_arguments(**flags)) == rule

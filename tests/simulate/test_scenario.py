@@ -52,8 +52,8 @@ def results(system, source):
 
 def test_every_arm_and_phase_is_reported_and_adds_up(system, results):
     affinity = [(r.phase, r.dispatch_rule) for r in results if r.algorithm == "affinity"]
-    assert affinity == [("prefill", "cover_balanced"), ("decode", "static"), ("decode", "cover_balanced")]
-    assert len(results) == 7
+    assert affinity == [("prefill", "cover_balanced"), ("decode", "static")]  # 64 tokens are no small pass
+    assert len(results) == 6
     for r in results:
         assert 0 < r.active_slots <= system.num_slots / system.cluster.gpus
         layer_us = r.dispatch_us.value + r.experts_us.value + r.combine_us.value + r.rest_us.value
@@ -77,7 +77,8 @@ def test_primary_has_one_active_slot_an_expert_in_small_passes_only(system, sour
     static, primary = simulate(wide, source, [("decode", 16)], ["affinity"], resamples=2, rules=rules)
     assert primary.active_slots == 16 / system.cluster.gpus < static.active_slots
     assert primary.experts_us.value < static.experts_us.value
-    assert runs_of(wide, [("decode", 64)], ["eplb", "affinity"], 2) == 9
+    assert runs_of(wide, [("decode", 16)], ["eplb", "affinity"], 2) == 9
+    assert runs_of(wide, [("decode", 17)], ["eplb", "affinity"], 2) == 6
 
 
 def test_same_input_gives_same_output(system, source, results):
@@ -168,8 +169,9 @@ def test_rules_and_passes_of_recommend_and_day(system, source):
 
 
 def test_primary_is_served_in_small_passes_only(system):
-    assert served_rule("primary", system, 1) == "primary" and served_rule("primary", system, 4096) == "cover_balanced"
-    assert served_rule("cover", system, 4096) == "cover"
+    for mode, large in (("normal", "cover_balanced"), ("low_latency", "static"), ("v2", "cover_balanced")):
+        assert [served_rule("primary", system, n, mode) for n in (16, 17)] == ["primary", large]
+    assert served_rule("cover", system, 4096, "low_latency") == "cover"
 
 
 def test_gain_interval_includes_the_calibration_error(results):
@@ -251,9 +253,11 @@ def test_affinity_takes_the_rule_of_a_server_of_the_phase(system, mode, nodes, p
     arms = arms_of(["eplb", "affinity"], with_mode(sized, phase, mode), phase)
     flags = {"moe_a2a_backend": "deepep", "deepep_mode": mode} if mode != "v2" else {"moe_a2a_backend": "deepep_v2"}
     served = default_rule(server_arguments(**flags, nnodes=nodes, disaggregation_mode=phase))
-    assert [arm.rule for arm in arms] == ["static", *([served] if served else ["static", "primary"])]
     pays = mode == "normal" or (mode == "v2" and (nodes == 2 or phase == "prefill"))
-    assert served == ("cover_balanced" if pays else None)
+    one_slot = mode == "low_latency" and nodes == 1
+    assert served == ("cover_balanced" if pays else "primary" if one_slot else None)
+    ours = ["cover_balanced"] if pays else ["primary", "static"] if one_slot else ["static", "primary"]
+    assert [arm.rule for arm in arms] == ["static", *ours]
 
 
 def test_v2_pays_for_fanout_in_decode(system, source):
