@@ -9,7 +9,7 @@ import pandas as pd
 
 from bench.figures.compare import block_ratios, compare
 from bench.figures.cost_headlines import figures_of_costs
-from bench.figures.load_headlines import figures_of_loads
+from bench.figures.load_headlines import figures_of_loads, runs_low_latency
 from bench.figures.metrics import PLACEMENT
 from bench.figures.stats import noise_floor_pct
 from bench.harness.links import Link
@@ -71,10 +71,14 @@ def figures_of_run(folder: RunFolder, plan: RunPlan, prefix: str) -> list[Figure
 
 def default_prefix(plan: RunPlan) -> str:
     """`bench.LINK`: `bench.nvlink`, `bench.emulated50`, `bench.cpu`; on more than 2 GPUs `ep4.bench.nvlink`. Where arms
-    serve one map each, `bench.auto.LINK`; of a profile that only asks what EPLB costs, `bench.idle`."""
+    serve one map each, `bench.auto.LINK`; in low-latency mode alone, `bench.low_latency.LINK`; of a profile that only
+    asks what EPLB costs, `bench.idle`."""
     server = plan.profile.server
-    of = "auto." if server.plan_trace else ""
-    link = "idle" if "plain" in plan.profile.arms else Link.of(plan.profile).name
+    if "plain" in plan.profile.arms:
+        of, link = "", "idle"
+    else:
+        of = "low_latency." if runs_low_latency(server) else "auto." if server.plan_trace else ""
+        link = Link.of(plan.profile).name
     return f"{'' if server.engine == 'cpu' else of_ranks(server.ranks)}bench.{of}{link}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pandas as pd
 from bench.figures.compare import block_ratios, compare
 from bench.figures.stats import noise_floor_pct
 from bench.harness.links import Link
-from bench.harness.profile import DECODE, PREFILL, REQUESTS
+from bench.harness.profile import DECODE, PREFILL, REQUESTS, ServerConfig
 from bench.harness.run_folder import RunPlan
 
 Row = tuple[str, dict[str, Any]]
@@ -21,7 +22,8 @@ _METRICS = {
     DECODE: {"decode_step_ms": "decode_step", "p90_tpot_ms": "p90_tpot", "p95_itl_ms": "p95_itl"},
 }
 # The figures by which the use of replicas is known: name, load, arms (the first that was measured), metric, baseline.
-# LINK stands for the run's link; a name without it is taken over the GPUs' own link only.
+# LINK stands for the run's link; a name without it is taken over the GPUs' own link only: `bench.decode` in low-latency
+# mode alone, as on a decode server, `decode.primaries` in auto mode.
 _MANY = ("cover-balanced-32", "primary-32", "cover-32")
 _NAMED = (
     ("bench.replicas.LINK.full_prefill", PREFILL, _MANY, "full_prefill_ms", "vanilla"),
@@ -47,6 +49,11 @@ def figures_of_loads(frame: pd.DataFrame, plan: RunPlan, prefix: str) -> list[Ro
     return found
 
 
+def runs_low_latency(server: ServerConfig) -> bool:
+    """In DeepEP's low-latency mode alone."""
+    return ("--deepep-mode", "low_latency") in pairwise(server.flags)
+
+
 def _ratios(cells: pd.DataFrame, metrics: dict[str, str], prefix: str, plan: RunPlan) -> list[Row]:
     rows = pd.concat([compare(cells, baseline, list(metrics)) for baseline in ("vanilla", "none")])
     return [
@@ -64,6 +71,8 @@ def _named(cells: pd.DataFrame, kind: str, level: int, plan: RunPlan) -> list[Ro
         arm = next((arm for arm in arms if arm in set(cells["arm"])), None)
         at = level == _PRIMARIES_AT * plan.profile.server.ranks if name.startswith("decode.") else largest
         if of != kind or arm is None or not at or ("LINK" not in name and link.emulated):
+            continue
+        if kind == DECODE and runs_low_latency(plan.profile.server) != name.startswith("bench."):
             continue
         for row in compare(cells[cells["arm"].isin((arm, baseline))], baseline, [metric]).to_dict("records"):
             found.append((f"{name.replace('LINK', link.name)}_ratio_to_{baseline}", _values(row, plan)))

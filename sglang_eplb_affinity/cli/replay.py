@@ -42,8 +42,8 @@ from sglang_eplb_affinity.simulate.system import preset_names
 )  # fmt: skip
 @click.option(
     "--dispatch", "rule", type=click.Choice(DISPATCH_RULES),
-    help="Affinity's replica choice.  [default: static in low latency and in decode with v2 "
-    "on one node, else cover]",
+    help="Affinity's replica choice.  [default: in low latency primary on one node and static over several, static in "
+    "decode with v2 on one node, else cover_balanced]",
 )  # fmt: skip
 @click.option("--layers", default=3, show_default=True, help="MoE layers to simulate; 0: all.")
 @seed_option

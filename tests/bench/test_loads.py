@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bench.__main__ import _at_levels, _load_names
+from bench.figures.headline import default_prefix
 from bench.figures.load_headlines import figures_of_loads
 from bench.figures.metrics import latency_metrics
 from bench.figures.rebalance_log import LogSummary
@@ -276,7 +277,11 @@ def test_headline_figures_of_loads_are_ratios_to_each_baseline(auto_plan: RunPla
     assert found["bench.auto.nvlink.prefill.cover-32.full_prefill_ratio_to_vanilla"]["value"] == pytest.approx(6 / 5.5)
     assert found["bench.auto.nvlink.decode64.none.decode_step_ratio_to_vanilla"]["value"] == pytest.approx(5 / 5.5)
     assert found["bench.replicas.nvlink.full_prefill_ratio_to_vanilla"]["value"] == pytest.approx(6 / 5.5)
-    decode = found["bench.decode.p90_tpot_ratio_to_vanilla"]
+    assert "bench.decode.p90_tpot_ratio_to_vanilla" not in found  # a decode server runs low-latency mode alone
+    flags = tuple("low_latency" if flag == "auto" else flag for flag in plan.profile.server.flags)
+    alone = replace(plan, profile=replace(plan.profile, server=replace(plan.profile.server, flags=flags)))
+    assert default_prefix(alone) == "bench.low_latency.nvlink"
+    decode = dict(figures_of_loads(tidy(records), alone, "x"))["bench.decode.p90_tpot_ratio_to_vanilla"]
     assert decode["lower"] < 5.4 / 5.5 * 1.001 < decode["upper"]
     assert found["bench.auto.nvlink.decode.noise_floor_pct"]["value"] == pytest.approx(100 * 0.02 / 5.5, rel=0.02)
     assert not any("vanilla-again" in name for name in found)

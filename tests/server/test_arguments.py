@@ -195,12 +195,12 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
         }
 
 
-def test_balanced_cover_is_the_default_only_where_it_saves_destinations(results: dict[str, dict]) -> None:
+def test_the_default_rule_of_each_mode(results: dict[str, dict]) -> None:
     cases = ["normal", "normal asked", "normal without replicas", "normal vanilla", "low latency", "auto"]
     cases += ["auto prefill"]
     rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in cases}
-    balanced = ("normal", "auto prefill")
-    assert rules == {case: "cover_balanced" if case in balanced else "static" for case in cases}, results
+    others = {"normal": "cover_balanced", "auto prefill": "cover_balanced", "low latency": "primary", "auto": "primary"}
+    assert rules == {case: others.get(case, "static") for case in cases}, results
 
 
 @pytest.mark.skipif(not HAS_V2, reason="SGLang 0.5.17 has no DeepEP V2")
