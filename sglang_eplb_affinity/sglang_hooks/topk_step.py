@@ -33,7 +33,7 @@ class TopkStep:
 
         self.chooses = settings.chooses_replicas
         self._primary_rows = settings.primary_rows
-        self._low_latency = _low_latency_passes(settings)
+        self._low_latency = low_latency_passes(settings)
         self._recorder = recorder
         placement = None
         if metadata is not None:
@@ -102,7 +102,7 @@ def tables_of(info: Any) -> InfoTables:
     return tables
 
 
-def _low_latency_passes(settings: Settings) -> Callable[[], bool]:
+def low_latency_passes(settings: Settings) -> Callable[[], bool]:
     """Whether the pass at hand dispatches in DeepEP's low-latency mode; asked under ``primary`` only."""
     if settings.table_rule != "primary" or settings.dispatch_mode != "auto":
         low_latency = settings.dispatch_mode == "low_latency"

@@ -27,6 +27,10 @@ def test_ranks_that_share_a_pass_sample_its_tokens_evenly(found: dict) -> None:
     assert min(parts["rows of ranks"]) > 80
 
 
+def test_passes_of_low_latency_mode_are_told_as_sglang_tells_its_dispatcher(found: dict) -> None:
+    assert found["low latency"] == [False, True]
+
+
 @pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
 def test_new_weights_go_where_the_model_has_its_experts(found: dict, way: str) -> None:
     """The target's by the map in force; a draft model's in their own order, whatever the target's map says."""
