@@ -4,8 +4,8 @@
 
 Without it the first server compiles them one after another as it meets them, which takes minutes. They are found by
 what they were compiled from, so any machine with nvcc and the same SGLang and apache-tvm-ffi may compile them, also one
-without a GPU: pack its ~/.cache/tvm-ffi and unpack it in the home folder of the GPU host. What is not in the list is
-compiled there as ever. DeepGEMM's and Triton's kernels need a GPU; bench/gpu/measure.sh brings them back.
+without a GPU: pack the folder that the last line names (~/.cache/tvm-ffi; SGLang 0.5.23: ~/.cache/sglang/jit) and
+unpack it in the home folder of the GPU host. What is not in the list is compiled there as ever. DeepGEMM's and Triton's kernels need a GPU; bench/gpu/measure.sh brings them back.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,16 +26,16 @@ from pathlib import Path
 from bench.harness.engine import STAND_INS
 
 _FP8 = ("bfloat16", "float8_e4m3fn", 128)
-# Module below sglang.kernels.ops, function, arguments (`bf16` and the like are torch dtypes): of the models that
-# deepseek_shaped.py and random_moe.py make.
+# Module below sglang.kernels.ops (behind `|` that of 0.5.23, where it has one), function, arguments (`bf16` and the like
+# are torch dtypes): of the models that deepseek_shaped.py and random_moe.py make.
 KERNELS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("activation.activation", "activation_module", ("bfloat16",)),
     ("attention.clamp_position", "_jit_clamp_position_module", ("int64",)),
     ("attention.concat_mla", "_jit_concat_mla_k_module", ()),
-    ("attention.dsv4.moe", "_jit_mask_topk_module", ()),
+    ("attention.dsv4.moe|moe.dsv4", "_jit_mask_topk_module", ()),
     ("attention.rope", "_jit_fused_rope_module", (False, 64, "bfloat16", "bfloat16")),
     ("attention.rope", "_jit_fused_rope_module", (True, 128, "bfloat16", "bfloat16")),
-    ("gemm.dsv3_router_gemm", "dsv3_router_gemm_module", (256, 7168, True, True)),
+    ("gemm.dsv3_router_gemm|", "dsv3_router_gemm_module", (256, 7168, True, True)),
     ("kvcache.set_mla_kv_buffer", "set_mla_kv_buffer_module", (1024, 128, True)),
     ("layernorm.norm", "_jit_qknorm_module", (128, "bfloat16")),
     ("quantization.per_token_group_quant", "_jit_module", (*_FP8, False, False, True, False, False, True)),
@@ -55,14 +56,27 @@ def compile_kernel(number: int, arch: str | None) -> str:
     module, function, arguments = KERNELS[number]
     if arch:
         _pretend(arch)
+    build = kernel_function(module, function)
+    if build is None:
+        return f"{function}{arguments}: this SGLang has none"
     given = [getattr(torch, a) if isinstance(a, str) else a for a in arguments]
     began = time.monotonic()
     try:
-        getattr(import_module(f"sglang.kernels.ops.{module}"), function)(*given)
+        build(*given)
         result = "compiled or there"
     except Exception as error:
         result = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return f"{function}{arguments}: {result}, {time.monotonic() - began:.1f} s"
+
+
+def kernel_function(module: str, function: str) -> Callable[..., object] | None:
+    """Of the installed SGLang; None where it is said to have none. Raises ModuleNotFoundError for another."""
+    *earlier, last = module.split("|")
+    for name in earlier:
+        with suppress(ModuleNotFoundError):
+            found: Callable[..., object] = getattr(import_module(f"sglang.kernels.ops.{name}"), function)
+            return found
+    return getattr(import_module(f"sglang.kernels.ops.{last}"), function) if last else None
 
 
 def _pretend(arch: str) -> None:
@@ -90,8 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(min(options.jobs, count), multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(compile_kernel, range(count), [options.arch] * count):
             print(line, flush=True)
-    folder = Path(os.environ.get("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi")).expanduser()
-    print(f"{folder}: {len(list(folder.glob('*/*.so')))} kernels")
+    for variable, usual in (("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi"), ("SGLANG_JIT_CACHE_DIR", "~/.cache/sglang/jit")):
+        folder = Path(os.environ.get(variable, usual)).expanduser()
+        if kernels := list(folder.rglob("*.so")):
+            print(f"{folder}: {len(kernels)} kernels")
     return 0
 
 

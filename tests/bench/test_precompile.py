@@ -1,7 +1,6 @@
 """Kernels compiled ahead: the list names functions of the installed SGLang, and the architecture is checked."""
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 
@@ -12,23 +11,24 @@ from bench.harness.engine import ROOT, cpu_environment
 
 BIND = """
 import inspect, json, sys
-from importlib import import_module
-for module, function, arguments in json.loads(sys.argv[1]):
-    found = getattr(import_module(f"sglang.kernels.ops.{module}"), function)
-    inspect.signature(inspect.unwrap(found)).bind(*arguments)
-    print(function)
+from bench.gpu.precompile import KERNELS, kernel_function
+for module, function, arguments in KERNELS:
+    found = kernel_function(module, function)
+    if found is not None:
+        inspect.signature(inspect.unwrap(found)).bind(*arguments)
+    print(function if found is not None else "none")
 """
 
 
-@pytest.mark.skipif(
-    importlib.metadata.version("sglang") != "0.5.17", reason="the bundle for GPU hosts has SGLang 0.5.17"
-)
 def test_the_installed_sglang_has_the_kernels_that_are_compiled_ahead() -> None:
-    command = [sys.executable, "-c", BIND, json.dumps(precompile.KERNELS)]
     environment = {"PATH": "/usr/bin:/bin", **cpu_environment(1)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", BIND], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [function for _, function, _ in precompile.KERNELS]
+    gone = {"dsv3_router_gemm_module"} if importlib.metadata.version("sglang") == "0.5.23" else set()
+    names = [function for _, function, _ in precompile.KERNELS]
+    assert done.stdout.split() == ["none" if name in gone else name for name in names]
 
 
 @pytest.mark.parametrize("arch", ["90", "9", "sm_90", "9.0x", ""])
