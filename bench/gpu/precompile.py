@@ -5,7 +5,8 @@
 Without it the first server compiles them one after another as it meets them, which takes minutes. They are found by
 what they were compiled from, so any machine with nvcc and the same SGLang and apache-tvm-ffi may compile them, also one
 without a GPU: pack the folder that the last line names (~/.cache/tvm-ffi; SGLang 0.5.23: ~/.cache/sglang/jit) and
-unpack it in the home folder of the GPU host. What is not in the list is compiled there as ever. DeepGEMM's and Triton's kernels need a GPU; bench/gpu/measure.sh brings them back.
+unpack it in the home folder of the GPU host. What is not in the list is compiled there as ever. DeepGEMM's and Triton's
+kernels need a GPU; bench/gpu/measure.sh brings them back.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from pathlib import Path
 from bench.harness.engine import STAND_INS
 
 _FP8 = ("bfloat16", "float8_e4m3fn", 128)
-# Module below sglang.kernels.ops (behind `|` that of 0.5.23, where it has one), function, arguments (`bf16` and the like
-# are torch dtypes): of the models that deepseek_shaped.py and random_moe.py make.
+# Module below sglang.kernels.ops (behind `|` that of 0.5.23, where it has one), function, arguments (`bf16` and the
+# like are torch dtypes): of the models that deepseek_shaped.py and random_moe.py make.
 KERNELS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("activation.activation", "activation_module", ("bfloat16",)),
     ("attention.clamp_position", "_jit_clamp_position_module", ("int64",)),
