@@ -49,6 +49,7 @@ SHAPES = (
     Shape("h200-x2-auto", 4096, 640, (32, 36, 48)),
     Shape("qwen3-235b", 4096, 1536, (8, 9, 16, 17, 24, 32)),
 )
+DTYPES = ("bf16", "fp8")
 TOKENS = (8, 32, 128, 256, 512)
 
 
@@ -63,7 +64,7 @@ class Case:
 def cases(only: str = "") -> Iterator[Case]:
     """Those that the figures need first; with ``only``, of SHAPE:DTYPE."""
     for shape in SHAPES:
-        for dtype in ("bf16", "fp8"):
+        for dtype in DTYPES:
             if only and only != f"{shape.name}:{dtype}":
                 continue
             for tokens in TOKENS:
@@ -201,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=result_file, required=True)
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--only", default="", help="SHAPE:DTYPE, such as deepseek-v3:fp8")
+    known = [f"{shape.name}:{dtype}" for shape in SHAPES for dtype in DTYPES]
+    parser.add_argument("--only", default="", choices=["", *known], help="SHAPE:DTYPE")
     parser.add_argument("--jobs", type=int, default=0)
     options = parser.parse_args(arguments)
     try:

@@ -42,6 +42,13 @@ def test_products_cover_both_of_a_layer_and_every_batch() -> None:
     assert len(set(found)) == len(found)
 
 
+def test_cases_of_one_shape_and_type_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {(case.shape, case.dtype) for case in cases("qwen3-235b:fp8")} == {("qwen3-235b", "fp8")}
+    with pytest.raises(SystemExit) as ended:
+        main(["--only", "qwen3:fp8", "--out", str(tmp_path / "x.json")])
+    assert ended.value.code == 2 and "--only: invalid choice: 'qwen3:fp8'" in capsys.readouterr().err
+
+
 def test_it_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 

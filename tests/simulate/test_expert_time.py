@@ -7,11 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from bench.calibration import expert_fit
 from bench.capacity import expert_times
 from bench.harness.engine import ROOT
 from bench.micro.expert_slots import SHAPES
 from bench.publish.summary import parse_figures
-from sglang_eplb_affinity.simulate.expert_time import active_slots, experts_us, masked_tile
+from sglang_eplb_affinity.simulate.expert_time import MASKED_BF16, MASKED_FP8, active_slots, experts_us, masked_tile
 from sglang_eplb_affinity.simulate.system import load_system
 
 
@@ -40,6 +41,23 @@ def test_a_slot_more_costs_a_wave_where_it_begins_one(times: list[expert_times.E
     for dtype in ("bf16", "fp8"):
         nine, eight = of[dtype, 9], of[dtype, 8]
         assert nine.model_us / eight.model_us == pytest.approx(nine.measured_us / eight.measured_us, rel=0.15)
+
+
+def test_constants_are_fitted_with_and_without_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert expert_fit.main(["--rounds", "1", "--without", "qwen3-235b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines if line.startswith("  ")] == [
+        "  fitted: 55 cases",
+        "  left out: 30 cases",
+    ] * 2
+    for dtype, served in (("bf16", MASKED_BF16), ("fp8", MASKED_FP8)):
+        cases = [
+            expert_fit.Measured(case, expert_times.inputs_of(case), us)
+            for case, us in expert_times.measured(ROOT)
+            if case.dtype == dtype
+        ]
+        slower = dataclasses.replace(served, wave_us=(2 * served.wave_us[0], 2 * served.wave_us[1]))
+        assert abs(expert_fit.errors(cases, served)).max() < abs(expert_fit.errors(cases, slower)).max()
 
 
 def us(rows: list[float], masked: bool = False) -> float:
