@@ -12,12 +12,12 @@ from types import TracebackType
 
 from bench.harness.engine import Engine
 from bench.harness.hosts import THIS_HOST, OtherHosts
+from bench.harness.ports import free_port
 from bench.harness.profile import ServerConfig
 from bench.harness.server import HOST, PORT_STEP, Server, ServerFailed, commands_of_hosts
 from bench.harness.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
-    free_port,
     start_together,
     stop_together,
 )

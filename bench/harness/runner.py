@@ -17,6 +17,7 @@ from bench.harness.environment import now
 from bench.harness.links import link_environment
 from bench.harness.load import LoadClient, LoadResult, own_environment
 from bench.harness.pinning import Cores, pin_process, pin_server
+from bench.harness.ports import free_port
 from bench.harness.probe import DUMP_FOLDER_VARIABLE, Placement, ProbeFailed, probe_placement
 from bench.harness.record import Measured, record_cell
 from bench.harness.run_folder import RunFolder, RunPlan
@@ -26,7 +27,6 @@ from bench.harness.sharegpt import Turn
 from bench.harness.side_by_side import (
     SIDE_BY_SIDE_ENVIRONMENT,
     SIDE_BY_SIDE_FLAGS,
-    free_port,
     give_turn,
     start_together,
     stop_together,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from operator import methodcaller
 from pathlib import Path
 
-from bench.harness.server import HOST, Server, ServerEnded, ServerFailed
+from bench.harness.server import Server, ServerEnded, ServerFailed
 
 # Servers side by side are paused while another has its turn; their watchdogs must not take that for a hang.
 SIDE_BY_SIDE_FLAGS = ("--watchdog-timeout", "7200")
@@ -91,10 +90,3 @@ def wait_for_file(path: Path) -> None:
     deadline = time.monotonic() + HOLD_SECONDS
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-
-
-def free_port() -> int:
-    """A port for what a server would look for by itself: of several that start together, two would find the same."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

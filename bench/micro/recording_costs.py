@@ -30,9 +30,10 @@ from bench.gpu.resident import ResidentArm, ResidentServers
 from bench.harness.engine import ROOT, check_sglang, cpu_environment, own_models_only
 from bench.harness.environment import now, provenance
 from bench.harness.output_paths import write_result
+from bench.harness.ports import free_port
 from bench.harness.process import last_error
 from bench.harness.server import Server, ServerFailed
-from bench.harness.side_by_side import free_port, give_turn
+from bench.harness.side_by_side import give_turn
 from bench.micro.options import out_and_repeats
 from bench.micro.round_costs import Launches
 from sglang_eplb_affinity.device.map_and_record import MapAndRecord

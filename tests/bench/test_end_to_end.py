@@ -12,8 +12,8 @@ import pytest
 
 from bench.engines.emulated_hosts import NAMES, emulation_missing
 from bench.harness.engine import ROOT, check_sglang
+from bench.harness.ports import free_port
 from bench.harness.profile import PROFILE_DIR
-from bench.harness.side_by_side import free_port
 from bench.publish.table import read_table
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.rebalance import verify

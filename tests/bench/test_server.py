@@ -11,9 +11,10 @@ import psutil
 import pytest
 
 from bench.harness.engine import ROOT, Engine
+from bench.harness.ports import free_port
 from bench.harness.profile import Profile, ServerConfig
 from bench.harness.server import PORT_STEP, Server, ServerFailed, commands_of_hosts
-from bench.harness.side_by_side import free_port, give_turn
+from bench.harness.side_by_side import give_turn
 from sglang_eplb_affinity.domain.errors import InputError
 
 CONFIG = ServerConfig(model="m", ranks=16, other_hosts=("n1", "n2"), dist_init_addr="n0:5000")

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from bench.harness.ports import free_port
 from bench.harness.process import start_group, stop_group
 
 ROOT = Path(__file__).parents[2]
@@ -90,9 +90,7 @@ class Prometheus:
 def prometheus(targets: list[str], rules: Path, folder: Path) -> Iterator[Prometheus]:
     """Scrapes ``targets`` (host:port) every second, once all of them have been scraped."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{probe.getsockname()[1]}"
+    listen = f"127.0.0.1:{free_port()}"
     config = folder / "prometheus.yml"
     jobs = [{"job_name": "servers", "static_configs": [{"targets": targets}]}]
     intervals = {"scrape_interval": "1s", "evaluation_interval": "1s"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from bench.gpu.flags import need_gpus
 from bench.harness.environment import now, provenance
+from bench.harness.ports import free_port
 from bench.micro.deepep.cases import (
     DTYPES,
     ELASTIC_TOKENS,
@@ -121,9 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: dict[str, Any]) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        settings["port"] = probe.getsockname()[1]
+    settings["port"] = free_port()
     # Only the file's name: folders of the machine that measures are nobody's business.
     given = [Path(part).name if part == settings["out"] else part for part in sys.argv[1:]]
     command = "python -m bench.micro.deepep " + " ".join(given)
