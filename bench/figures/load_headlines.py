@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -51,7 +50,7 @@ def figures_of_loads(frame: pd.DataFrame, plan: RunPlan, prefix: str) -> list[Ro
 
 def runs_low_latency(server: ServerConfig) -> bool:
     """In DeepEP's low-latency mode alone."""
-    return ("--deepep-mode", "low_latency") in pairwise(server.flags)
+    return server.value("--deepep-mode") == "low_latency"
 
 
 def _ratios(cells: pd.DataFrame, metrics: dict[str, str], prefix: str, plan: RunPlan) -> list[Row]:

@@ -46,7 +46,7 @@ def placement_views(window: RoutingWindow, config: ServerConfig, arms: Sequence[
     assert window.tokens is not None
     topology = Topology(config.ranks, config.nodes)
     rule = dispatch_rule(config)
-    slots = window.num_experts + int(flag_value(config, "--ep-num-redundant-experts") or 0)
+    slots = window.num_experts + int(config.value("--ep-num-redundant-experts") or 0)
     planned_on, shown_on = window.tokens[:, 0::2], window.tokens[:, 1::2]
     counts = np.stack([np.bincount(layer.ravel(), minlength=window.num_experts) for layer in planned_on])
     half = RoutingWindow(counts.astype(np.int64), coactivation_of(planned_on, window.num_experts), planned_on)
@@ -92,10 +92,5 @@ def view(arm: str, expert_map: ExpertMap, tokens: np.ndarray, topology: Topology
 
 def dispatch_rule(config: ServerConfig) -> DispatchRule:
     """The profile's; without one the server picks replicas as `dynamic` does."""
-    value = flag_value(config, "--ep-dispatch-algorithm")
+    value = config.value("--ep-dispatch-algorithm")
     return planned_rule(value) if value in DISPATCH_RULES else "dynamic"
-
-
-def flag_value(config: ServerConfig, flag: str) -> str | None:
-    flags = [*config.flags, *config.eplb_flags]
-    return flags[flags.index(flag) + 1] if flag in flags else None

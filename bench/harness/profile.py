@@ -51,14 +51,16 @@ class ServerConfig:
     dist_init_addr: str = ""
     remote_shell: tuple[str, ...] = ("ssh", "-tt", "-o", "BatchMode=yes")
 
+    def value(self, flag: str) -> str | None:
+        """What follows ``flag``; None without it."""
+        flags = [*self.flags, *self.eplb_flags]
+        return flags[flags.index(flag) + 1] if flag in flags else None
+
     def held_back(self, concurrency: int) -> float:
         """Of ``concurrency`` requests, those that the flags keep waiting while others decode: what is beyond
         --max-running-requests, and what SGLang's prefill delayer collects for one pass."""
-        flags = _by_flag(self.flags)
-        (most,) = flags.get("--max-running-requests", [str(concurrency)])
-        running = min(concurrency, int(most))
-        (share,) = flags.get("--prefill-delayer-queue-min-ratio", ["0"])
-        return concurrency - running + float(share) * running
+        running = min(concurrency, int(self.value("--max-running-requests") or concurrency))
+        return concurrency - running + float(self.value("--prefill-delayer-queue-min-ratio") or 0) * running
 
 
 @dataclass(frozen=True)

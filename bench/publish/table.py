@@ -119,7 +119,7 @@ def render(frame: pd.DataFrame, plan: RunPlan, environment: dict[str, Any], miss
         summary = over_blocks(frame)
         rows = list(_rows(frame, summary, plan))
         lines += ["", f"## Latency and throughput{emulated}", "", *_caveats(frame, plan), "", _steady_text(plan), ""]
-        lines += [_held_back_text(plan), ""] if _held_back_text(plan) else []
+        lines += _held_back_text(plan)
         lines += latency_table(frame, summary, plan)
         by_cell = {(level, arm): values for level, arm, values in rows if values is not None}
         lines += ["", f"## In the layout of the original proposal: no EPLB/vanilla/affinity{emulated}", ""]
@@ -196,11 +196,10 @@ _CONDITIONS_TEXT = (
 )
 
 
-def _held_back_text(plan: RunPlan) -> str:
-    server, levels = plan.profile.server, plan.profile.load.concurrency
-    held = [(n, server.held_back(n)) for n in levels if server.held_back(n) and not plan.profile.load.request_rate]
-    waits = ", ".join(f"{number:g} of {level}" for level, number in held)
-    return f"The server's flags let up to {waits} requests wait, which TTFT includes." if held else ""
+def _held_back_text(plan: RunPlan) -> list[str]:
+    held = {level: plan.profile.server.held_back(level) for level in plan.profile.load.concurrency}
+    waits = ", ".join(f"{number:g} of {level}" for level, number in held.items() if number)
+    return [f"The server's flags let up to {waits} requests wait, which TTFT includes.", ""] if waits else []
 
 
 def _targets_text(plan: RunPlan) -> str:

@@ -97,8 +97,7 @@ def _level_layer(
     gpus = traffic.counters.shape[1]
     counters = np.repeat(traffic.counters.mean(1, keepdims=True), gpus, 1)
     by_gpu = traffic.slot_load.reshape(gpus, -1) * scale
-    masked = mode != "normal" and not prefill
     one = [np.where(np.arange(gpus)[:, None] == gpu, by_gpu, 0).ravel() for gpu in range(gpus)]
-    alone = [model.experts(slot_load, masked)[0] for slot_load in one]
+    alone = [model.experts(slot_load, mode, prefill)[0] for slot_load in one]
     level = BatchTraffic(counters, traffic.slot_load, traffic.num_tokens)
     return dataclasses.replace(model.layer(level, scale, mode, prefill, tokens), experts_us=float(np.mean(alone)))

@@ -95,17 +95,18 @@ def recommend_command(
     domains = source.trace.domain
     drifts = domains is not None and len(np.unique(domains)) > 1
     of_day = DAY_WINDOWS if drifts else 0
-    total = sum(candidate_runs(system, phase, resamples, tried, rules) + of_day for phase in phases)
+    serving = system.serving
+    usual = {"prefill": serving.prefill_tokens_per_gpu, "decode": serving.decode_batch_per_gpu}
+    tokens_of = {phase: pass_tokens or usual[phase] for phase in phases}
+    total = sum(candidate_runs(system, phase, tokens_of[phase], resamples, tried, rules) + of_day for phase in phases)
     compares_v2 = "decode" in phases and system.serving.decode_mode != "v2"
-    total += comparison_runs(system, resamples, tried) if compares_v2 else 0
+    total += comparison_runs(system, tokens_of["decode"], resamples, tried) if compares_v2 else 0
     answers: list[tuple[Recommendation, DayResult | None]] = []
     with_v2: V2Comparison | None = None
     rows: dict[str, list[memory.MemoryRow]] = {}
     with progress(total, "comparing") as done:
         for phase in phases:
-            serving = system.serving
-            usual = serving.prefill_tokens_per_gpu if phase == "prefill" else serving.decode_batch_per_gpu
-            tokens = pass_tokens or usual
+            tokens = tokens_of[phase]
             candidates = evaluate_candidates(system, source, phase, tokens, resamples, done, tried, rules)
             if tried is not None:
                 rows[phase] = memory.memory_rows(system, candidates)

@@ -24,7 +24,7 @@ that each replica serves as many of them as any other, or one more. SGLang deals
 whole node to the first of its replicas.
 
 ``primary`` takes each expert's primary slot (primaries.py), from every source. A server that is asked for it does so in
-small passes, and follows LARGE_PASS_RULE in others.
+small passes, and follows LARGE_PASS_RULE in others, or ``static`` where those are of DeepEP's low-latency mode.
 
 The hash mixes the source in, or all ranks, whose rows have the same numbers, would deviate to the same side. Without a
 source (no all-to-all backend: every rank runs all tokens and must choose alike) pass ``source_gpu=None``.

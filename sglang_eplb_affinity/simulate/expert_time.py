@@ -15,7 +15,7 @@ experts of 4096 x 1536. Constants were fitted to products of three shapes on an 
 reach the same shares of their peaks.
 
 Those of prefill (contiguous layout) have many rows a slot and wait for multiplying: a roofline of reading against
-multiplying in waves, fitted to DeepSeek-V3's experts with the most rows.
+multiplying in waves, joined by a power sum, its constants from masked products of DeepSeek-V3's experts.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ import numpy as np
 from sglang_eplb_affinity.simulate.system import Gpu, Model
 
 SMS = 132  # of H100, H200 and H800
-SMALL_TILE_ROWS, TILE_ROWS = 64, 128  # a slot's rows are padded to these: the first where slots have so few on average
+SMALL_TILE_ROWS, TILE_ROWS = (
+    64,
+    128,
+)  # prefill: a slot's rows are padded to these, the first where slots have so few on average
 MEMORY_SHARE = 0.90
-LAST_WAVE = 0.65
+LAST_WAVE = 0.65  # of a wave's weights: the last wave leaves SMs idle, in reading too
 WAVE_COLUMNS = 128  # of a tile's weights
 LAUNCH_US = 10.0
 ACTIVATION_US = 4.0  # between the products, and quantisation: assumed, not in the measurement

@@ -146,12 +146,12 @@ def evaluate_candidates(
 
 
 def candidate_runs(
-    system: System, phase: Phase, resamples: int, redundancies: Sequence[int] | None = None,
+    system: System, phase: Phase, tokens: int, resamples: int, redundancies: Sequence[int] | None = None,
     rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> int:  # fmt: skip
     """How often ``evaluate_candidates`` reports progress."""
     arms = sum(
-        len(arms_of(ALGORITHMS, with_mode(system, phase, mode), phase, rules))
+        len(arms_of(ALGORITHMS, with_mode(system, phase, mode), phase, rules, tokens))
         for mode in modes or modes_of(system, phase)
     )
     return len(redundancies or redundancy_choices(system)) * arms * (resamples + 1)

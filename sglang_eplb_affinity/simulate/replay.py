@@ -241,12 +241,7 @@ class Day:
             source,
             scale,
             used,
-            served_rule(
-                policy.arm(self.system, self.phase).rule,
-                self.system,
-                self.tokens_per_gpu,
-                mode_of(self.system, self.phase),
-            ),
+            served_rule(policy.arm(self.system, self.phase).rule, self.system, self.tokens_per_gpu, self.mode),
             self.model,
             self.mode,
             self.prefill,

@@ -71,16 +71,17 @@ class TimeModel:
             waits = mode == "normal" or prefill  # DeepEP V2's decode does not wait for counts on the CPU
             times.append(PhaseTime(time.us + constants.engine_us * waits, time.slowest_link))
         slot_load = traffic.slot_load * scale
-        experts_us, gpu = self.experts(slot_load, masked=mode != "normal" and not prefill)
+        experts_us, gpu = self.experts(slot_load, mode, prefill)
         active = int(active_slots(slot_load.reshape(topology.num_gpus, -1)).max())
         return LayerTime(
             times[0].us, experts_us, times[1].us, self.rest_us(tokens, prefill),
             times[0].slowest_link, times[1].slowest_link, gpu, active,
         )  # fmt: skip
 
-    def experts(self, slot_load: np.ndarray, masked: bool) -> tuple[float, int]:
-        """(us of the slowest GPU, that GPU) for tokens float64 [slots]; ``masked``: see expert_time."""
+    def experts(self, slot_load: np.ndarray, mode: DeepEPMode, prefill: bool) -> tuple[float, int]:
+        """(us of the slowest GPU, that GPU) for tokens float64 [slots]."""
         by_gpu = slot_load.reshape(self.system.topology.num_gpus, -1)
+        masked = mode != "normal" and not prefill
         us = experts_us(by_gpu, self.system.model, self.system.gpu, masked)
         slowest = int(us.argmax())
         return float(us[slowest]), slowest

@@ -71,9 +71,9 @@ def compare_v2(
     return V2Comparison(v1, eplb, affinity, gain(affinity, eplb), gain(affinity, v1))
 
 
-def comparison_runs(system: System, resamples: int, redundancies: Sequence[int] | None = None) -> int:
+def comparison_runs(system: System, tokens: int, resamples: int, redundancies: Sequence[int] | None = None) -> int:
     """How often :func:`compare_v2` reports progress."""
-    return candidate_runs(system, "decode", resamples, redundancies, modes=_MODES)
+    return candidate_runs(system, "decode", tokens, resamples, redundancies, modes=_MODES)
 
 
 def _text(interval: Interval) -> str:

@@ -11,7 +11,14 @@ from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.planner import plan
 from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule
-from sglang_eplb_affinity.simulate.recommend import Candidate, decide, evaluate_candidates, gain, modes_of
+from sglang_eplb_affinity.simulate.recommend import (
+    Candidate,
+    candidate_runs,
+    decide,
+    evaluate_candidates,
+    gain,
+    modes_of,
+)
 from sglang_eplb_affinity.simulate.replay import Day, Policy, domain_mix, moves, standard_policies
 from sglang_eplb_affinity.simulate.scenario import (
     ALGORITHMS,
@@ -273,12 +280,20 @@ def test_v2_pays_for_fanout_in_decode(system, source):
         with_overlap(v2, "two_batch")
 
 
+@pytest.mark.parametrize("tokens", [16, 17])  # the largest small pass, and one in which `primary` is `static`
+def test_progress_counts_the_candidates_that_there_are(system, source, tokens):
+    reported: list[int] = []
+    found = evaluate_candidates(system, source, "decode", tokens, 2, reported.append, [0])
+    assert [c.result.dispatch_rule for c in found[2:]] == ["static", "primary"][: 18 - tokens]
+    assert sum(reported) == candidate_runs(system, "decode", tokens, 2, [0])
+
+
 def test_v2_is_compared_on_the_same_batches(system, source):
     candidates = evaluate_candidates(system, source, "decode", 64, 2, redundancies=[0])
     v1 = min(candidates, key=lambda c: float(c.step_ms().mean()))
     reported: list[int] = []
     found = compare_v2(system, source, v1, 64, 2, reported.append, [0])
-    assert sum(reported) == comparison_runs(system, 2, [0])
+    assert sum(reported) == comparison_runs(system, 64, 2, [0])
     assert {found.eplb.result.mode, found.affinity.result.mode} == {"v2"} and found.v1 is v1
     assert found.over_eplb == gain(found.affinity, found.eplb) and found.over_v1 == gain(found.affinity, v1)
     assert "assumed beyond" in found.to_json()["constants"] and "assumed beyond" in found.text

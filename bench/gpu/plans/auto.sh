@@ -49,10 +49,7 @@ if [ -z "${REHEARSE:-}" ]; then
     for step in "$CARRY"/steps/*.early.sh; do # what steps want compiled
         [ ! -e "$step" ] || CUDA_VISIBLE_DEVICES=1 bounded 150 bash "$step" >"$results/$(basename "$step").log" 2>&1 &
     done
-    # Before the servers get there: they compile one kernel after another, all of them the same.
-    bounded 120 "$python" -m bench.gpu.precompile_experts --slots 32,36,48 --hidden 4096 --width 640 \
-        --batches 8,32,64,128,256 >"$results/precompile.log" 2>&1
-    say "experts' kernels: exit code $?, $(grep -c ': there' "$results/precompile.log") of $(wc -l <"$results/precompile.log")"
+    compile_experts 120
     bounded 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider ${TESTS:-tests/device tests/rebalance \
         tests/bench/test_emulated_link.py} >"$results/tests.log" 2>&1
     say "tests: exit code $?: $(tail -n 1 "$results/tests.log")"

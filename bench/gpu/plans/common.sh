@@ -21,6 +21,11 @@ unpack() { # SMALLER_MODEL: for GPUs that do not hold the plan's servers
     [ "$gib" -gt 120 ] || options+=(--model "$1")
     say "GPUs of $gib GiB"
 }
+compile_experts() { # END: before the servers get there, which compile one kernel after another, all of them the same
+    bounded "$1" "$python" -m bench.gpu.precompile_experts --slots 32,36,48 --hidden 4096 --width 640 \
+        --batches 8,32,64,128,256 >"$results/precompile.log" 2>&1
+    say "experts' kernels: exit code $?, $(grep -c ': there' "$results/precompile.log") of $(wc -l <"$results/precompile.log")"
+}
 place_maps() { # RUN LINK: those that were planned before, for this run or for any on that link
     local maps=$CARRY/maps/$1
     [ -d "$maps" ] || maps=$CARRY/maps/$2

@@ -13,10 +13,7 @@ set -uo pipefail
 runs=$(cat "${1:?usage: runs.sh FILE}") || exit
 . bench/gpu/plans/common.sh
 unpack "random:layers=8,hidden=4096,expert_width=640,heads=32,kv_heads=1"
-if [ -z "${REHEARSE:-}" ]; then # before the servers get there: each compiles one kernel after another, all of them the same
-    bounded 150 "$python" -m bench.gpu.precompile_experts --slots 32,36,48 --hidden 4096 --width 640 \
-        --batches 8,32,64,128,256 >"$results/precompile.log" 2>&1 &
-fi
+[ -n "${REHEARSE:-}" ] || compile_experts 150 &
 while read -r run link end profile more; do
     # shellcheck disable=SC2086  # words
     measure "$run" "$link" "$end" "$profile" $more </dev/null
