@@ -92,6 +92,9 @@ def test_cpu_time_is_that_of_the_process_that_runs_the_passes(tmp_path: Path) ->
     command = "import time, sys; time.sleep(60)"
     process = subprocess.Popen(["sglang::scheduler", "-c", command], executable=sys.executable, start_new_session=True)
     try:
+        # Popen returns while the kernel is still putting the new command line in place.
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.001)
         while (seconds := recording_costs.cpu_seconds(SimpleNamespace(process=process))) <= 0:  # type: ignore[arg-type]
             time.sleep(0.01)
         assert seconds < 30
