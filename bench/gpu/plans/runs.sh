@@ -4,7 +4,7 @@
 #
 #   replicas.runs  full passes and requests over the emulated link of 25 GB/s and over NVLink, with few and many replicas;
 #                  then decoding
-#   table.runs     a decode server (low-latency mode alone); then five batch sizes of requests, with a noise floor
+#   table.runs     five batch sizes of requests: over NVLink, with a noise floor, then over the emulated link
 #
 #   bash bench/gpu/session.sh SECONDS bench/gpu/plans/runs.sh FILE
 #
