@@ -69,8 +69,9 @@ class LoadConfig:
 
     ``prompts``: `sharegpt` for text, or `random-ids`, for models whose routing is forced so that text does not matter.
     ``input_tokens`` is [shortest, longest] prompt that is taken as it is; ``exact_input_tokens`` instead cuts and
-    joins prompts to one length. ``output_tokens`` is the same for every request (end of sequence ignored), but for the
-    first of a closed loop if it is to ``stagger`` (see bench.harness.workload). ``request_rate`` (requests/s) makes the
+    joins prompts to one length. ``output_tokens`` are what every request gets (end of sequence ignored), give or take as
+    many as ``output_spread`` says, and fewer for the first of a closed loop if it is to ``stagger`` (see
+    bench.harness.workload). ``request_rate`` (requests/s) makes the
     load open (Poisson arrivals, at most the concurrency in flight); 0 is a closed loop. For ``slo_*`` (0: none) and
     ``stall_ms`` see bench.figures.steady.Targets.
 
@@ -84,6 +85,7 @@ class LoadConfig:
 
     requests: Mapping[int, int]
     output_tokens: int
+    output_spread: int = 0
     kind: str = "requests"
     blocks: int = 0
     prompts: str = "sharegpt"
@@ -102,6 +104,13 @@ class LoadConfig:
     @property
     def concurrency(self) -> tuple[int, ...]:
         return tuple(sorted(self.requests))
+
+    @property
+    def lengths(self) -> str:
+        """Tokens in and out, for a sentence."""
+        prompt = str(self.exact_input_tokens) if self.exact_input_tokens else "{} to {}".format(*self.input_tokens)
+        least, most = self.output_tokens - self.output_spread, self.output_tokens + self.output_spread
+        return f"{prompt} tokens in, {least} to {most} out" if least < most else f"{prompt} tokens in, {most} out"
 
     def requests_at(self, concurrency: int) -> int:
         """Requests of a cell; between the profile's own points by interpolation, never fewer than 4 a slot."""
@@ -123,6 +132,11 @@ class LoadConfig:
             raise InputError(f"{source} prompts is {self.prompts!r}, but must be sharegpt or random-ids")
         if self.kind != PREFILL and self.output_tokens < 4:
             raise InputError(f"{source} output_tokens must be at least 4")
+        if self.output_spread and (self.kind == DECODE or not 0 < self.output_spread <= self.output_tokens - 4):
+            raise InputError(
+                f"{source} output_spread is {self.output_spread}, but must leave 4 of the {self.output_tokens} output "
+                "tokens, and requests of a decode load end together"
+            )
         if self.token_streams and (self.kind != DECODE or not 0 < self.token_streams <= min(self.requests)):
             raise InputError(
                 f"{source} token_streams is {self.token_streams}, but must be a number of the requests of a decode load"

@@ -44,6 +44,7 @@ def rehearsal(profile: Profile) -> Profile:
         input_tokens=(8, 16),
         exact_input_tokens=0,
         output_tokens=16,
+        output_spread=0,
         request_rate=0.0,
         warmup_requests=8,
         warmup_rounds=3,
@@ -60,6 +61,7 @@ def rehearsal(profile: Profile) -> Profile:
             other,
             **small,
             output_tokens=min(other.output_tokens, 24),
+            output_spread=0,
             token_streams=min(other.token_streams, 2),
             request_rate=min(other.request_rate, 2.0),
         )

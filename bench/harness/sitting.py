@@ -59,9 +59,8 @@ class Preparation:
         for level in self.plan.levels():
             load, key = self.plan.profile.load_named(level.load), (level.load, level.concurrency)
             if self.plan.profile.server.engine == "cuda":
-                wave = replace(
-                    load, output_tokens=min(SHORT_OUTPUT, load.output_tokens), stagger=False, token_streams=0
-                )
+                short_output = min(SHORT_OUTPUT, load.output_tokens)
+                wave = replace(load, output_tokens=short_output, output_spread=0, stagger=False, token_streams=0)
                 short = (level.load, -level.concurrency)
                 found[short] = self._write(block, short, wave, level.concurrency, level.concurrency)
             found[key] = self._write(block, key, load, load.requests_at(level.concurrency), level.concurrency)

@@ -106,12 +106,16 @@ def output_lengths(load: LoadConfig, count: int, concurrency: int, seed: int) ->
 
     Requests of one length that start together also end together, so a closed loop would swing between a burst of
     prefills and pure decoding. With ``load.stagger`` the first ``concurrency`` requests are shortened to evenly spaced
-    parts of the length, in random order: from then on requests end, and begin, one after another.
+    parts of the length, in random order: from then on requests end, and begin, one after another. Where the server
+    gathers prompts into full passes, those of a pass end together again, and passes come singly or in pairs as it
+    happens; ``load.output_spread`` draws lengths that differ.
     """
-    lengths = [load.output_tokens] * count
+    random = np.random.default_rng(seed)
+    least, most = load.output_tokens - load.output_spread, load.output_tokens + load.output_spread
+    lengths = random.integers(least, most, count, endpoint=True).tolist() if most > least else [most] * count
     first = min(concurrency, count)
     if load.stagger and not load.request_rate and first > 1:
-        parts = np.random.default_rng(seed).permutation(first) + 1
+        parts = random.permutation(first) + 1
         lengths[:first] = [max(MIN_OUTPUT_TOKENS, round(load.output_tokens * part / first)) for part in parts.tolist()]
     return lengths
 

@@ -65,13 +65,12 @@ def _section(name: str, load: LoadConfig, frame: pd.DataFrame, plan: RunPlan, em
         for arm in plan.arms
         if (level, arm) in measured
     ]
-    asked = f"{load.exact_input_tokens or '{} to {}'.format(*load.input_tokens)} tokens in, {load.output_tokens} out"
     text = _TEXT[load.kind]
     if load.request_rate:
         text += f" Poisson arrivals at {load.request_rate:g} requests/s, at most so many at once."
     if load.token_streams:
         text += f" TPOT and ITL are of the {load.token_streams} requests that stream token by token."
-    lines = ["", f"## Load `{name}`{emulated}", "", f"{text} {asked}; median over blocks.", ""]
+    lines = ["", f"## Load `{name}`{emulated}", "", f"{text} {load.lengths}; median over blocks.", ""]
     lines += metric_table(rows, {**compared, **_SHOWN[load.kind]})
     if ratios := ratio_table(frame, compared):
         lines += ["", *ratios]

@@ -228,15 +228,14 @@ _PLACEMENT_TEXT = (
 def _facts(plan: RunPlan, environment: dict[str, Any]) -> list[str]:
     load, profile = plan.profile.load, plan.profile
     versions = environment.get("versions", {})
-    prompt = f"{load.exact_input_tokens}" if load.exact_input_tokens else "{} to {}".format(*load.input_tokens)
     rate = f"Poisson arrivals at {load.request_rate:g} requests/s" if load.request_rate else "closed loop"
     return [
         f"Hardware: {environment.get('hardware')}",
         f"SGLang {versions.get('sglang')}, torch {versions.get('torch')}, commit {environment.get('commit')}"
         + (" with uncommitted changes" if environment.get("uncommitted_changes") else ""),
         f"Date: {environment.get('date')}",
-        f"Model {profile.server.model}, {profile.server.ranks} ranks; prompts: {plan.prompts}, {prompt} tokens in, "
-        f"{load.output_tokens} out; {rate}, sglang.bench_serving",
+        f"Model {profile.server.model}, {profile.server.ranks} ranks; prompts: {plan.prompts}, {load.lengths}; "
+        f"{rate}, sglang.bench_serving",
         f"Command: `{environment.get('command')}`",
         *([f"Link: **{link.title}**"] if (link := Link.of(profile)).emulated else []),
     ]

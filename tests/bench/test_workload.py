@@ -65,6 +65,15 @@ def test_random_ids_are_made_from_a_recipe(tmp_path: Path) -> None:
     assert requests_of(exact.path)[0].input_tokens == 7
 
 
+def test_lengths_that_differ_do_not_end_together() -> None:
+    load = replace(LOAD, output_tokens=48, output_spread=16)
+    lengths = output_lengths(load, 3000, 16, seed=1)
+    assert (min(lengths), max(lengths)) == (32, 64) and len(set(lengths)) == 33
+    assert 47 < sum(lengths) / len(lengths) < 49
+    staggered = output_lengths(replace(load, stagger=True), 3000, 16, seed=1)
+    assert sorted(staggered[:16]) == list(range(3, 49, 3)) and staggered[16:] == lengths[16:]
+
+
 def test_the_first_requests_of_a_closed_loop_end_one_after_another() -> None:
     load = replace(LOAD, output_tokens=64, stagger=True)
     lengths = output_lengths(load, 40, 16, seed=1)
