@@ -28,7 +28,8 @@ RUNS: tuple[tuple[str, int, tuple[int, ...], tuple[int, ...]], ...] = (
     ("qwen3-235b-h200", 16, (16, 128), (0, 32)),
     ("gpt-oss-120b-h200", 8, (8, 64), (0,)),
 )
-_ARMS = ("contiguous map", "EPLB", *(f"affinity, `{rule}`" for rule in RULES))
+FURTHER = 1  # slots of a GPU that small passes use besides the primaries, over several nodes
+_ARMS = ("contiguous map", "EPLB", *(f"affinity, `{rule}`" for rule in RULES), f"affinity, `primary`, {FURTHER} further")
 
 
 def decode_rows(
@@ -50,9 +51,10 @@ def decode_rows(
         for redundant in of_eplb:
             found += simulate(system.resized(gpus, redundant), source, phases, ["eplb"], resamples=RESAMPLES)
         for redundant in redundancies:
+            further = (0, FURTHER) if system.resized(gpus, redundant).topology.num_nodes > 1 else (0,)
             found += simulate(
                 system.resized(gpus, redundant), source, phases, ["none", "eplb", "affinity"], resamples=RESAMPLES,
-                rules=RULES,
+                rules=RULES, further_slots=further,
             )  # fmt: skip
         for batch in BATCHES:
             of_batch = [result for result in found if result.tokens_per_gpu == batch]
@@ -60,7 +62,7 @@ def decode_rows(
             for redundant in redundancies:
                 results = [r for r in of_batch if r.redundant == redundant]
                 same = next(r for r in results if r.algorithm == "eplb")
-                for arm, result in zip(_ARMS, results, strict=True):
+                for arm, result in zip(_ARMS, results, strict=False):  # the last one only where there is a choice
                     rows.append({"preset": preset, **_row(arm, result, same, best)})
                     done(rows[-1])
     return rows
@@ -92,9 +94,10 @@ def decode_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [f"{key[0]}, {key[1]} GPUs", str(key[2]), str(key[3])]
         for row in arms:
             mark = "**" if round(row["step ms"], 1) == shortest else ""
-            large = row["arm"].endswith("`primary`") and row["served rule"] != "primary"
+            large = "`primary`" in row["arm"] and row["served rule"] != "primary"
             text = f"{mark}{row['step ms']:.1f}{mark} ms, {row['active slots']:.1f}"
             cells.append(text + (f" (as `{row['served rule']}`)" if large else ""))
+        cells += [""] * (len(_ARMS) - len(arms))
         ours = min((row for row in arms if row["arm"].startswith("affinity")), key=lambda row: float(row["step ms"]))
         cells.append(
             f"{ours['best EPLB ms']:.1f} ms, {ours['best EPLB active slots']:.1f} (+{ours['best EPLB redundant']})"

@@ -39,6 +39,10 @@ from sglang_eplb_affinity.formats.maps import load_map
     show_default=True, help="Replica choice; may repeat. dynamic spreads evenly over replicas, as EPLB assumes.",
 )  # fmt: skip
 @click.option(
+    "--further-slots", type=click.IntRange(0), default=0, show_default=True,
+    help="Slots of each GPU that small passes use besides the primary ones; needs --dispatch primary.",
+)  # fmt: skip
+@click.option(
     "--pass-tokens",
     type=click.IntRange(1),
     default=1024,
@@ -53,8 +57,8 @@ from sglang_eplb_affinity.formats.maps import load_map
 @click.option("--out", type=FILE, help="Write to a file instead of standard output.")
 def evaluate_command(
     traces: tuple[Path, ...], dumps: tuple[Path, ...], maps: tuple[Path, ...], gpus: int, nodes: int,
-    rules: tuple[DispatchRule, ...], pass_tokens: int, ranks: tuple[int, ...], lost_nodes: tuple[int, ...],
-    current_map: Path | None, dense_layers: int, style: str, out: Path | None,
+    rules: tuple[DispatchRule, ...], further_slots: int, pass_tokens: int, ranks: tuple[int, ...],
+    lost_nodes: tuple[int, ...], current_map: Path | None, dense_layers: int, style: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Fan-outs, remote copies and GPU load of maps on recorded tokens.
 
@@ -64,6 +68,8 @@ def evaluate_command(
           --gpus 8 --nodes 2 --dispatch cover --dispatch dynamic --format json
     """
     topology = topology_of(gpus, nodes)
+    if further_slots and "primary" not in rules:
+        raise InputError(f"--further-slots {further_slots}: needs --dispatch primary")
     if not traces and not dumps:
         raise InputError("give --trace or --dump, once or several times")
     if out is not None:
@@ -84,7 +90,11 @@ def evaluate_command(
                 expert_map = load_map(map_path, dense_layers, experts, gpus)
                 expert_map = recorded.restrict(expert_map, dense_layers, name_of(map_path))
                 for rule in rules:
-                    results.append(_result(recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens))
+                    results.append(
+                        _result(
+                            recorded, map_path, expert_map, topology, rule, current, gone, pass_tokens, further_slots
+                        )
+                    )
                     done(1)
     text = {"json": as_json, "csv": as_csv, "table": as_table}[style](results, topology)
     if out is None:
@@ -123,16 +133,19 @@ def _load_result(
 
 def _result(
     recorded: Recorded, map_path: Path, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
-    current: ExpertMap | None, gone: list[int], pass_tokens: int,
+    current: ExpertMap | None, gone: list[int], pass_tokens: int, further_slots: int,
 ) -> dict[str, Any]:  # fmt: skip
     if recorded.trace is None:
         if gone:
             raise InputError(f"{recorded.path}: holds counts only; --without-rank and --without-node need token sets")
         return _load_result(recorded, map_path, expert_map, topology, rule, current)
     trace, trace_path = recorded.trace, recorded.path
-    traffic = measure_trace(trace, expert_map, topology, rule, name_of(map_path), pass_tokens)
+    further = further_slots if rule == "primary" else 0
+    traffic = measure_trace(trace, expert_map, topology, rule, name_of(map_path), pass_tokens, further)
     moved = None if current is None else moved_experts(current, expert_map, topology)
-    loss = without_gpus(trace, expert_map, topology, rule, gone, name_of(map_path), pass_tokens) if gone else None
+    loss = None
+    if gone:
+        loss = without_gpus(trace, expert_map, topology, rule, gone, name_of(map_path), pass_tokens, further)
     return {
         "trace": str(trace_path),
         "map": name_of(map_path),
@@ -141,6 +154,7 @@ def _result(
         "nodes": topology.num_nodes,
         "tokens": trace.num_tokens,
         "pass_tokens": pass_tokens,
+        "further_slots": further,
         "layers": trace.num_layers,
         "slots": expert_map.num_slots,
         **{name: float(getattr(traffic, name).mean()) for name in METRICS},

@@ -29,7 +29,8 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def as_csv(results: list[dict[str, Any]], topology: Topology) -> str:
     buffer = io.StringIO()
     rows = _rows(results)
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for row in rows for name in row)  # of counts alone less is known
+    writer = csv.DictWriter(buffer, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue().rstrip()
@@ -42,7 +43,9 @@ def as_table(results: list[dict[str, Any]], topology: Topology) -> str:
     lines = [header]
     for result in results:
         values = [_cell(name, result[name]) for name in names]
-        lines.append([Path(result["trace"]).name, Path(result["map"]).name, result["dispatch"], *values])
+        further = result.get("further_slots")
+        rule = f"{result['dispatch']}+{further}" if further else result["dispatch"]
+        lines.append([Path(result["trace"]).name, Path(result["map"]).name, rule, *values])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     title = f"{topology.num_gpus} GPUs on {topology.num_nodes} nodes; means over layers. Source: {SOURCE_MODEL}."

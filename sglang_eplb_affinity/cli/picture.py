@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.evaluate import NO_PASS_LOAD, ONE_PASS, dealt_sources, even_load, measure_layer
-from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
+from sglang_eplb_affinity.dispatch.primaries import tables_of_rule
+from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
@@ -85,9 +86,10 @@ def _fanout(tokens: np.ndarray, one: ExpertMap, topology: Topology, rule: Dispat
     used = np.ascontiguousarray(tokens[(tokens >= 0).any(1)], dtype=np.int16)
     slots_per_gpu = topology.slots_per_gpu(one.num_slots)
     chosen = np.full(used.shape, -1, np.int16)
+    table, replicas, number = tables_of_rule(one, topology, rule)
     measure_layer(
-        used, dealt_sources(len(used), topology), one.logical_to_all_physical()[0], one.replica_counts()[0],
-        slots_per_gpu, topology.gpus_per_node, topology.num_nodes, int(RuleNumber.of(rule)), np.zeros(5, np.int64),
+        used, dealt_sources(len(used), topology), table[0], replicas[0],
+        slots_per_gpu, topology.gpus_per_node, topology.num_nodes, int(number), np.zeros(5, np.int64),
         np.zeros(one.num_slots, np.int64), chosen, ONE_PASS, NO_PASS_LOAD,
     )  # fmt: skip
     gpus = np.sort(np.where(chosen >= 0, chosen // slots_per_gpu, -1), axis=1)

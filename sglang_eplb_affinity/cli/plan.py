@@ -79,6 +79,10 @@ SAMPLE_TOKENS = 16384
     help="Replica choice of the server; the map is planned and its load judged with it.",
 )  # fmt: skip
 @click.option(
+    "--further-slots", type=click.IntRange(0), default=0, show_default=True,
+    help="Slots of each GPU that small passes use besides the primary ones; needs --dispatch primary.",
+)  # fmt: skip
+@click.option(
     "--max-load-increase", type=FINITE, default=0.01, show_default=True,
     help="Largest rise of the most loaded GPU over EPLB's own placement (0.01 = 1 %).",
 )  # fmt: skip
@@ -111,7 +115,7 @@ def plan_command(
     trace: Path | None, dumps: tuple[Path, ...], gpus: int, nodes: int, redundant: str,
     memory_gb: float | None, expert_mb: float | None, algorithm: str,
     groups: int | None, objective: Objective, prefill_share: float | None, dispatch: DispatchRule,
-    max_load_increase: float, load_noise_allowance: float, p95_allowance: float | None, node_weight: int,
+    further_slots: int, max_load_increase: float, load_noise_allowance: float, p95_allowance: float | None, node_weight: int,
     survive: Survive, current_map: Path | None, max_moves: int | None, effort: Effort, seed: int,
     threads: int | None, dense_layers: int, out: Path, report: Path | None,
 ) -> None:  # fmt: skip
@@ -130,8 +134,8 @@ def plan_command(
         config = PlannerConfig(
             objective=objective, prefill_share=prefill_share, max_load_increase=max_load_increase,
             load_noise_allowance=load_noise_allowance, p95_allowance=p95_allowance, node_weight=node_weight,
-            num_groups=groups, effort=effort, dispatch=dispatch, seed=seed, max_moves=max_moves, survive=survive,
-            threads=threads,
+            num_groups=groups, effort=effort, dispatch=dispatch, further_slots=further_slots, seed=seed,
+            max_moves=max_moves, survive=survive, threads=threads,
         )  # fmt: skip
     for path in (out, report):
         if path is not None:

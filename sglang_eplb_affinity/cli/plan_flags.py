@@ -19,7 +19,7 @@ from sglang_eplb_affinity.planner.survival import Survive
 # What EPLB's own placements know nothing of.
 _OF_AFFINITY = (
     "objective", "prefill_share", "max_load_increase", "load_noise_allowance", "p95_allowance", "node_weight",
-    "survive", "current_map", "max_moves", "report",
+    "survive", "current_map", "max_moves", "report", "further_slots",
 )  # fmt: skip
 
 
@@ -35,6 +35,14 @@ def check_flags(topology: Topology, values: dict[str, Any]) -> None:
     if values["algorithm"] != "affinity" and ignored:
         raise InputError(f"{_flag(ignored[0])}: needs --algorithm affinity, not {values['algorithm']}")
     _check_redundant(values)
+    further, dispatch = values["further_slots"], values["dispatch"]
+    if further and dispatch != "primary":
+        raise InputError(f"--further-slots {further}: needs --dispatch primary, not {dispatch}")
+    if further and values["redundant"].isdecimal() and further > int(values["redundant"]) // topology.num_gpus:
+        raise InputError(
+            f"--further-slots {further}: --redundant {values['redundant']} on {topology.num_gpus} GPUs makes "
+            f"{int(values['redundant']) // topology.num_gpus} slots of a GPU besides the primary ones; use no more"
+        )
     if values["prefill_share"] is not None and values["objective"] != "mixed":
         raise InputError(f"--prefill-share {values['prefill_share']}: needs --objective mixed")
     _check_survive(topology, values["survive"], values["redundant"], values["max_moves"])

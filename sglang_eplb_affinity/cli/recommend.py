@@ -162,10 +162,11 @@ def _text(system: System, answer: Recommendation, day: DayResult | None, drifts:
     chosen = answer.chosen.result
     lines = [f"\n{answer.phase}:", f"  judged on passes of {chosen.tokens_per_gpu} tokens a GPU"]
     if answer.enable:
+        further = f" with --eplb-affinity-further-slots {chosen.further_slots}" if chosen.further_slots else ""
         gigabytes = memory.expert_gb(system, chosen.redundant) - memory.expert_gb(system, 0)
         lines.append(
             f"  use {chosen.algorithm} with {chosen.redundant} redundant experts ({gigabytes:.1f} GB on each GPU), "
-            f"dispatch rule {chosen.dispatch_rule}, DeepEP {chosen.mode}"
+            f"dispatch rule {chosen.dispatch_rule}{further}, DeepEP {chosen.mode}"
         )
         lines.append(f"  predicted gain over no EPLB: {_gain(answer.over_none)}")
         if answer.over_eplb is not None:

@@ -76,6 +76,10 @@ def command_line() -> str:
     help="Affinity's replica choice; may repeat.  [default: static and primary in low latency and "
     "in decode with v2 on one node, else cover_balanced]",
 )  # fmt: skip
+@click.option(
+    "--further-slots", type=click.IntRange(0), multiple=True, default=(0,), show_default=True,
+    help="Slots of each GPU that small passes use besides the primary ones, under primary; may repeat.",
+)  # fmt: skip
 @click.option("--effort", type=click.Choice(["fast", "thorough"]), default="fast", show_default=True)
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
 @click.option("--prefill-tokens", help="Tokens on each GPU in a prefill step, such as 2048,8192.")
@@ -96,8 +100,8 @@ def command_line() -> str:
 def simulate_command(
     trace: Path | None, dumps: tuple[Path, ...], test_trace: Path | None, dense_layers: int,
     topology: str, gpu_list: str | None,
-    redundant: int | None, algorithms: tuple[Algorithm, ...], rules: tuple[DispatchRule, ...], effort: Effort,
-    phases: tuple[Phase, ...], prefill_tokens: str | None,
+    redundant: int | None, algorithms: tuple[Algorithm, ...], rules: tuple[DispatchRule, ...],
+    further_slots: tuple[int, ...], effort: Effort, phases: tuple[Phase, ...], prefill_tokens: str | None,
     decode_batch: str | None, prefill_mode: str | None, decode_mode: str | None, overlap: str | None, layers: int,
     resamples: int, child_spread: float, seed: int, style: str, out: Path | None, plots: Path | None,
 ) -> None:  # fmt: skip
@@ -127,8 +131,10 @@ def simulate_command(
         runs += [("decode", tokens) for tokens in wanted]
     wanted_algorithms = list(dict.fromkeys(algorithms))
     results: list[PhaseResult] = []
-    wanted_rules = list(dict.fromkeys(rules))
-    total = sum(runs_of(each, runs, wanted_algorithms, resamples, wanted_rules) for each in systems)
+    wanted_rules, further = list(dict.fromkeys(rules)), list(dict.fromkeys(further_slots))
+    for each in systems:
+        check_further_slots(max(further), each)
+    total = sum(runs_of(each, runs, wanted_algorithms, resamples, wanted_rules, further) for each in systems)
     with progress(total, "simulating") as done:
         source = RoutingSource(
             recording, test, system.model, sampled_layers(system, layers), seed=seed, child_spread=child_spread
@@ -136,7 +142,7 @@ def simulate_command(
         for each in systems:
             results += simulate(
                 each, source, runs, wanted_algorithms, resamples=resamples, rules=wanted_rules, effort=effort,
-                progress=done,
+                further_slots=further, progress=done,
             )  # fmt: skip
     head = report.header(system, source.label, command_line())
     prompt = system.serving.prompt_tokens
@@ -148,6 +154,15 @@ def simulate_command(
             click.echo(f"{path} written", err=True)
     table = {"table": report.text_table, "markdown": lambda _h, r, p: report.markdown_table(r, p)}
     click.echo(full if style == "json" else table[style](head, results, prompt))
+
+
+def check_further_slots(further: int, system: System) -> None:
+    redundant, gpus = system.serving.redundant_experts, system.cluster.gpus
+    if further > redundant // gpus:
+        raise InputError(
+            f"--further-slots {further}: {redundant} redundant experts on {gpus} GPUs make {redundant // gpus} slots of "
+            "a GPU besides the primary ones; use no more"
+        )
 
 
 def configured(topology: str, prefill_mode: str | None, decode_mode: str | None, overlap: str | None) -> System:

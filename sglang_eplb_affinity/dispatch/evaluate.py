@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, slots_of_sources, weights_of_passes
+from sglang_eplb_affinity.dispatch.primaries import tables_of_rule
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -185,16 +186,16 @@ def measure(
     source: np.ndarray | None,
     threads: int = 1,
     pass_tokens: int | None = None,
+    further_slots: int = 0,
 ) -> Traffic:
     """Traffic and load of ``tokens`` int16 [layers, T, k] (rows of -1 are skipped) under ``rule``.
 
     ``source`` int32 [T] is the GPU of each token, or None: then remote copies are 0 and source steps are skipped.
     ``threads`` share the layers. ``pass_tokens`` of each GPU make one pass; None: all tokens are one.
+    ``further_slots``: of each GPU, under ``primary``.
     """
-    number = int(RuleNumber.of(rule))
     layers = len(tokens)
-    table = expert_map.logical_to_all_physical()
-    replicas = expert_map.replica_counts()
+    table, replicas, number = tables_of_rule(expert_map, topology, rule, further_slots)
     slots_per_gpu = topology.slots_per_gpu(expert_map.num_slots)
     sums = np.zeros((layers, 5), np.int64)
     slot_load = np.zeros((layers, expert_map.num_slots), np.int64)
@@ -207,7 +208,7 @@ def measure(
         pass_load = np.zeros((passes, expert_map.num_slots), np.int64)
         measure_layer(
             np.ascontiguousarray(tokens[layer], dtype=np.int16), where, table[layer], replicas[layer], slots_per_gpu,
-            topology.gpus_per_node, topology.num_nodes, number, sums[layer],
+            topology.gpus_per_node, topology.num_nodes, int(number), sums[layer],
             slot_load[layer],
             NOT_KEPT, pass_of, pass_load,
         )  # fmt: skip
@@ -230,12 +231,15 @@ def measure(
 
 def measure_trace(
     trace: RoutingTrace, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, map_source: str = "map",
-    pass_tokens: int | None = None,
+    pass_tokens: int | None = None, further_slots: int = 0,
 ) -> Traffic:  # fmt: skip
     """:func:`measure` for a whole trace with the assumed source GPUs."""
     check_fits(expert_map, trace.num_layers, trace.num_experts, trace.source, map_source)
     tokens = np.ascontiguousarray(trace.topk_ids.transpose(1, 0, 2), dtype=np.int16)
-    return measure(tokens, expert_map, topology, rule, source_gpus(trace, topology), pass_tokens=pass_tokens)
+    return measure(
+        tokens, expert_map, topology, rule, source_gpus(trace, topology), pass_tokens=pass_tokens,
+        further_slots=further_slots,
+    )  # fmt: skip
 
 
 def moved_experts(old: ExpertMap, new: ExpertMap, topology: Topology) -> np.ndarray:

@@ -15,6 +15,7 @@ from sglang_eplb_affinity.dispatch.evaluate import (
     passes_of,
     source_gpus,
 )
+from sglang_eplb_affinity.dispatch.primaries import active_replicas
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -39,12 +40,12 @@ class Loss:
 
 def without_gpus(
     trace: RoutingTrace, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, gone: Sequence[int],
-    map_source: str = "map", pass_tokens: int | None = None,
+    map_source: str = "map", pass_tokens: int | None = None, further_slots: int = 0,
 ) -> Loss:  # fmt: skip
     """``trace`` dispatched by ``rule`` when the GPUs ``gone`` are lost, whose tokens the others get in turn.
 
     A token goes on without its lost experts. ``pass_tokens`` of each GPU make one pass, which ``cover_balanced`` sees;
-    None: all tokens are one. Raises InputError for GPUs that are not there, or all of them.
+    None: all tokens are one. ``further_slots``: of each GPU, under ``primary``. Raises InputError for GPUs that are not there, or all of them.
     """
     check_fits(expert_map, trace.num_layers, trace.num_experts, trace.source, map_source)
     if not gone or min(gone) < 0 or max(gone) >= topology.num_gpus:
@@ -57,19 +58,23 @@ def without_gpus(
     source = np.where(np.isin(source, living), source, living[np.arange(len(source)) % len(living)]).astype(np.int32)
     pass_of, _ = passes_of(len(source), source, topology, pass_tokens)
     alive = np.isin(np.arange(expert_map.num_slots) // slots_per_gpu, living)
+    number = RuleNumber.of("static" if rule == "primary" else rule)
     lost, hit, figures = [], [], []
     for layer, row in enumerate(expert_map.physical_to_logical):
         table, replicas = _living_replicas(row, expert_map.num_experts, alive)
         is_lost = replicas == 0
         # A lost expert keeps a slot in the table, which no token asks for: the rules want one.
         table[is_lost, 0], replicas[is_lost] = np.flatnonzero(alive)[0], 1
+        if rule == "primary":
+            table = active_replicas(table[None], topology, expert_map.num_slots, further_slots)[0]
+            replicas = (table >= 0).sum(1).astype(np.int32)
         tokens = trace.topk_ids[:, layer].astype(np.int16)
         masked = np.where(is_lost[tokens], np.int16(-1), tokens)
         masked = np.take_along_axis(masked, np.argsort(masked < 0, axis=1, kind="stable"), axis=1)
         sums, load = np.zeros(5, np.int64), np.zeros(expert_map.num_slots, np.int64)
         measure_layer(
             np.ascontiguousarray(masked), source, table, replicas, slots_per_gpu, topology.gpus_per_node,
-            topology.num_nodes, int(RuleNumber.of(rule)), sums, load, NOT_KEPT, pass_of, NO_PASS_LOAD,
+            topology.num_nodes, int(number), sums, load, NOT_KEPT, pass_of, NO_PASS_LOAD,
         )  # fmt: skip
         by_gpu = load.reshape(topology.num_gpus, -1).sum(1)[living]
         lost.append(int(is_lost.sum()))

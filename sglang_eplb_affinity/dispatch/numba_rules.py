@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.primaries import primary_slots
 from sglang_eplb_affinity.dispatch.rules import EVEN_WEIGHT, MOST_WEIGHT, RuleNumber
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 
 _STATIC, _COVER, _BALANCED = int(RuleNumber.STATIC), int(RuleNumber.COVER), int(RuleNumber.COVER_BALANCED)
-_PRIMARY = int(RuleNumber.PRIMARY)
 
 
 @kernel
@@ -25,50 +23,48 @@ def _visit(t, slot, slots_per_gpu, gpus_per_node, gpu_mark, node_mark):  # type:
 
 
 @kernel
+def deal_expert(e, slots, count, num_gpus, slots_per_gpu, gpus_per_node, out):  # type: ignore[no-untyped-def]
+    """Write into out int32 [gpus] the slot that each GPU sends expert e's tokens to under ``static``; slots int32, the
+    first ``count`` of them e's in rising order."""
+    on_node = np.zeros(num_gpus // gpus_per_node, np.int64)
+    turn = np.full(num_gpus // gpus_per_node + 1, e, np.int64)
+    candidates = np.empty(count, np.int64)
+    for i in range(count):
+        on_node[slots[i] // slots_per_gpu // gpus_per_node] += 1
+    for rank in range(num_gpus):
+        node = rank // gpus_per_node
+        own = -1
+        found = 0
+        for i in range(count):
+            gpu = slots[i] // slots_per_gpu
+            if gpu == rank and own < 0:
+                own = slots[i]
+            if on_node[node] == 0 or gpu // gpus_per_node == node:
+                candidates[found] = slots[i]
+                found += 1
+        if own >= 0:
+            out[rank] = own
+            continue
+        group = node if on_node[node] > 0 else num_gpus // gpus_per_node
+        out[rank] = candidates[turn[group] % found]
+        turn[group] += 1
+
+
+@kernel
 def static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node):  # type: ignore[no-untyped-def]
     """int32 [gpus, experts]: the slot that each GPU sends an expert's tokens to under ``static``.
 
     table int32 [experts, max_replicas]; replicas int32 [experts].
     """
-    experts = table.shape[0]
-    num_nodes = num_gpus // gpus_per_node
-    out = np.empty((num_gpus, experts), np.int32)
-    on_node = np.empty(num_nodes, np.int64)
-    turn = np.empty(num_nodes + 1, np.int64)
-    candidates = np.empty(table.shape[1], np.int64)
-    for e in range(experts):
-        on_node[:] = 0
-        turn[:] = e
-        for i in range(replicas[e]):
-            on_node[table[e, i] // slots_per_gpu // gpus_per_node] += 1
-        for rank in range(num_gpus):
-            node = rank // gpus_per_node
-            own = -1
-            found = 0
-            for i in range(replicas[e]):
-                gpu = table[e, i] // slots_per_gpu
-                if gpu == rank and own < 0:
-                    own = table[e, i]
-                if on_node[node] == 0 or gpu // gpus_per_node == node:
-                    candidates[found] = table[e, i]
-                    found += 1
-            if own >= 0:
-                out[rank, e] = own
-                continue
-            group = node if on_node[node] > 0 else num_nodes
-            out[rank, e] = candidates[turn[group] % found]
-            turn[group] += 1
-    return out
+    out = np.empty((table.shape[0], num_gpus), np.int32)
+    for e in range(table.shape[0]):
+        deal_expert(e, table[e], replicas[e], num_gpus, slots_per_gpu, gpus_per_node, out[e])
+    return np.ascontiguousarray(out.T)
 
 
 @kernel
 def slots_of_sources(table, replicas, num_gpus, slots_per_gpu, gpus_per_node, rule, has_source):  # type: ignore[no-untyped-def]
-    """int32 [gpus or 1, experts]: the slot of each expert under a rule that looks at nothing but the source, for
-    :func:`choose_slots`; [0, 0] for other rules. table int32 [experts, max_replicas]; replicas int32 [experts]."""
-    if rule == _PRIMARY:
-        out = np.empty((1, table.shape[0]), np.int32)
-        out[0] = primary_slots(table, replicas, num_gpus, slots_per_gpu)
-        return out
+    """:func:`static_slots` where the rule needs them, for :func:`choose_slots`; [0, 0] for other rules."""
     if rule == _STATIC and has_source:
         return static_slots(table, replicas, num_gpus, slots_per_gpu, gpus_per_node)
     return np.empty((0, 0), np.int32)
@@ -96,8 +92,8 @@ def choose_slots(  # type: ignore[no-untyped-def]
     """Write the slot of each expert of one token into out int64 [k] (-1 for padding); returns its (GPU, node) fan-out.
 
     t: the token's row number, for the hash; row int16 [k]; home: its GPU, or -1 where it is not known; table int32
-    [experts, max_replicas]; replicas int32 [experts]; static: :func:`slots_of_sources`; rule: a RuleNumber. gpu_mark
-    int64 [gpus] and
+    [experts, max_replicas]; replicas int32 [experts]; static: :func:`slots_of_sources`; rule: a RuleNumber other than
+    ``primary``, which is ``static`` among other replicas (primaries.tables_of_rule). gpu_mark int64 [gpus] and
     node_mark int64 [nodes] hold the last token that visited each (start with -1); candidates int64 [max_replicas] is
     scratch. For ``cover_balanced``: ties int64 [gpus] counts the choices that had other candidates, unless it is empty;
     weights int64 [gpus] of the candidates, empty for the first choice.
@@ -127,8 +123,6 @@ def choose_slots(  # type: ignore[no-untyped-def]
             slot = int(table[e, h % n])
             if rule == _STATIC and home >= 0:
                 slot = int(static[home, e])
-            elif rule == _PRIMARY:
-                slot = int(static[0, e])
             elif covers:
                 for step in range(4):
                     found = 0

@@ -1,4 +1,5 @@
-"""The primary slot of each expert: the one that small passes use, so that every expert's weights are read once.
+"""The slots that small passes use: each expert's primary one, so that every expert's weights are read once, and where
+that saves more than it costs a few of each GPU besides.
 
 In a pass of few tokens a GPU's experts cost what reading the weights of its active slots costs, whatever the tokens
 (docs/design.md). With one active slot an expert there are experts / GPUs of them on each GPU, if the map allows it.
@@ -10,15 +11,22 @@ bipartite graphs and load balancing", 2006): no other choice has a smaller maxim
 function of the GPUs' numbers. On 2 GPUs with no expert twice on one GPU they are even: each GPU's experts without a
 replica on the other are at most half of all.
 
-A function of the map alone: ranks agree, and a map that is recorded or loaded brings its primaries along. Of several
+Over several nodes a second active slot may save more on the slow link than its weights cost: ``further_slots`` of each
+GPU are active too, and a pass goes by ``static`` among the active ones. 0 are the primaries alone, all of a GPU's are
+``static``. How many is the time model's to say (simulate, recommend), which of them the planner's
+(planner/further_slots.py).
+
+A function of the map alone: ranks agree, and a map that is recorded or loaded brings its choice along. Of several
 even choices a planner names one by the order of slots: where the first experts / GPUs slots of all GPUs hold every
-expert once, they are the primaries (planner/even_primaries.py takes those that load the busiest GPU least).
+expert once, they are the primaries (planner/even_primaries.py takes those that load the busiest GPU least), and the
+further ones are those behind them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
@@ -106,6 +114,31 @@ def primaries_of(replicas: np.ndarray, topology: Topology, num_slots: int) -> np
     slots_per_gpu = topology.slots_per_gpu(num_slots)
     of_layers = [primary_slots(table[n], count[n], topology.num_gpus, slots_per_gpu) for n in range(len(table))]
     return np.stack(of_layers) if of_layers else np.empty(table.shape[:2], np.int32)
+
+
+def active_replicas(replicas: np.ndarray, topology: Topology, num_slots: int, further_slots: int = 0) -> np.ndarray:
+    """int32, as ``replicas`` [layers, experts, max_replicas]: those that small passes use, in rising order, padded
+    with -1. They are the primaries and on each GPU the first ``further_slots`` of its other slots."""
+    slots_per_gpu = topology.slots_per_gpu(num_slots)
+    primary = primaries_of(replicas, topology, num_slots)
+    active = np.zeros((len(replicas), num_slots), bool)
+    np.put_along_axis(active, primary, True, axis=1)
+    others = ~active.reshape(len(replicas), topology.num_gpus, slots_per_gpu)
+    active |= (others & (others.cumsum(2) <= further_slots)).reshape(active.shape)
+    held = np.where(replicas >= 0, np.take_along_axis(active[:, None], np.maximum(replicas, 0), axis=2), False)
+    order = np.argsort(~held, axis=2, kind="stable")
+    return np.take_along_axis(np.where(held, replicas, -1), order, axis=2).astype(np.int32)
+
+
+def tables_of_rule(
+    expert_map: ExpertMap, topology: Topology, rule: DispatchRule, further_slots: int = 0
+) -> tuple[np.ndarray, np.ndarray, RuleNumber]:
+    """What compiled code is told of a rule: int32 [layers, experts, max_replicas], the replicas that may be taken, int32
+    [layers, experts], how many they are, and the rule among them. Raises InputError for a rule that there is not."""
+    table = expert_map.logical_to_all_physical()
+    if rule == "primary":
+        table, rule = active_replicas(table, topology, expert_map.num_slots, further_slots), "static"
+    return table, (table >= 0).sum(2).astype(np.int32), RuleNumber.of(rule)
 
 
 def over_share(primary: np.ndarray, topology: Topology, num_slots: int) -> int:

@@ -23,8 +23,9 @@ be taken, the source GPUs that have the same choice are dealt out to them in tur
 that each replica serves as many of them as any other, or one more. SGLang deals with a seeded shuffle, and sends a
 whole node to the first of its replicas.
 
-``primary`` takes each expert's primary slot (primaries.py), from every source. A server that is asked for it does so in
-small passes, and follows LARGE_PASS_RULE in others, or ``static`` where those are of DeepEP's low-latency mode.
+``primary`` is ``static`` among few replicas: each expert's primary slot and ``further_slots`` of each GPU
+(primaries.py). A server that is asked for it does so in small passes, and follows LARGE_PASS_RULE in others, or
+``static`` where those are of DeepEP's low-latency mode.
 
 The hash mixes the source in, or all ranks, whose rows have the same numbers, would deviate to the same side. Without a
 source (no all-to-all backend: every rank runs all tokens and must choose alike) pass ``source_gpu=None``.
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 DispatchRule = Literal["cover", "cover_balanced", "static", "dynamic", "primary"]
 DISPATCH_RULES: tuple[DispatchRule, ...] = ("cover", "cover_balanced", "static", "dynamic", "primary")
-# Those that are kernels of their own; ``primary`` is a table as ``static``'s. Placements are planned for these.
+# Those that are kernels of their own; ``primary`` is ``static`` with fewer replicas. Placements are planned for these.
 KERNEL_RULES: tuple[DispatchRule, ...] = ("cover", "cover_balanced", "static", "dynamic")
 COVER_RULES: tuple[DispatchRule, ...] = ("cover", "cover_balanced")  # those that look at the token's other experts
 # What SGLang does not have: chosen here, whichever algorithm plans.
@@ -62,13 +63,12 @@ class RuleNumber(IntEnum):
     DYNAMIC = 2
     COVER = 3
     COVER_BALANCED = 4
-    PRIMARY = 5
 
     @staticmethod
     def of(rule: DispatchRule) -> RuleNumber:
-        """Raises InputError for a rule that there is not."""
-        if rule not in DISPATCH_RULES:
-            raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(DISPATCH_RULES)}")
+        """Raises InputError for a rule that there is not; ``primary`` has none (primaries.tables_of_rule)."""
+        if rule not in KERNEL_RULES:
+            raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(KERNEL_RULES)}")
         return RuleNumber[rule.upper()]
 
 
@@ -94,19 +94,25 @@ def choose_replicas(
     rule: DispatchRule,
     source_gpu: torch.Tensor | int | None = None,
     first_row: int = 0,
+    further_slots: int = 0,
 ) -> torch.Tensor:
     """Physical ids [tokens, k] for one layer, whose tokens are one pass.
 
     ``logical_to_all_physical`` [experts, max_replicas] lists slots in rising order, padded with -1 (one layer of
     :meth:`ExpertMap.logical_to_all_physical`). ``source_gpu`` is one rank, or int [tokens]; ``first_row`` is the row
-    number of the first token, for callers that go in chunks.
+    number of the first token, for callers that go in chunks. ``further_slots``: of each GPU, under ``primary``.
     """
     import torch
 
-    RuleNumber.of(rule)
+    RuleNumber.of("static" if rule == "primary" else rule)
     device = topk_ids.device
     tokens = topk_ids.shape[0]
     table = logical_to_all_physical.to(device).long()
+    if rule == "primary":
+        from sglang_eplb_affinity.dispatch.primaries import active_replicas  # needs numba
+
+        active = active_replicas(table[None].numpy(force=True), topology, num_slots, further_slots)[0]
+        table = torch.from_numpy(active).to(device).long()
     slots_per_gpu = topology.slots_per_gpu(num_slots)
     row = torch.arange(first_row, first_row + tokens, device=device)[:, None]
     ids = topk_ids.long()
@@ -123,13 +129,8 @@ def choose_replicas(
 
     if rule == "dynamic":
         choice = _nth(valid, number % valid.sum(-1))
-    elif rule == "static":
+    elif rule in ("static", "primary"):
         choice = _choose_static(valid, table, safe, source, topology, slots_per_gpu, number)
-    elif rule == "primary":
-        from sglang_eplb_affinity.dispatch.primaries import primaries_of  # needs numba
-
-        primary = primaries_of(table[None].numpy(force=True), topology, num_slots)[0]
-        choice = (replicas == torch.from_numpy(primary).to(device)[safe][..., None]).int().argmax(-1)
     else:
         choice, tied = _choose_cover(valid, gpu, node, used, source, topology, number)
         if rule == "cover_balanced":
@@ -237,8 +238,9 @@ def _choose_cover(valid, gpu, node, used, source, topology, number, weights=None
 
 
 def dispatch_trace(
-    topk_ids: np.ndarray, expert_map: ExpertMap, topology: Topology, rule: DispatchRule, source_gpu: np.ndarray | None
-) -> np.ndarray:
+    topk_ids: np.ndarray, expert_map: ExpertMap, topology: Topology, rule: DispatchRule,
+    source_gpu: np.ndarray | None, further_slots: int = 0,
+) -> np.ndarray:  # fmt: skip
     """Physical ids [tokens, layers, k] of a whole trace; for tests and small traces (evaluate.py is the fast way)."""
     import torch
 
@@ -247,7 +249,7 @@ def dispatch_trace(
     layers = [
         choose_replicas(
             torch.from_numpy(np.ascontiguousarray(topk_ids[:, layer])), table[layer], topology, expert_map.num_slots,
-            rule, source,
+            rule, source, further_slots=further_slots,
         ).numpy()
         for layer in range(expert_map.num_layers)
     ]  # fmt: skip

@@ -40,6 +40,7 @@ class PlannerConfig:
     ``dispatch``: the rule that the server really uses; traffic and load are planned and judged with it. ``primary``
     becomes the rule of a server's large passes, and sets ``even_primaries``.
     ``even_primaries``: every map allows as many primary slots on each GPU, whatever that costs (even_primaries.py).
+    ``further_slots``: of each GPU, that small passes use besides the primaries (further_slots.py); needs those.
     ``incremental``: improve the current map instead of planning anew; only experts that pay for their move are moved.
     ``warm_start``: the search starts from the current map, less hot, wherever that costs less than EPLB's: a plan then
     refines it and moves less. A layer for which that fails is planned anew.
@@ -68,6 +69,7 @@ class PlannerConfig:
     effort: Effort = "fast"
     dispatch: DispatchRule = "cover"
     even_primaries: bool = False
+    further_slots: int = 0
     seed: int = 0
     incremental: bool = False
     warm_start: bool = False
@@ -98,10 +100,12 @@ class PlannerConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < math.inf:
                 raise InputError(f"planner: {name}={value} must be 0 or more, and finite")
-        for name in ("seed", "max_moves", "move_cost", "node_weight"):
+        for name in ("seed", "max_moves", "move_cost", "node_weight", "further_slots"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"planner: {name}={value} must be 0 or more")
+        if self.further_slots and not self.even_primaries:
+            raise InputError(f"planner: further_slots={self.further_slots} needs dispatch primary")
         if self.seed > MOST_SEED:
             raise InputError(f"planner: seed={self.seed} must be at most {MOST_SEED}")
         if self.minimum_gain is not None and not 0.0 <= self.minimum_gain < 1.0:

@@ -17,6 +17,7 @@ from sglang_eplb_affinity.planner.budget import budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
 from sglang_eplb_affinity.planner.even_primaries import primaries_first
+from sglang_eplb_affinity.planner.further_slots import with_further_first
 from sglang_eplb_affinity.planner.judge import Judgement
 from sglang_eplb_affinity.planner.plan_layer import LayerPlan, plan_layer, unless_little_gain
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
@@ -52,7 +53,9 @@ def plan(
         result = plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
         result = unless_little_gain(result, in_use, window.counts[layer], topology, config)
         if config.even_primaries and result.slots is not in_use:
-            result = replace(result, slots=primaries_first(result.slots, window.counts[layer], topology, in_use))
+            slots = primaries_first(result.slots, window.counts[layer], topology, in_use)
+            slots = with_further_first(slots, window.counts[layer], topology, config.further_slots)
+            result = replace(result, slots=slots)
         if progress is not None:
             progress(1)
         return result

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import static_slots
-from sglang_eplb_affinity.dispatch.primaries import primaries_of
+from sglang_eplb_affinity.dispatch.primaries import active_replicas
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
@@ -61,12 +61,13 @@ class LayerJob:
 
 
 def layer_plan(
-    layer: int, old: np.ndarray, new: np.ndarray, num_experts: int, topology: Topology, rule: DispatchRule
-) -> LayerPlan:
+    layer: int, old: np.ndarray, new: np.ndarray, num_experts: int, topology: Topology, rule: DispatchRule,
+    further_slots: int = 0,
+) -> LayerPlan:  # fmt: skip
     """From the slots before and after, int32 [slots] each."""
     one = ExpertMap(new[None], num_experts)
     replicas = one.logical_to_all_physical()[0]
-    table = rank_table(replicas, topology, len(new), rule)
+    table = rank_table(replicas, topology, len(new), rule, further_slots)
     return LayerPlan(layer, new.astype(np.int32), choose_sources(old, new, topology), replicas, table)
 
 
@@ -102,16 +103,18 @@ def static_choice(replicas: np.ndarray, topology: Topology, num_slots: int) -> n
     return np.asarray(static_slots(table, count, topology.num_gpus, slots_per_gpu, topology.gpus_per_node))
 
 
-def rank_table(replicas: np.ndarray, topology: Topology, num_slots: int, rule: DispatchRule) -> np.ndarray | None:
+def rank_table(
+    replicas: np.ndarray, topology: Topology, num_slots: int, rule: DispatchRule, further_slots: int = 0
+) -> np.ndarray | None:
     """int32 [ranks, columns]: what a rank looks up in one layer, or None. Under ``static`` the slot of each expert;
-    under ``primary`` each expert's primary slot, for small passes, and behind them those of ``static``."""
+    under ``primary`` that among the active slots, for small passes, and behind them those of ``static``."""
     if rule not in ("static", "primary"):
         return None
     static = static_choice(replicas, topology, num_slots)
     if rule == "static":
         return static
-    primary = primaries_of(replicas[None], topology, num_slots)
-    return np.concatenate([np.tile(primary, (topology.num_gpus, 1)), static], axis=1)
+    active = active_replicas(replicas[None], topology, num_slots, further_slots)[0]
+    return np.concatenate([static_choice(active, topology, num_slots), static], axis=1)
 
 
 def job_of(plan: LayerPlan, rank: int, slots_per_gpu: int) -> LayerJob:

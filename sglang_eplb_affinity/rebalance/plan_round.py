@@ -100,7 +100,7 @@ def plan_round(request: PlanRequest) -> PlanReply:
     layers = tuple(
         layer_plan(
             layer, current.physical_to_logical[layer], choice.planned.physical_to_logical[layer], current.num_experts,
-            settings.topology, settings.served or settings.planner.dispatch,
+            settings.topology, settings.served or settings.planner.dispatch, settings.planner.further_slots,
         )
         for layer in choice.layers
     )  # fmt: skip

@@ -103,7 +103,7 @@ def placement_in_force(model_runner: Any, rank: int) -> None:
     if settings.forced_routing is not None:
         process.forced_routing = forcing.init(settings, rank)
     if settings.table_rule == "primary" and metadata is not None:
-        location.with_primaries(metadata, settings.topology, rank)
+        location.with_primaries(metadata, settings.topology, settings.planner.further_slots, rank)
     if settings.chooses_replicas:
         process.topk_step = topk_step.TopkStep(settings, metadata, None)
 

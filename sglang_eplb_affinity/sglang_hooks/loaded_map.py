@@ -67,7 +67,10 @@ def load(settings: Settings, model_config: Any, ep_rank: int) -> Any | None:
         uneven = uneven_layers(loaded, settings.topology) if settings.table_rule == "primary" else ()
         if len(uneven):
             logger.info("[eplb-affinity] %d layers of the map allow no even choice of primary slots", len(uneven))
-    return metadata_of(loaded, settings.topology, settings.table_rule, settings.device, ep_rank)
+    return metadata_of(
+        loaded, settings.topology, settings.table_rule, settings.device, ep_rank,
+        further_slots=settings.planner.further_slots,
+    )  # fmt: skip
 
 
 def _map_or_plan(initial: InitialMap, settings: Settings) -> ExpertMap | None:

@@ -17,7 +17,7 @@ from sglang_eplb_affinity.rebalance.layer_moves import rank_table
 
 def metadata_of(
     expert_map: ExpertMap, topology: Topology, rule: DispatchRule, device: Any, ep_rank: int | None = None,
-    living: LivingRanks | None = None,
+    living: LivingRanks | None = None, further_slots: int = 0,
 ) -> Any:  # fmt: skip
     """SGLang's ExpertLocationMetadata with all replicas of each expert.
 
@@ -32,8 +32,9 @@ def metadata_of(
     rank = dist.get_rank() % topology.num_gpus if ep_rank is None and rule in ("static", "primary") else ep_rank
     rows, table = expert_map.physical_to_logical, expert_map.logical_to_all_physical()
     chosen = _chosen_slots(
-        table, topology if living is None else living.topology, expert_map.num_slots, rule, rank, living
-    )
+        table, topology if living is None else living.topology, expert_map.num_slots, rule, rank, living,
+        further_slots,
+    )  # fmt: skip
     if living is not None:
         rows = living.whole_rows(expert_map)
         table = living.whole_slots(table, rows.shape[1])
@@ -56,23 +57,23 @@ def metadata_of(
 
 def _chosen_slots(
     table: np.ndarray, topology: Topology, num_slots: int, rule: DispatchRule, rank: int | None,
-    living: LivingRanks | None,
+    living: LivingRanks | None, further_slots: int,
 ) -> np.ndarray | None:  # fmt: skip
     """int32 [layers, columns]: what this rank looks up under ``static`` and ``primary``; None under others."""
     if rule not in ("static", "primary"):
         return None
     assert rank is not None
     own = rank if living is None else int(np.searchsorted(living.ranks, rank))
-    tables = (rank_table(layer, topology, num_slots, rule) for layer in table)
+    tables = (rank_table(layer, topology, num_slots, rule, further_slots) for layer in table)
     return np.stack([of_layer[own] for of_layer in tables if of_layer is not None])
 
 
-def with_primaries(metadata: Any, topology: Topology, ep_rank: int | None = None) -> Any:
+def with_primaries(metadata: Any, topology: Topology, further_slots: int, ep_rank: int | None = None) -> Any:
     """SGLang's own metadata, with ``primary``'s table of this rank where it has that of ``static``."""
     if metadata.logical_to_rank_dispatch_physical_map is None:
         rank = dist.get_rank() % topology.num_gpus if ep_rank is None else ep_rank
         replicas = map_of(metadata).logical_to_all_physical()
-        table = _chosen_slots(replicas, topology, metadata.num_physical_experts, "primary", rank, None)
+        table = _chosen_slots(replicas, topology, metadata.num_physical_experts, "primary", rank, None, further_slots)
         assert table is not None
         device = metadata.physical_to_logical_map.device
         metadata.logical_to_rank_dispatch_physical_map = torch.from_numpy(table.astype(np.int64)).to(device)

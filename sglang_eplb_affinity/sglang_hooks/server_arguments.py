@@ -11,6 +11,7 @@ DEFAULT_MIN_GAIN = 0.02  # of --eplb-min-gain, as the series has it
 ADDED = (
     "enable_expert_affinity_recorder",
     "ep_forced_routing",
+    "eplb_affinity_further_slots",
     "eplb_affinity_incremental",
     "eplb_affinity_max_load_increase",
     "eplb_affinity_max_moves",
@@ -39,6 +40,7 @@ class ServerArguments(Protocol):
     # the series'
     enable_expert_affinity_recorder: bool
     ep_forced_routing: str | None
+    eplb_affinity_further_slots: int
     eplb_affinity_incremental: bool
     eplb_affinity_max_load_increase: float
     eplb_affinity_max_moves: int | None

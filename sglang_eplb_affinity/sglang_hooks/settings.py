@@ -196,4 +196,5 @@ def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int |
         minimum_gain=args.eplb_min_gain or None,
         num_groups=num_groups,
         survive=args.eplb_affinity_survive,
+        further_slots=args.eplb_affinity_further_slots,
     )

@@ -197,7 +197,10 @@ def manager_class(base: Any) -> type:
                 raise MapStays
             gone_ranks.leaves_out(in_force, living)
             device = in_force.physical_to_logical_map.device
-            self._planned = metadata_of(planned, settings.topology, settings.table_rule, device, living=living)
+            self._planned = metadata_of(
+                planned, settings.topology, settings.table_rule, device, living=living,
+                further_slots=settings.planner.further_slots,
+            )  # fmt: skip
             return self._planned
 
         def _sglangs_plan(self, logical_count: Any, **kwargs: Any) -> Any:
@@ -206,7 +209,7 @@ def manager_class(base: Any) -> type:
             if settings.table_rule == "primary":
                 from sglang_eplb_affinity.sglang_hooks.location import with_primaries
 
-                with_primaries(self._planned, settings.topology)
+                with_primaries(self._planned, settings.topology, settings.planner.further_slots)
             return self._planned
 
     return Manager

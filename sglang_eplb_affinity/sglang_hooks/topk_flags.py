@@ -137,12 +137,31 @@ def check_top_k(flag: str, args: ServerArguments) -> None:
         )
 
 
+def _check_further_slots(args: ServerArguments) -> None:
+    further, on_each = args.eplb_affinity_further_slots, args.ep_num_redundant_experts // max(args.ep_size, 1)
+    need = None
+    if further < 0:
+        need = "must be 0 or more"
+    elif further and args.ep_dispatch_algorithm != "primary":
+        need = "needs --ep-dispatch-algorithm primary"
+    elif further and args.moe_a2a_backend == "none":
+        need = "needs an all-to-all backend such as --moe-a2a-backend deepep; without one all ranks must choose alike"
+    elif further > on_each:
+        need = (
+            f"must be at most {on_each}, the slots of a GPU besides one of each expert (--ep-num-redundant-experts "
+            f"{args.ep_num_redundant_experts} over {args.ep_size} GPUs)"
+        )
+    if need is not None:
+        raise InputError(f"--eplb-affinity-further-slots {further}: {need}")
+
+
 def check_own_rules(args: ServerArguments) -> None:
     """--ep-dispatch-algorithm cover, cover_balanced or primary, with whatever else is asked for."""
     most = args.eplb_affinity_primary_tokens
     if most is not None and (most < 0 or args.ep_dispatch_algorithm != "primary"):
         need = "must be 0 or more" if most < 0 else "needs --ep-dispatch-algorithm primary"
         raise InputError(f"--eplb-affinity-primary-tokens {most}: {need}")
+    _check_further_slots(args)
     if args.ep_dispatch_algorithm not in OWN_RULES:
         return
     flag = f"--ep-dispatch-algorithm {args.ep_dispatch_algorithm}"

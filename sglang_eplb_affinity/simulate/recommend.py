@@ -22,7 +22,8 @@ from sglang_eplb_affinity.simulate.scenario import (
     Interval,
     Phase,
     PhaseResult,
-    arms_of,
+    mode_of,
+    runs_of,
     simulate,
     with_mode,
 )
@@ -33,6 +34,7 @@ CALIBRATION_ERROR = 0.15
 # Decode in DeepEP's normal mode cannot be captured in a CUDA graph (SGLang 0.5.17): kernel launches of one layer.
 EAGER_US_PER_LAYER = 150.0
 DAY_WINDOWS = 16
+FURTHER_SLOTS = (0, 1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Candidate:
     @property
     def name(self) -> str:
         r = self.result
-        return f"{r.algorithm}, {r.redundant} redundant, {r.mode}, {r.dispatch_rule} dispatch"
+        return f"{r.algorithm}, {r.redundant} redundant, {r.mode}, {r.rule_text} dispatch"
 
     def step_ms(self, communication: float = 1.0) -> np.ndarray:
         """float64 [batches], with dispatch and combine times scaled by ``communication``."""
@@ -87,6 +89,7 @@ class Recommendation:
             "redundant_experts": self.chosen.result.redundant,
             "deepep_mode": self.chosen.result.mode,
             "dispatch_rule": self.chosen.result.dispatch_rule,
+            "further_slots": self.chosen.result.further_slots,
             "pass_tokens": self.chosen.result.tokens_per_gpu,
             "pass_load_max_over_mean": self.chosen.result.load_max_over_mean,
             "step_ms": float(self.chosen.step_ms().mean()),
@@ -123,25 +126,45 @@ def modes_of(system: System, phase: Phase) -> tuple[DeepEPMode, ...]:
     return ("low_latency", "normal")
 
 
+def further_choices(system: System, phase: Phase) -> tuple[int, ...]:
+    """Slots of a GPU besides the primaries to compare, for small passes of low-latency mode over several nodes, where a
+    second slot may save more on the link than its weights cost. All of them are ``static``."""
+    if system.topology.num_nodes == 1 or mode_of(system, phase) != "low_latency":
+        return (0,)
+    on_each = system.serving.redundant_experts // system.cluster.gpus
+    return tuple(further for further in FURTHER_SLOTS if further < max(on_each, 1))
+
+
+def _setups(
+    system: System, phase: Phase, redundancies: Sequence[int] | None, modes: Sequence[DeepEPMode] | None
+) -> list[System]:
+    sized = []
+    for redundant in redundancies or redundancy_choices(system):
+        for mode in modes or modes_of(system, phase):
+            of_mode = with_mode(system, phase, mode)
+            serving = dataclasses.replace(of_mode.serving, redundant_experts=redundant)
+            sized.append(dataclasses.replace(of_mode, serving=serving))
+    return sized
+
+
 def evaluate_candidates(
     system: System, source: RoutingSource, phase: Phase, tokens: int, resamples: int,
     progress: Callable[[int], object] | None = None, redundancies: Sequence[int] | None = None,
     rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> list[Candidate]:  # fmt: skip
     """Every candidate of one phase, with each of ``redundancies`` and ``modes`` (without: :func:`redundancy_choices`,
-    :func:`modes_of`), affinity under each of ``rules`` (:func:`arms_of` without). ``tokens`` of each GPU are one pass,
+    :func:`modes_of`), affinity under each of ``rules`` (:func:`arms_of` without) and ``primary`` with each of
+    :func:`further_choices`. ``tokens`` of each GPU are one pass,
     which load is judged on."""
     out = []
-    for redundant in redundancies or redundancy_choices(system):
-        for mode in modes or modes_of(system, phase):
-            sized = with_mode(system, phase, mode)
-            sized = dataclasses.replace(sized, serving=dataclasses.replace(sized.serving, redundant_experts=redundant))
-            eager = phase == "decode" and mode == "normal"
-            eager_ms = system.model.layers * EAGER_US_PER_LAYER / 1e3 if eager else 0.0
-            found = simulate(
-                sized, source, [(phase, tokens)], ALGORITHMS, resamples=resamples, rules=rules, progress=progress
-            )
-            out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
+    for sized in _setups(system, phase, redundancies, modes):
+        eager = phase == "decode" and mode_of(sized, phase) == "normal"
+        eager_ms = system.model.layers * EAGER_US_PER_LAYER / 1e3 if eager else 0.0
+        found = simulate(
+            sized, source, [(phase, tokens)], ALGORITHMS, resamples=resamples, rules=rules,
+            further_slots=further_choices(sized, phase), progress=progress,
+        )  # fmt: skip
+        out += [Candidate(result, system.model.moe_layers, eager_ms) for result in found]
     return out
 
 
@@ -150,11 +173,10 @@ def candidate_runs(
     rules: Sequence[DispatchRule] = (), modes: Sequence[DeepEPMode] | None = None,
 ) -> int:  # fmt: skip
     """How often ``evaluate_candidates`` reports progress."""
-    arms = sum(
-        len(arms_of(ALGORITHMS, with_mode(system, phase, mode), phase, rules, tokens))
-        for mode in modes or modes_of(system, phase)
+    return sum(
+        runs_of(sized, [(phase, tokens)], ALGORITHMS, resamples, rules, further_choices(sized, phase))
+        for sized in _setups(system, phase, redundancies, modes)
     )
-    return len(redundancies or redundancy_choices(system)) * arms * (resamples + 1)
 
 
 def decide(phase: Phase, candidates: Sequence[Candidate], min_gain_pct: float) -> Recommendation:
@@ -240,7 +262,7 @@ def recommend_interval(
     sized = dataclasses.replace(system, serving=serving)
     day = Day(sized, source, prefill=recommendation.phase == "prefill", windows=DAY_WINDOWS, tokens_per_gpu=tokens)
     rule = chosen.dispatch_rule if chosen.algorithm == "affinity" else None
-    results = day.run([Policy("none", 0), *(Policy(name, every, rule=rule) for every in (1, 2, 4, 8, -1))], progress)
+    results = day.run([Policy("none", 0), *(Policy(name, every, rule=rule, further_slots=chosen.further_slots) for every in (1, 2, 4, 8, -1))], progress)
     return best_interval(results, name)
 
 

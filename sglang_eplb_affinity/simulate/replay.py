@@ -32,7 +32,7 @@ from sglang_eplb_affinity.simulate.scenario import (
     make_map,
     mode_of,
     run_batch,
-    served_rule,
+    served_arm,
 )
 from sglang_eplb_affinity.simulate.source import RoutingSource
 from sglang_eplb_affinity.simulate.system import System
@@ -48,7 +48,7 @@ MOVE_SHARE = 0.5
 @dataclass(frozen=True)
 class Policy:
     """``every`` windows a rebalance; 0: never, -1: once, after the first window. ``rule``: affinity's replica choice in
-    place of its mode's default."""
+    place of its mode's default, and ``further_slots`` of ``primary``."""
 
     name: PolicyName
     every: int
@@ -56,10 +56,11 @@ class Policy:
     rounds: int = 4
     min_gain: float = 0.01
     rule: DispatchRule | None = None
+    further_slots: int = 0
 
     def arm(self, system: System, phase: Phase) -> Arm:
         algorithms: dict[PolicyName, Algorithm] = {"none": "none", "vanilla": "eplb"}
-        return default_arm(algorithms.get(self.name, "affinity"), system, phase, self.rule)
+        return default_arm(algorithms.get(self.name, "affinity"), system, phase, self.rule, self.further_slots)
 
     @property
     def stops_serving(self) -> bool:
@@ -222,8 +223,9 @@ class Day:
     def _plan_once(self, policy: Policy, window: RoutingWindow, current: ExpertMap) -> tuple[ExpertMap, float]:
         """(new map, seconds that planning took for the simulated layers)."""
         capped = policy.name == "affinity-async"
+        arm = policy.arm(self.system, self.phase)
         config = PlannerConfig(
-            objective=self.mode, dispatch=policy.arm(self.system, self.phase).rule,
+            objective=self.mode, dispatch=arm.rule, further_slots=arm.further_slots,
             max_moves=policy.max_moves if capped else None, num_groups=self.system.model.num_groups,
             minimum_gain=policy.min_gain if capped else None,
         )  # fmt: skip
@@ -241,7 +243,7 @@ class Day:
             source,
             scale,
             used,
-            served_rule(policy.arm(self.system, self.phase).rule, self.system, self.tokens_per_gpu, self.mode),
+            served_arm(policy.arm(self.system, self.phase), self.system, self.tokens_per_gpu, self.mode),
             self.model,
             self.mode,
             self.prefill,

@@ -73,7 +73,7 @@ def rows(results: Sequence[PhaseResult], prompt_tokens: int) -> list[list[str]]:
         gain = "" if baseline is None or baseline is r else _signed(gain_pct(r, baseline))
         out.append([
             str(r.gpus), f"{r.phase} ({r.mode})", str(r.tokens_per_gpu),
-            f"{r.algorithm} +{r.redundant} {r.dispatch_rule}",
+            f"{r.algorithm} +{r.redundant} {r.rule_text}",
             *(f"{getattr(r, f'{name}_us').value:.0f}" for name in ("dispatch", "experts", "combine", "rest")),
             f"{r.step_ms.value:.1f} [{r.step_ms.lower:.1f}, {r.step_ms.upper:.1f}]",
             f"{latency(r, prompt_tokens).value:.1f}", f"{r.tokens_per_second_per_gpu:.0f}", gain,

@@ -33,43 +33,56 @@ LOWER, UPPER = 5, 95
 
 @dataclass(frozen=True)
 class Arm:
-    """An algorithm with the rule by which the server picks replicas."""
+    """An algorithm with the rule by which the server picks replicas. ``further_slots``: of each GPU, of ``primary``."""
 
     algorithm: Algorithm
     rule: DispatchRule
     effort: Effort = "fast"
+    further_slots: int = 0
 
 
-def default_arm(algorithm: Algorithm, system: System, phase: Phase, rule: DispatchRule | None = None) -> Arm:
-    """SGLang's ``static`` for all but affinity, which takes what a server of this phase would. ``rule`` replaces it."""
+def default_arm(
+    algorithm: Algorithm, system: System, phase: Phase, rule: DispatchRule | None = None, further_slots: int = 0
+) -> Arm:
+    """SGLang's ``static`` for all but affinity, which takes what a server of this phase would. ``rule`` replaces it;
+    ``further_slots`` are of ``primary``."""
     if algorithm != "affinity":
         return Arm(algorithm, "static")
-    return Arm(algorithm, rule or affinity_rule(mode_of(system, phase), system.topology.num_nodes, phase == "prefill"))
+    chosen = rule or affinity_rule(mode_of(system, phase), system.topology.num_nodes, phase == "prefill")
+    return Arm(algorithm, chosen, further_slots=further_slots if chosen == "primary" else 0)
 
 
 def arms_of(
     algorithms: Sequence[Algorithm], system: System, phase: Phase, rules: Sequence[DispatchRule] = (),
-    tokens_per_gpu: int = 0,
+    tokens_per_gpu: int = 0, further_slots: Sequence[int] = (0,),
 ) -> list[Arm]:  # fmt: skip
     """One of each algorithm; affinity with each of ``rules``, without any with its default and, where that is one of
-    ``static`` and ``primary`` and passes of ``tokens_per_gpu`` tell them apart, with the other too."""
-    arms = []
+    ``static`` and ``primary`` and passes of ``tokens_per_gpu`` tell them apart, with the other too. ``primary`` with
+    each of ``further_slots``, in passes that are small."""
+    mode, arms = mode_of(system, phase), []
+    small = served_rule("primary", system, tokens_per_gpu, mode) == "primary"
     for algorithm in algorithms:
         wanted = (rules if algorithm == "affinity" else ()) or (None,)
         arms += [default_arm(algorithm, system, phase, rule) for rule in wanted]
         if algorithm == "affinity" and not rules and arms[-1].rule in ("static", "primary"):
             other: DispatchRule = "primary" if arms[-1].rule == "static" else "static"
-            if served_rule("primary", system, tokens_per_gpu, mode_of(system, phase)) != "static":
+            if served_rule("primary", system, tokens_per_gpu, mode) != "static":
                 arms.append(Arm(algorithm, other))
-    return arms
+    each = further_slots if small else (0,)
+    return [
+        dataclasses.replace(arm, further_slots=further)
+        for arm in arms
+        for further in (each if arm.rule == "primary" else (0,))
+    ]
 
 
 def runs_of(
     system: System, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], resamples: int,
-    rules: Sequence[DispatchRule] = (),
+    rules: Sequence[DispatchRule] = (), further_slots: Sequence[int] = (0,),
 ) -> int:  # fmt: skip
     """How often :func:`simulate` reports progress: after each map and each batch."""
-    return sum(len(arms_of(algorithms, system, phase, rules, tokens)) for phase, tokens in phases) * (resamples + 1)
+    arms = (arms_of(algorithms, system, phase, rules, tokens, further_slots) for phase, tokens in phases)
+    return sum(map(len, arms)) * (resamples + 1)
 
 
 def mode_of(system: System, phase: Phase) -> DeepEPMode:
@@ -89,6 +102,12 @@ def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int, mode: D
     if tokens_per_gpu <= most:
         return rule
     return "static" if mode == "low_latency" else LARGE_PASS_RULE
+
+
+def served_arm(arm: Arm, system: System, tokens_per_gpu: int, mode: DeepEPMode) -> Arm:
+    """``arm`` as a server serves such passes."""
+    rule = served_rule(arm.rule, system, tokens_per_gpu, mode)
+    return dataclasses.replace(arm, rule=rule, further_slots=arm.further_slots if rule == "primary" else 0)
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,11 @@ class PhaseResult:
     load_max_over_mean: float
     active_slots: float
     slowest: dict[str, str]
+    further_slots: int = 0
+
+    @property
+    def rule_text(self) -> str:
+        return f"{self.dispatch_rule}+{self.further_slots}" if self.further_slots else self.dispatch_rule
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -152,19 +176,21 @@ def make_map(
         return eplb_placement(window.counts, topology, slots, hierarchical=by_node, num_groups=groups)
     config = PlannerConfig(
         objective=mode, dispatch=arm.rule, effort=arm.effort, max_moves=max_moves, seed=seed,
-        num_groups=model.num_groups,
+        num_groups=model.num_groups, further_slots=arm.further_slots,
     )  # fmt: skip
     return plan(window, topology, slots, config, current).expert_map
 
 
 def run_batch(
-    tokens: np.ndarray, source: np.ndarray, scale: float, expert_map: ExpertMap, rule: DispatchRule, model: TimeModel,
+    tokens: np.ndarray, source: np.ndarray, scale: float, expert_map: ExpertMap, arm: Arm, model: TimeModel,
     mode: DeepEPMode, prefill: bool, tokens_per_gpu: float,
 ) -> tuple[list[LayerTime], np.ndarray]:  # fmt: skip
     """Times of every layer, and float64 [layers, 3]: GPU fan-out, node fan-out, load max/mean."""
     times, figures = [], []
     for layer in range(len(tokens)):
-        traffic = batch_traffic(tokens[layer], source, expert_map, layer, model.system.topology, rule)
+        traffic = batch_traffic(
+            tokens[layer], source, expert_map, layer, model.system.topology, arm.rule, arm.further_slots
+        )
         times.append(model.layer(traffic, scale, mode, prefill, tokens_per_gpu))
         figures.append((traffic.gpu_fanout, traffic.node_fanout, traffic.load_max_over_mean))
     return times, np.array(figures)
@@ -173,11 +199,11 @@ def run_batch(
 def simulate(
     system: System, source: RoutingSource, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], *,
     resamples: int = 8, rules: Sequence[DispatchRule] = (), effort: Effort = "fast",
-    progress: Callable[[int], object] | None = None,
+    further_slots: Sequence[int] = (0,), progress: Callable[[int], object] | None = None,
 ) -> list[PhaseResult]:  # fmt: skip
     """All algorithms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
 
-    ``rules`` (:func:`arms_of`) and ``effort`` are affinity's. ``progress`` is called with 1 :func:`runs_of` times.
+    ``rules``, ``further_slots`` (:func:`arms_of`) and ``effort`` are affinity's. ``progress`` is called with 1 :func:`runs_of` times.
     """
     if resamples < 2:
         raise InputError(f"--resamples {resamples}: must be at least 2")
@@ -188,8 +214,8 @@ def simulate(
     for phase, tokens_per_gpu in phases:
         mode = mode_of(system, phase)
         arms = [
-            dataclasses.replace(arm, effort=effort, rule=served_rule(arm.rule, system, tokens_per_gpu, mode))
-            for arm in arms_of(algorithms, system, phase, rules, tokens_per_gpu)
+            dataclasses.replace(served_arm(arm, system, tokens_per_gpu, mode), effort=effort)
+            for arm in arms_of(algorithms, system, phase, rules, tokens_per_gpu, further_slots)
         ]
         collected: list[list[tuple[list[LayerTime], np.ndarray, float]]] = [[] for _ in arms]
         for arm in arms:
@@ -215,12 +241,12 @@ def _one(
     prefill: bool, tokens_per_gpu: int,
 ) -> tuple[list[LayerTime], np.ndarray, float]:  # fmt: skip
     tokens, source, scale = batch
-    times, figures = run_batch(tokens, source, scale, expert_map, arm.rule, model, mode, prefill, tokens_per_gpu)
+    times, figures = run_batch(tokens, source, scale, expert_map, arm, model, mode, prefill, tokens_per_gpu)
     half = None
     if model.system.serving.overlap == "two_batch":
         every_other = slice(0, None, 2)
         half, _ = run_batch(
-            tokens[:, every_other], source[every_other], scale, expert_map, arm.rule, model, mode, prefill,
+            tokens[:, every_other], source[every_other], scale, expert_map, arm, model, mode, prefill,
             tokens_per_gpu / 2,
         )  # fmt: skip
     return times, figures, model.step_ms(times, half, prefill, tokens_per_gpu)
@@ -247,6 +273,7 @@ def _result(
             "experts": _most_common([f"GPU {x.experts_gpu}" for x in every]),
             "combine": _most_common([x.combine_link for x in every]),
         },
+        arm.further_slots,
     )  # fmt: skip
 
 

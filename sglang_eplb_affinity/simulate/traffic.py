@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, slots_of_sources, weights_of_passes
+from sglang_eplb_affinity.dispatch.primaries import tables_of_rule
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
@@ -127,21 +128,23 @@ def _count(tokens, source, table, replicas, slots_per_gpu, gpus_per_node, num_no
 
 
 def batch_traffic(
-    tokens: np.ndarray, source: np.ndarray, expert_map: ExpertMap, layer: int, topology: Topology, rule: DispatchRule
-) -> BatchTraffic:
+    tokens: np.ndarray, source: np.ndarray, expert_map: ExpertMap, layer: int, topology: Topology, rule: DispatchRule,
+    further_slots: int = 0,
+) -> BatchTraffic:  # fmt: skip
     """Traffic of one layer: ``tokens`` int16 [T, k] logical ids, ``source`` int32 [T] the GPU of each token."""
     counters = np.zeros((NUM_COUNTERS, topology.num_gpus), np.int64)
     slot_load = np.zeros(expert_map.num_slots, np.int64)
     one = ExpertMap(expert_map.physical_to_logical[layer : layer + 1], expert_map.num_experts)
+    table, replicas, number = tables_of_rule(one, topology, rule, further_slots)
     most_rows = _count(
         np.ascontiguousarray(tokens, dtype=np.int16),
         np.ascontiguousarray(source, dtype=np.int32),
-        one.logical_to_all_physical()[0],
-        one.replica_counts()[0],
+        table[0],
+        replicas[0],
         topology.slots_per_gpu(expert_map.num_slots),
         topology.gpus_per_node,
         topology.num_nodes,
-        int(RuleNumber.of(rule)),
+        int(number),
         counters,
         slot_load,
     )

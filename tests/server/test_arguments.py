@@ -21,6 +21,7 @@ EP2 = ["--tp", "2", "--ep", "2"]
 AFFINITY = [*EP2, "--eplb-algorithm", "affinity"]
 ASYNC = [*AFFINITY, "--eplb-async"]
 REPLICAS = ["--ep-num-redundant-experts", "4"]
+FURTHER = [*EP2, "--eplb-algorithm", "affinity", "--ep-dispatch-algorithm", "primary", "--eplb-affinity-further-slots"]
 LORA = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules"]
 # SGLang wants its ElasticBuffer to hold a prefill chunk and the largest decode batch; by default it holds 128 tokens.
 V2 = ["--moe-a2a-backend", "deepep_v2", "--chunked-prefill-size", "128", "--cuda-graph-max-bs-decode", "64"]
@@ -113,6 +114,11 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "primary": [*EP2, "--ep-dispatch-algorithm", "primary"],
         "primary tokens": [*EP2, "--ep-dispatch-algorithm", "cover", "--eplb-affinity-primary-tokens", "64"],
         "primary tokens negative": [*EP2, "--ep-dispatch-algorithm", "primary", "--eplb-affinity-primary-tokens", "-1"],
+        "further": [*FURTHER, "1", *REPLICAS, *NORMAL],
+        "further without primary": [*AFFINITY, *REPLICAS, *NORMAL, "--eplb-affinity-further-slots", "1"],
+        "further without all-to-all": [*FURTHER, "1", *REPLICAS],
+        "further too many": [*FURTHER, "3", *REPLICAS, *NORMAL],
+        "further negative": [*FURTHER, "-1", *REPLICAS, *NORMAL],
         "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
         "normal": [*AFFINITY, *REPLICAS, *NORMAL],
         "auto": [*AFFINITY, *REPLICAS, *NORMAL[:-1], "auto"],
@@ -246,6 +252,10 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("megamoe", "--moe-runner-backend flashinfer_megamoe: "),
         ("primary tokens", "--eplb-affinity-primary-tokens 64: needs --ep-dispatch-algorithm primary"),
         ("primary tokens negative", "--eplb-affinity-primary-tokens -1: must be 0 or more"),
+        ("further without primary", "--eplb-affinity-further-slots 1: needs --ep-dispatch-algorithm primary"),
+        ("further without all-to-all", "--eplb-affinity-further-slots 1: needs an all-to-all backend such as"),
+        ("further too many", "--eplb-affinity-further-slots 3: must be at most 2, the slots of a GPU besides one of ea"),
+        ("further negative", "--eplb-affinity-further-slots -1: must be 0 or more"),
         ("every", "--expert-affinity-record-every 0: must be at least 1"),
         ("phase without a recorder", "--eplb-affinity-phase decode: nothing is recorded; leave it out or give"),
         ("phase of another role", "with --disaggregation-mode prefill the server runs prefill passes only"),

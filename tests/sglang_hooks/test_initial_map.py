@@ -121,7 +121,7 @@ def test_a_map_planned_from_a_dump_knows_the_models_expert_groups(
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for module in (location, context):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(loaded_map, "metadata_of", lambda expert_map, *rest: expert_map)
+    monkeypatch.setattr(loaded_map, "metadata_of", lambda expert_map, *rest, **more: expert_map)
     monkeypatch.setattr(process, "loaded_map", None)
     seen = []
 

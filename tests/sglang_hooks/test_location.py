@@ -16,8 +16,8 @@ from sglang_eplb_affinity.sglang_hooks.location import map_of, metadata_of
 LAYERS, EXPERTS, SLOTS = 2, 8, 12
 
 
-@pytest.mark.parametrize("rule", ["static", "cover", "primary"])
-def test_sglang_serves_by_the_static_table_that_was_planned_with(monkeypatch, rule: str) -> None:
+@pytest.mark.parametrize(("rule", "further"), [("static", 0), ("cover", 0), ("primary", 0), ("primary", 1)])
+def test_sglang_serves_by_the_static_table_that_was_planned_with(monkeypatch, rule: str, further: int) -> None:
     # SGLang itself imports on a machine without a GPU only beside the CPU engine's stand-ins.
     location = ModuleType("sglang.srt.eplb.expert_location")
     monkeypatch.setattr(location, "ExpertLocationMetadata", SimpleNamespace, raising=False)
@@ -29,7 +29,7 @@ def test_sglang_serves_by_the_static_table_that_was_planned_with(monkeypatch, ru
     expert_map = ExpertMap(slots.astype(np.int32), EXPERTS)
     table = expert_map.logical_to_all_physical()
     for rank in range(4):
-        found = metadata_of(expert_map, topology, rule, "cpu", rank)
+        found = metadata_of(expert_map, topology, rule, "cpu", rank, further_slots=further)
         found.num_logical_experts = EXPERTS
         assert (map_of(found).physical_to_logical == slots).all()
         assert found.logical_to_all_physical_map.shape == (LAYERS, EXPERTS, SLOTS) and found.ep_size == 4
@@ -41,7 +41,9 @@ def test_sglang_serves_by_the_static_table_that_was_planned_with(monkeypatch, ru
         for layer in range(LAYERS):
             ids = torch.arange(EXPERTS)[None]
             replicas = torch.from_numpy(table[layer])
-            expected = [choose_replicas(ids, replicas, topology, SLOTS, half, rank)[0] for half in halves]
+            expected = [
+                choose_replicas(ids, replicas, topology, SLOTS, half, rank, further_slots=further)[0] for half in halves
+            ]
             assert (found.logical_to_rank_dispatch_physical_map[layer] == torch.cat(expected)).all()
 
 

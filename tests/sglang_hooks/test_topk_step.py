@@ -18,17 +18,18 @@ torch = pytest.importorskip("torch")
 TOPOLOGY = Topology(2)
 
 
-def tables_of(slots: list[int]) -> list[torch.Tensor]:
-    """Rank 1's table of ``primary`` (primary slots, then those of ``static``), replicas padded to the number of slots
+def tables_of(slots: list[int], further: int) -> list[torch.Tensor]:
+    """Rank 1's table of ``primary`` (active slots, then those of ``static``), replicas padded to the number of slots
     as SGLang pads them, and their numbers; int64."""
     replicas = ExpertMap(np.array([slots], np.int32), 4).logical_to_all_physical()
-    looked_up = rank_table(replicas[0], TOPOLOGY, 6, "primary")
+    looked_up = rank_table(replicas[0], TOPOLOGY, 6, "primary", further)
     assert looked_up is not None and looked_up.shape == (2, 8)
     padded = np.full((4, 6), -1, np.int64)
     padded[:, : replicas.shape[2]] = replicas[0]
     return [torch.from_numpy(a.astype(np.int64)) for a in (looked_up[1], padded, (replicas[0] >= 0).sum(1))]
 
 
+@pytest.mark.parametrize("further", [0, 1])
 @pytest.mark.parametrize("rows", [1, 3, 4, 40])
 @pytest.mark.parametrize(
     ("mode", "extends", "large"),
@@ -40,19 +41,20 @@ def tables_of(slots: list[int]) -> list[torch.Tensor]:
     ],
 )
 def test_which_table_a_pass_follows(
-    rows: int, mode: str, extends: bool, large: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, mode: str, extends: bool, large: str, further: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = SimpleNamespace(get_parallel=lambda: SimpleNamespace(moe_ep_rank=1))
     monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
     attention = SimpleNamespace(get_is_extend_in_batch=lambda: extends)
     monkeypatch.setitem(sys.modules, "sglang.srt.layers.dp_attention", attention)
     flags = {"ep_dispatch_algorithm": "primary", "eplb_affinity_primary_tokens": 3, "moe_a2a_backend": "deepep"}
+    flags |= {"eplb_affinity_further_slots": further, "ep_num_redundant_experts": 2}
     found = Settings.of(server_arguments(**flags, deepep_mode=mode))
     assert (found.rule, found.table_rule, found.primary_rows) == ("cover_balanced", "primary", 3)
-    assert found.planner.dispatch == "cover_balanced"
+    assert (found.planner.dispatch, found.planner.further_slots) == ("cover_balanced", further)
     slots = [0, 1, 2, 0, 3, 1]  # two GPUs of three; experts 0 and 1 are on both
-    looked_up, replicas, counts = tables_of(slots)
-    assert np.bincount(looked_up.numpy()[:4] // 3).tolist() == [2, 2]
+    looked_up, replicas, counts = tables_of(slots, further)
+    assert np.bincount(looked_up.numpy()[:4] // 3).tolist() == [2 - further, 2 + further]  # both of its own, or not
     info = SimpleNamespace(  # SGLang's ExpertLocationDispatchInfo
         ep_dispatch_algorithm="primary",
         partial_logical_to_rank_dispatch_physical_map=looked_up,
@@ -65,12 +67,12 @@ def test_which_table_a_pass_follows(
 
     def expected() -> torch.Tensor:
         rule: DispatchRule = "primary" if rows <= 3 else large  # type: ignore[assignment]
-        return choose_replicas(ids, replicas[:, :3], TOPOLOGY, 6, rule, 1)
+        return choose_replicas(ids, replicas[:, :3], TOPOLOGY, 6, rule, 1, further_slots=further)
 
     served = ids.clone()
     assert step(0, served, None, info)
     assert (served == expected()).all()
-    for table, changed in zip((looked_up, replicas, counts), tables_of(slots[3:] + slots[:3]), strict=True):
+    for table, changed in zip((looked_up, replicas, counts), tables_of(slots[3:] + slots[:3], further), strict=True):
         table.copy_(changed)  # in place, as a rebalance changes them
     again = ids.clone()
     assert step(0, again, None, info)
