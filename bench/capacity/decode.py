@@ -29,7 +29,12 @@ RUNS: tuple[tuple[str, int, tuple[int, ...], tuple[int, ...]], ...] = (
     ("gpt-oss-120b-h200", 8, (8, 64), (0,)),
 )
 FURTHER = 1  # slots of a GPU that small passes use besides the primaries, over several nodes
-_ARMS = ("contiguous map", "EPLB", *(f"affinity, `{rule}`" for rule in RULES), f"affinity, `primary`, {FURTHER} further")
+_ARMS = (
+    "contiguous map",
+    "EPLB",
+    *(f"affinity, `{rule}`" for rule in RULES),
+    f"affinity, `primary`, {FURTHER} further",
+)
 
 
 def decode_rows(

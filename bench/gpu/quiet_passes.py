@@ -118,7 +118,12 @@ def times_of_full_passes(server: Server, requests: Requests, count: int) -> floa
 def spread(values: Sequence[float]) -> dict[str, float]:
     """``spread_pct``: 5th to 95th percentile over the median."""
     low, middle, high = np.nanpercentile(values, (5, 50, 95))
-    return {"median": round(middle, 3), "p5": round(low, 3), "p95": round(high, 3), "spread_pct": round(100 * (high - low) / middle, 2)}
+    return {
+        "median": round(middle, 3),
+        "p5": round(low, 3),
+        "p95": round(high, 3),
+        "spread_pct": round(100 * (high - low) / middle, 2),
+    }
 
 
 def trace(server: Server, folder: Path, passes: int, load: Callable[[], object], with_stack: bool) -> None:
@@ -205,11 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 trace(server, options.traces / name, 4, lambda: requests.alone(10), stacks)
             trace(server, options.traces / "full", 4, lambda: requests.together(wave // 2), False)
             requests.together(wave)
-        found: dict[str, dict[str, list[float]]] = {name: {"full_pass_ms": [], "one_request_ms": [], "one_request_spread_pct": []} for name in which}
+        found: dict[str, dict[str, list[float]]] = {
+            name: {"full_pass_ms": [], "one_request_ms": [], "one_request_spread_pct": []} for name in which
+        }
         left = time.monotonic() + seconds_left(options)
         for round_ in range(options.rounds):
             names = list(which)
-            for name in names[round_ % len(names):] + names[: round_ % len(names)]:
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
                 if time.monotonic() > left:
                     break
                 apply(which[name], servers, available)
@@ -219,7 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found[name]["one_request_spread_pct"].append(spread(alone)["spread_pct"])
                 print(round_, name, {key: round(values[-1], 2) for key, values in found[name].items()}, flush=True)
             result["rounds"] = round_ + 1
-            result["measures"] = {name: {key: spread(values) for key, values in of.items() if values} for name, of in found.items()}
+            result["measures"] = {
+                name: {key: spread(values) for key, values in of.items() if values} for name, of in found.items()
+            }
             result["values"] = found
             write_result(options.out, result)
     return 0

@@ -69,8 +69,8 @@ class LoadConfig:
 
     ``prompts``: `sharegpt` for text, or `random-ids`, for models whose routing is forced so that text does not matter.
     ``input_tokens`` is [shortest, longest] prompt that is taken as it is; ``exact_input_tokens`` instead cuts and
-    joins prompts to one length. ``output_tokens`` are what every request gets (end of sequence ignored), give or take as
-    many as ``output_spread`` says, and fewer for the first of a closed loop if it is to ``stagger`` (see
+    joins prompts to one length. ``output_tokens`` are what every request gets (end of sequence ignored), up to
+    ``output_spread`` more or fewer, and the first of a closed loop fewer if it is to ``stagger`` (see
     bench.harness.workload). ``request_rate`` (requests/s) makes the
     load open (Poisson arrivals, at most the concurrency in flight); 0 is a closed loop. For ``slo_*`` (0: none) and
     ``stall_ms`` see bench.figures.steady.Targets.

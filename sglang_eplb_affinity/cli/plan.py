@@ -115,8 +115,8 @@ def plan_command(
     trace: Path | None, dumps: tuple[Path, ...], gpus: int, nodes: int, redundant: str,
     memory_gb: float | None, expert_mb: float | None, algorithm: str,
     groups: int | None, objective: Objective, prefill_share: float | None, dispatch: DispatchRule,
-    further_slots: int, max_load_increase: float, load_noise_allowance: float, p95_allowance: float | None, node_weight: int,
-    survive: Survive, current_map: Path | None, max_moves: int | None, effort: Effort, seed: int,
+    further_slots: int, max_load_increase: float, load_noise_allowance: float, p95_allowance: float | None,
+    node_weight: int, survive: Survive, current_map: Path | None, max_moves: int | None, effort: Effort, seed: int,
     threads: int | None, dense_layers: int, out: Path, report: Path | None,
 ) -> None:  # fmt: skip
     """Plan an expert map for one trace, or for one or several recorder dumps of one model.

@@ -160,8 +160,8 @@ def check_further_slots(further: int, system: System) -> None:
     redundant, gpus = system.serving.redundant_experts, system.cluster.gpus
     if further > redundant // gpus:
         raise InputError(
-            f"--further-slots {further}: {redundant} redundant experts on {gpus} GPUs make {redundant // gpus} slots of "
-            "a GPU besides the primary ones; use no more"
+            f"--further-slots {further}: {redundant} redundant experts on {gpus} GPUs make {redundant // gpus} slots "
+            "of a GPU besides the primary ones; use no more"
         )
 
 

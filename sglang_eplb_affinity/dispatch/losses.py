@@ -45,7 +45,8 @@ def without_gpus(
     """``trace`` dispatched by ``rule`` when the GPUs ``gone`` are lost, whose tokens the others get in turn.
 
     A token goes on without its lost experts. ``pass_tokens`` of each GPU make one pass, which ``cover_balanced`` sees;
-    None: all tokens are one. ``further_slots``: of each GPU, under ``primary``. Raises InputError for GPUs that are not there, or all of them.
+    None: all tokens are one. ``further_slots``: of each GPU, under ``primary``. Raises InputError for GPUs that are not
+    there, or all of them.
     """
     check_fits(expert_map, trace.num_layers, trace.num_experts, trace.source, map_source)
     if not gone or min(gone) < 0 or max(gone) >= topology.num_gpus:

@@ -133,8 +133,8 @@ def active_replicas(replicas: np.ndarray, topology: Topology, num_slots: int, fu
 def tables_of_rule(
     expert_map: ExpertMap, topology: Topology, rule: DispatchRule, further_slots: int = 0
 ) -> tuple[np.ndarray, np.ndarray, RuleNumber]:
-    """What compiled code is told of a rule: int32 [layers, experts, max_replicas], the replicas that may be taken, int32
-    [layers, experts], how many they are, and the rule among them. Raises InputError for a rule that there is not."""
+    """What compiled code is told of a rule: the replicas that may be taken, int32 [layers, experts, max_replicas], how
+    many they are, int32 [layers, experts], and the rule among them. Raises InputError for a rule that there is not."""
     table = expert_map.logical_to_all_physical()
     if rule == "primary":
         table, rule = active_replicas(table, topology, expert_map.num_slots, further_slots), "static"

@@ -1,11 +1,12 @@
 """Which slots besides the primaries small passes use: those that take the most off the busiest link of a GPU.
 
-In a small pass of DeepEP's low-latency mode every (token, expert) is a copy of its own, and a GPU's dispatch and combine
-take as long as the copies that it gets, those over the slow link longest. A second active slot of an expert takes copies
-from the first, and where it is on another node, from the slow link (dispatch/primaries.py says what it costs).
+In a small pass of DeepEP's low-latency mode every (token, expert) is a copy of its own, and a GPU's dispatch and
+combine take as long as the copies that it gets, those over the slow link longest. A second active slot of an expert
+takes copies from the first, and where it is on another node, from the slow link (dispatch/primaries.py says what it
+costs).
 
-Chosen so that the sum of squares of what each GPU gets is small, a copy from another node counting SLOW_LINK ones of the
-own node: each GPU in turn takes the slot that is best as the others are, until none would take another.
+Chosen so that the sum of squares of what each GPU gets is small, a copy from another node counting SLOW_LINK ones of
+the own node: each GPU in turn takes the slot that is best as the others are, until none would take another.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def further_slots_of(
 def with_further_first(row: np.ndarray, counts: np.ndarray, topology: Topology, further_slots: int) -> np.ndarray:
     """``row`` int32 [slots] with each GPU's further slots in front of its other ones; primaries stay where they are.
 
-    As many as there are, where ``further_slots`` is more. Where an expert's share is no whole number of slots, GPUs with
-    more primaries have fewer others, and the order stays.
+    The order stays where there are no more of them anyway, and where a GPU's share of the experts is no whole number,
+    so that GPUs with more primaries have fewer others.
     """
     per_gpu = topology.slots_per_gpu(len(row))
     primary = primaries_of(ExpertMap(row[None], len(counts)).logical_to_all_physical(), topology, len(row))[0]

@@ -262,7 +262,13 @@ def recommend_interval(
     sized = dataclasses.replace(system, serving=serving)
     day = Day(sized, source, prefill=recommendation.phase == "prefill", windows=DAY_WINDOWS, tokens_per_gpu=tokens)
     rule = chosen.dispatch_rule if chosen.algorithm == "affinity" else None
-    results = day.run([Policy("none", 0), *(Policy(name, every, rule=rule, further_slots=chosen.further_slots) for every in (1, 2, 4, 8, -1))], progress)
+    results = day.run(
+        [
+            Policy("none", 0),
+            *(Policy(name, every, rule=rule, further_slots=chosen.further_slots) for every in (1, 2, 4, 8, -1)),
+        ],
+        progress,
+    )
     return best_interval(results, name)
 
 

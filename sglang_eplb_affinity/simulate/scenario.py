@@ -203,7 +203,8 @@ def simulate(
 ) -> list[PhaseResult]:  # fmt: skip
     """All algorithms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
 
-    ``rules``, ``further_slots`` (:func:`arms_of`) and ``effort`` are affinity's. ``progress`` is called with 1 :func:`runs_of` times.
+    ``rules``, ``further_slots`` (:func:`arms_of`) and ``effort`` are affinity's. ``progress`` is called with 1
+    :func:`runs_of` times.
     """
     if resamples < 2:
         raise InputError(f"--resamples {resamples}: must be at least 2")

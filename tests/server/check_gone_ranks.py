@@ -33,7 +33,7 @@ class Rank:
     from_disk: int = 0
 
 
-def world(rule: str, own: Any) -> list[Rank]:
+def world(rule: str, own: Any, further: int = 0) -> list[Rank]:
     """As a server starts: SGLang's trivial map."""
     from sglang_eplb_affinity.sglang_hooks.location import metadata_of
 
@@ -41,7 +41,7 @@ def world(rule: str, own: Any) -> list[Rank]:
     held = start.physical_to_logical.reshape(LAYERS, RANKS, LOCAL)
     return [
         Rank(
-            metadata_of(start, topology, own, "cpu", rank),
+            metadata_of(start, topology, own, "cpu", rank, further_slots=further),
             {layer: [torch.from_numpy(held[layer, rank].astype(np.float32))] for layer in range(LAYERS)},
         )
         for rank in range(RANKS)
@@ -58,16 +58,19 @@ def empty_window() -> RoutingWindow:
     return RoutingWindow(np.zeros((LAYERS, EXPERTS), np.int64), None, np.full((LAYERS, 16, 2), -1, np.int16))
 
 
-def round_of(ranks: list[Rank], alive: list[int], window: RoutingWindow, algorithm: str, rule: Any) -> None:
+def round_of(
+    ranks: list[Rank], alive: list[int], window: RoutingWindow, algorithm: str, rule: Any, further: int = 0
+) -> None:
     """One round in ``ranks``, in place."""
     messages: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
-    _play(copy.deepcopy(ranks), alive, window, algorithm, rule, messages, deliver=False)
-    _play(ranks, alive, window, algorithm, rule, messages, deliver=True)
+    _play(copy.deepcopy(ranks), alive, window, algorithm, rule, messages, deliver=False, further=further)
+    _play(ranks, alive, window, algorithm, rule, messages, deliver=True, further=further)
 
 
 def _play(
-    ranks: list[Rank], alive: list[int], window: RoutingWindow, algorithm: str, rule: Any, messages: Any, deliver: bool
-) -> None:
+    ranks: list[Rank], alive: list[int], window: RoutingWindow, algorithm: str, rule: Any, messages: Any, deliver: bool,
+    further: int,
+) -> None:  # fmt: skip
     from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager
     from sglang.srt.eplb import eplb_manager
     from sglang.srt.eplb.expert_location import set_global_expert_location_metadata
@@ -82,7 +85,7 @@ def _play(
     state.sync_active_to_cpu()
     settings = SimpleNamespace(
         topology=Topology(RANKS), ours=algorithm == "affinity", algorithm=algorithm, table_rule=rule, device="cpu",
-        planner=PlannerConfig(dispatch=rule, minimum_gain=0.02, threads=1), loads_map=False,
+        planner=PlannerConfig(dispatch=rule, further_slots=further, minimum_gain=0.02, threads=1), loads_map=False,
     )  # fmt: skip
     recorder = SimpleNamespace(
         recording=True,
@@ -189,22 +192,24 @@ def findings() -> dict[str, Any]:
         "elastic_ep_backend": "mooncake", "model_path": "", "load_format": "auto",
     }  # fmt: skip
     found: dict[str, Any] = {}
-    for rule in ("static", "cover", "cover_balanced", "primary"):
+    rules = (("static", 0), ("cover", 0), ("cover_balanced", 0), ("primary", 0), ("primary", 1))
+    for rule, further in rules:
+        name = f"{rule}+{further}" if further else rule
         with get_context().override_server_args(**flags, ep_dispatch_algorithm=rule, eplb_algorithm="affinity"):
-            ranks = world(rule, rule)
-            round_of(ranks, [0, 1, 3], some_window(1), "affinity", rule)
-            found[f"{rule} fault"] = seen(ranks, [0, 1, 3])
+            ranks = world(rule, rule, further)
+            round_of(ranks, [0, 1, 3], some_window(1), "affinity", rule, further)
+            found[f"{name} fault"] = seen(ranks, [0, 1, 3])
             before = ranks[0].metadata.physical_to_logical_map.clone()
-            round_of(ranks, [0, 1, 3], empty_window(), "affinity", rule)
-            found[f"{rule} nothing recorded, stays"] = torch.equal(before, ranks[0].metadata.physical_to_logical_map)
-            round_of(ranks, [0, 1, 3], some_window(2), "affinity", rule)
-            found[f"{rule} next"] = seen(ranks, [0, 1, 3])
-            ranks = world(rule, rule)
-            round_of(ranks, [1, 2, 3], empty_window(), "affinity", rule)
-            found[f"{rule} fault of rank 0, nothing recorded"] = seen(ranks, [1, 2, 3])
+            round_of(ranks, [0, 1, 3], empty_window(), "affinity", rule, further)
+            found[f"{name} nothing recorded, stays"] = torch.equal(before, ranks[0].metadata.physical_to_logical_map)
+            round_of(ranks, [0, 1, 3], some_window(2), "affinity", rule, further)
+            found[f"{name} next"] = seen(ranks, [0, 1, 3])
+            ranks = world(rule, rule, further)
+            round_of(ranks, [1, 2, 3], empty_window(), "affinity", rule, further)
+            found[f"{name} fault of rank 0, nothing recorded"] = seen(ranks, [1, 2, 3])
             before = ranks[1].metadata.physical_to_logical_map.clone()
-            round_of(ranks, [1, 2], some_window(3), "affinity", rule)
-            found[f"{rule} too few slots, stays"] = torch.equal(before, ranks[1].metadata.physical_to_logical_map)
+            round_of(ranks, [1, 2], some_window(3), "affinity", rule, further)
+            found[f"{name} too few slots, stays"] = torch.equal(before, ranks[1].metadata.physical_to_logical_map)
     with get_context().override_server_args(**flags, ep_dispatch_algorithm="static", eplb_algorithm="elasticity_aware"):
         ranks = world("static", "static")
         round_of(ranks, [0, 1, 3], some_window(1), "elasticity_aware", "static")

@@ -254,7 +254,10 @@ def test_rebalancing_flags_are_accepted(results: dict[str, dict], case: str) -> 
         ("primary tokens negative", "--eplb-affinity-primary-tokens -1: must be 0 or more"),
         ("further without primary", "--eplb-affinity-further-slots 1: needs --ep-dispatch-algorithm primary"),
         ("further without all-to-all", "--eplb-affinity-further-slots 1: needs an all-to-all backend such as"),
-        ("further too many", "--eplb-affinity-further-slots 3: must be at most 2, the slots of a GPU besides one of ea"),
+        (
+            "further too many",
+            "--eplb-affinity-further-slots 3: must be at most 2, the slots of a GPU besides one of ea",
+        ),
         ("further negative", "--eplb-affinity-further-slots -1: must be 0 or more"),
         ("every", "--expert-affinity-record-every 0: must be at least 1"),
         ("phase without a recorder", "--eplb-affinity-phase decode: nothing is recorded; leave it out or give"),

@@ -43,9 +43,9 @@ def test_the_map_of_the_ranks_that_live_when_others_are_gone(found: dict) -> Non
     gone = found["gone"]
     right = {"agree": True, "gone slots": [0], "names gone": [], "experts": [8, 8], "valid": True, "wrong": 0}
     figures = {name: value for name, value in gone.items() if isinstance(value, dict)}
-    assert len(figures) == 13 and all(value for value in gone.values())
+    assert len(figures) == 16 and all(value for value in gone.values())
     for name, value in figures.items():
         assert {key: value[key] for key in right} == right, name
     # Of the three experts that rank 2 had, two in each layer were nowhere else; the next round asks no disk.
-    for rule in ("static", "cover", "cover_balanced", "primary"):
+    for rule in ("static", "cover", "cover_balanced", "primary", "primary+1"):
         assert 4 <= figures[f"{rule} fault"]["from disk"] == figures[f"{rule} next"]["from disk"]

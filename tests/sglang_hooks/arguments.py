@@ -13,7 +13,8 @@ def server_arguments(**flags: Any) -> Any:
         context_len=4096,
     )
     defaults = dict(
-        enable_expert_affinity_recorder=False, ep_forced_routing=None, eplb_affinity_further_slots=0, eplb_affinity_incremental=False,
+        enable_expert_affinity_recorder=False, ep_forced_routing=None, eplb_affinity_further_slots=0,
+        eplb_affinity_incremental=False,
         eplb_affinity_max_load_increase=0.01, eplb_affinity_max_moves=None, eplb_affinity_nodes=None,
         eplb_affinity_p95_allowance=None,
         eplb_affinity_phase=None, eplb_affinity_primary_tokens=None, eplb_affinity_survive="none", eplb_async=False,

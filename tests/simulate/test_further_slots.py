@@ -58,16 +58,19 @@ def test_further_slots_are_of_small_passes_over_several_nodes(system, source):
     assert found[-1].name.endswith("low_latency, primary+1 dispatch")
 
 
+PRIMARY = ("--dispatch", "primary", "--further-slots")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("plan", "--redundant", 16, "--dispatch", "cover", "--further-slots", 1), "needs --dispatch primary, not cover"),
-        (("plan", "--redundant", 16, "--dispatch", "primary", "--further-slots", 3), "16 on 8 GPUs makes 2 slots of a GPU"),
-        (("plan", "--redundant", 16, "--algorithm", "deepseek", "--dispatch", "primary", "--further-slots", 1), "affinity"),
+        (("plan", "--redundant", 16, "--dispatch", "cover", "--further-slots", 1), "needs --dispatch primary, not cov"),
+        (("plan", "--redundant", 16, *PRIMARY, 3), "--redundant 16 on 8 GPUs makes 2 slots of a GPU"),
+        (("plan", "--redundant", 16, "--algorithm", "deepseek", *PRIMARY, 1), "needs --algorithm affinity"),
         (("evaluate", "--map", PLAN, "--further-slots", 1), "--further-slots 1: needs --dispatch primary"),
-        (("simulate", "--topology", "deepseek-v3-h200", "--further-slots", 9), "--further-slots 9: 32 redundant experts on"),
+        (("simulate", "--topology", "deepseek-v3-h200", "--further-slots", 9), "9: 32 redundant experts on"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_one_line(tmp_path, arguments, said):
     size = () if arguments[0] == "simulate" else ("--gpus", 8, "--nodes", 2)
     out = tmp_path / "out.json"
@@ -84,11 +87,10 @@ def test_a_plan_is_evaluated_with_the_further_slots_that_it_is_made_for(tmp_path
     copies = {}
     for further in (0, 1):
         out = tmp_path / f"{further}.json"
-        flags = ("--dispatch", "primary", "--further-slots", further)
-        assert run("plan", *size, "--redundant", 32, "--effort", "fast", *flags, "--out", out).exit_code == 0
+        planned = run("plan", *size, "--redundant", 32, "--effort", "fast", *PRIMARY, further, "--out", out)
+        assert planned.exit_code == 0
         for used in (0, 1):
-            shown = run("evaluate", *size, "--map", out, "--dispatch", "primary", "--further-slots", used, "--pass-tokens", 8,
-                        "--format", "csv")  # fmt: skip
+            shown = run("evaluate", *size, "--map", out, *PRIMARY, used, "--pass-tokens", 8, "--format", "csv")
             head, row = (line.split(",") for line in shown.output.splitlines()[:2])
             values = dict(zip(head, row, strict=True))
             assert (values["dispatch"], int(values["further_slots"])) == ("primary", used)
