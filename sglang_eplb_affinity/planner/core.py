@@ -54,7 +54,7 @@ def plan(
         result = unless_little_gain(result, in_use, window.counts[layer], topology, config)
         if config.even_primaries and result.slots is not in_use:
             slots = primaries_first(result.slots, window.counts[layer], topology, in_use)
-            slots = with_further_first(slots, window.counts[layer], topology, config.further_slots)
+            slots = with_further_first(slots, window.counts[layer], topology, config.further_slots, config.node_weight)
             result = replace(result, slots=slots)
         if progress is not None:
             progress(1)

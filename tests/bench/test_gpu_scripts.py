@@ -90,7 +90,13 @@ def test_a_share_without_gpus_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("plan", "runs"),
-    [("costs.sh", 4), ("ep4.sh", 2), ("runs.sh {}/replicas.runs", 3), ("runs.sh {}/table.runs", 2)],
+    [
+        ("costs.sh", 4),
+        ("ep4.sh", 2),
+        ("runs.sh {}/replicas.runs", 3),
+        ("runs.sh {}/table-nvlink.runs", 1),
+        ("runs.sh {}/table-emulated.runs", 1),
+    ],
 )
 def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Path) -> None:
     checkout(tmp_path)

@@ -15,8 +15,10 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.planner.even_primaries import primaries_first
-from sglang_eplb_affinity.planner.further_slots import SLOW_LINK, further_slots_of, with_further_first
+from sglang_eplb_affinity.planner.further_slots import further_slots_of, with_further_first
 from tests.planner.test_even_primaries import window
+
+WEIGHT = 2
 
 
 def some_row(rng: np.random.Generator, topology: Topology, experts: int, more: int) -> np.ndarray:
@@ -37,7 +39,7 @@ def received(row: np.ndarray, active: np.ndarray, counts: np.ndarray, topology: 
     of = static_slots(padded, (padded >= 0).sum(1).astype(np.int32), len(gpus), per_gpu, topology.gpus_per_node)
     to = of // per_gpu
     far = to // topology.gpus_per_node != gpus[:, None] // topology.gpus_per_node
-    return np.bincount(to.ravel(), (np.where(far, SLOW_LINK, 1.0) * counts).ravel(), len(gpus))
+    return np.bincount(to.ravel(), (np.where(far, WEIGHT, 1.0) * counts).ravel(), len(gpus))
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,10 +55,10 @@ def test_no_single_exchange_would_be_better(data: st.DataObject) -> None:
     counts = np.exp(rng.normal(5, 1, experts)).astype(np.int64)
     row = primaries_first(some_row(rng, topology, experts, more), counts, topology)
     further = data.draw(st.integers(1, more - 1))
-    ordered = with_further_first(row, counts, topology, further)
+    ordered = with_further_first(row, counts, topology, further, WEIGHT)
     per_gpu = len(row) // topology.num_gpus
     assert (np.sort(row.reshape(-1, per_gpu)) == np.sort(ordered.reshape(-1, per_gpu))).all()
-    assert (with_further_first(ordered, counts, topology, further) == ordered).all()
+    assert (with_further_first(ordered, counts, topology, further, WEIGHT) == ordered).all()
     table = ExpertMap(ordered[None], experts).logical_to_all_physical()
     primary = primaries_of(table, topology, len(row))[0]
     assert set(primary.tolist()) == set(
@@ -86,10 +88,10 @@ def test_a_hot_expert_gets_its_second_slot_on_the_other_node() -> None:
     topology = Topology(4, 2)
     primary = primaries_of(ExpertMap(row[None], 8).logical_to_all_physical(), topology, 16)[0]
     assert primary.tolist() == [0, 4, 8, 12, 1, 5, 9, 13]  # two of each GPU, in front
-    chosen = further_slots_of(row, primary, counts, topology, 1)
+    chosen = further_slots_of(row, primary, counts, topology, 1, WEIGHT)
     assert {int(row[slot]) for slot in chosen[2:, 0]} == {0}  # both GPUs of the other node take its tokens in turn
     assert row[chosen[1, 0]] == 0
-    moved = with_further_first(row, counts, topology, 1)
+    moved = with_further_first(row, counts, topology, 1, WEIGHT)
     assert moved.tolist() == [0, 4, 2, 1, 1, 5, 0, 4, 2, 6, 0, 7, 3, 7, 0, 6]
     table = ExpertMap(moved[None], 8).logical_to_all_physical()
     assert active_replicas(table, topology, 16, 1)[0, 0].tolist() == [0, 6, 10, 14]
