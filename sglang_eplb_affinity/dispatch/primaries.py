@@ -37,34 +37,13 @@ TOKENS_PER_SLOT = 32
 
 
 @kernel
-def primary_slots(table, replicas, num_gpus, slots_per_gpu):  # type: ignore[no-untyped-def]
-    """int32 [experts]: the primary slot of each.
-
-    table int32 [experts, max_replicas], slots in rising order; replicas int32 [experts].
-    """
+def even_choice(table, replicas, chosen, num_gpus, slots_per_gpu):  # type: ignore[no-untyped-def]
+    """Change ``chosen`` int64 [experts], columns of ``table``, until no chain of moves from a GPU to one with at least
+    two fewer is left, which is optimal (Harvey et al.)."""
     experts = table.shape[0]
-    named = np.full(experts, -1, np.int32)
-    found = 0
-    for e in range(experts):
-        for i in range(replicas[e]):
-            if table[e, i] % slots_per_gpu * num_gpus < experts and named[e] < 0:
-                named[e] = table[e, i]
-                found += 1
-    if found == experts and experts % num_gpus == 0:
-        return named
-    chosen = np.zeros(experts, np.int64)  # column of table
     count = np.zeros(num_gpus, np.int64)
-    for fewest in range(1, table.shape[1] + 1):  # those with the fewest slots to choose from first
-        for e in range(experts):
-            if replicas[e] != fewest:
-                continue
-            best = 0
-            for i in range(1, replicas[e]):
-                if count[table[e, i] // slots_per_gpu] < count[table[e, best] // slots_per_gpu]:
-                    best = i
-            chosen[e] = best
-            count[table[e, best] // slots_per_gpu] += 1
-    # Until no chain of moves from a GPU to one with at least two fewer is left, which is optimal (Harvey et al.).
+    for e in range(experts):
+        count[table[e, chosen[e]] // slots_per_gpu] += 1
     came_from = np.empty(num_gpus, np.int64)
     by_expert = np.empty(num_gpus, np.int64)
     by_column = np.empty(num_gpus, np.int64)
@@ -101,6 +80,37 @@ def primary_slots(table, replicas, num_gpus, slots_per_gpu):  # type: ignore[no-
             while end != start:
                 chosen[by_expert[end]] = by_column[end]
                 end = came_from[end]
+
+
+@kernel
+def primary_slots(table, replicas, num_gpus, slots_per_gpu):  # type: ignore[no-untyped-def]
+    """int32 [experts]: the primary slot of each.
+
+    table int32 [experts, max_replicas], slots in rising order; replicas int32 [experts].
+    """
+    experts = table.shape[0]
+    named = np.full(experts, -1, np.int32)
+    found = 0
+    for e in range(experts):
+        for i in range(replicas[e]):
+            if table[e, i] % slots_per_gpu * num_gpus < experts and named[e] < 0:
+                named[e] = table[e, i]
+                found += 1
+    if found == experts and experts % num_gpus == 0:
+        return named
+    chosen = np.zeros(experts, np.int64)  # column of table
+    count = np.zeros(num_gpus, np.int64)
+    for fewest in range(1, table.shape[1] + 1):  # those with the fewest slots to choose from first
+        for e in range(experts):
+            if replicas[e] != fewest:
+                continue
+            best = 0
+            for i in range(1, replicas[e]):
+                if count[table[e, i] // slots_per_gpu] < count[table[e, best] // slots_per_gpu]:
+                    best = i
+            chosen[e] = best
+            count[table[e, best] // slots_per_gpu] += 1
+    even_choice(table, replicas, chosen, num_gpus, slots_per_gpu)
     out = np.empty(experts, np.int32)
     for e in range(experts):
         out[e] = table[e, chosen[e]]

@@ -45,6 +45,8 @@ class PlannerConfig:
     ``warm_start``: the search starts from the current map, less hot, wherever that costs less than EPLB's: a plan then
     refines it and moves less. A layer for which that fails is planned anew.
     ``max_moves``: at most so many experts newly placed on each rank in each layer; makes the plan incremental.
+    ``max_changes``: slots of a GPU whose content may change in a layer; bounds how those of ``primary`` are ordered
+    (slot_order.py). None: any number.
     ``move_cost``: what one moved expert must save in an incremental plan, in copies to another GPU per million tokens.
     An expert of DeepSeek-V3 is as large as 6000 tokens; over 4 million tokens between rebalances that makes 1500.
     ``minimum_gain``: with a current map, a layer moves only if it gains this fraction: of its dispatch cost, or of its
@@ -74,6 +76,7 @@ class PlannerConfig:
     incremental: bool = False
     warm_start: bool = False
     max_moves: int | None = None
+    max_changes: int | None = None
     move_cost: int = 1500
     minimum_gain: float | None = None
     node_weight: int = 2
@@ -100,7 +103,7 @@ class PlannerConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < math.inf:
                 raise InputError(f"planner: {name}={value} must be 0 or more, and finite")
-        for name in ("seed", "max_moves", "move_cost", "node_weight", "further_slots"):
+        for name in ("seed", "max_moves", "move_cost", "node_weight", "further_slots", "max_changes"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"planner: {name}={value} must be 0 or more")

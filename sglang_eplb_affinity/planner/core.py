@@ -16,11 +16,10 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.budget import budget_for
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.eplb import eplb_placement
-from sglang_eplb_affinity.planner.even_primaries import primaries_first
-from sglang_eplb_affinity.planner.further_slots import with_further_first
 from sglang_eplb_affinity.planner.judge import Judgement
 from sglang_eplb_affinity.planner.plan_layer import LayerPlan, plan_layer, unless_little_gain
 from sglang_eplb_affinity.planner.report import MapQuality, Plan, PlanReport
+from sglang_eplb_affinity.planner.slot_order import in_order
 from sglang_eplb_affinity.planner.survival import Survive, uncovered
 
 
@@ -52,10 +51,8 @@ def plan(
         other = None if grouped is None else grouped.physical_to_logical[layer]
         result = plan_layer(window, layer, topology, config, budget, eplb.physical_to_logical[layer], in_use, other)
         result = unless_little_gain(result, in_use, window.counts[layer], topology, config)
-        if config.even_primaries and result.slots is not in_use:
-            slots = primaries_first(result.slots, window.counts[layer], topology, in_use)
-            slots = with_further_first(slots, window.counts[layer], topology, config.further_slots, config.node_weight)
-            result = replace(result, slots=slots)
+        if result.slots is not in_use:
+            result = replace(result, slots=in_order(result.slots, window.counts[layer], topology, config, in_use))
         if progress is not None:
             progress(1)
         return result

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.primaries import over_share, primaries_of
+from sglang_eplb_affinity.dispatch.primaries import even_choice, over_share, primaries_of
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
@@ -110,12 +110,13 @@ def _likeliest(
 
 
 def primaries_first(
-    row: np.ndarray, counts: np.ndarray, topology: Topology, current: np.ndarray | None = None
+    row: np.ndarray, counts: np.ndarray, topology: Topology, current: np.ndarray | None = None, even_load: bool = True
 ) -> np.ndarray:
     """``row`` int32 [slots] with each GPU's primaries in its first slots, where an even choice exists: those that load
-    the busiest GPU least, as far as exchanges among two and three GPUs find. counts int64 [experts].
+    the busiest GPU least, as far as exchanges among two and three GPUs find, or without ``even_load`` any. counts int64
+    [experts].
 
-    Experts keep the slot that they have in ``current`` (None: in ``row``) where that may be.
+    Experts keep the slot that they have in ``current`` (None: in ``row``) where that may be, and primaries the GPU.
     """
     experts, gpus = len(counts), topology.num_gpus
     primary = _primaries(row, experts, topology)
@@ -123,7 +124,11 @@ def primaries_first(
         return row
     table = ExpertMap(row[None], experts).logical_to_all_physical()[0]
     per_gpu, share = len(row) // gpus, experts // gpus
-    primary = _even_load(table, primary.astype(np.int64), counts.astype(np.int64), gpus, per_gpu)
+    if current is not None:
+        primary = _near(table, _primaries(current, experts, topology) // per_gpu, topology, per_gpu)
+    primary = primary.astype(np.int64)
+    if even_load:
+        primary = _even_load(table, primary, counts.astype(np.int64), gpus, per_gpu)
     leads = np.zeros(len(row), bool)
     leads[primary] = True
     out, before = np.empty_like(row), row if current is None else current.astype(row.dtype)
@@ -132,6 +137,17 @@ def primaries_first(
         for part, begin, end in ((own[first], 0, share), (own[~first], share, per_gpu)):
             keep_slots(part, before[start + begin : start + end], out[start + begin : start + end])
     return out
+
+
+def _near(table: np.ndarray, gpu: np.ndarray, topology: Topology, per_gpu: int) -> np.ndarray:
+    """int32 [experts]: an even choice of primary slots, of which many are where the experts' primaries were, ``gpu``.
+
+    table int32 [experts, max_replicas].
+    """
+    there = (table >= 0) & (table // per_gpu == gpu[:, None])
+    chosen = there.argmax(1)  # an expert that is gone from there: its first slot
+    even_choice(table, (table >= 0).sum(1).astype(np.int32), chosen, topology.num_gpus, per_gpu)
+    return np.asarray(np.take_along_axis(table, chosen[:, None], axis=1)[:, 0])
 
 
 @kernel

@@ -175,7 +175,7 @@ def figures_of_round(
 def _place(request: PlanRequest) -> ExpertMap:
     window, current, settings = request.window, request.current, request.settings
     if settings.algorithm == "affinity":
-        config = settings.planner
+        config = replace(settings.planner, max_changes=settings.staging_rows)
         if request.first and (config.max_moves is None or settings.staging_rows is None):
             config = replace(config, incremental=False, warm_start=False, max_moves=None)
         return plan(window, settings.topology, current.num_slots, config, current).expert_map
