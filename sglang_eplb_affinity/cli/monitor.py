@@ -62,7 +62,7 @@ def monitor_command(urls: tuple[str, ...], once: bool, form: str, alerts: tuple[
     from sglang_eplb_affinity.monitor.limits import Limit
 
     limits = [Limit.parse(text) for text in alerts]
-    servers = [ServerHistory(base_url(url)) for url in dict.fromkeys(urls)]
+    servers = [ServerHistory(url) for url in dict.fromkeys(map(base_url, urls))]
     if once or (form == "text" and not sys.stdout.isatty()):
         sys.exit(_once(servers, limits, form))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the screen is given back

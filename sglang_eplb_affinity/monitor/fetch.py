@@ -23,8 +23,11 @@ def base_url(text: str) -> str:
     url = (text if "://" in text else f"http://{text}").rstrip("/").removesuffix("/metrics")
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
+        host = parts.hostname or ""
+        host.encode("idna")  # as the request will
+        usable = parts.scheme in ("http", "https") and bool(host) and (parts.port or 1) > 0
+        usable &= not (parts.query or parts.fragment) and not any(c.isspace() or not c.isprintable() for c in url)
+    except ValueError:  # UnicodeError is one
         usable = False
     if not usable:
         raise InputError(f"{text}: is not the URL of a server, such as http://127.0.0.1:30000")

@@ -121,7 +121,8 @@ class Reading:
 
     def with_records(self, states: Sequence[Any]) -> Reading:
         """``states``: ``internal_states`` of /server_info, one for each data-parallel rank."""
-        records = [state.get("eplb_affinity") if isinstance(state, Mapping) else None for state in states]
+        found = [state.get("eplb_affinity") if isinstance(state, Mapping) else None for state in states]
+        records = [record if isinstance(record, Mapping) else None for record in found]
         first = next((record for record in records if record), None)
         of_rank = {str(rank): record for rank, record in enumerate(records)}
         placements = (

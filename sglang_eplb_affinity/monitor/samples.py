@@ -63,7 +63,8 @@ class Samples:
         try:
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
-                    found[sample.name].append((sample.labels, float(sample.value)))
+                    if not math.isnan(sample.value):  # no value yet
+                        found[sample.name].append((sample.labels, float(sample.value)))
         except (ValueError, IndexError):
             raise InputError(f"{source}: is not Prometheus' text format, so no /metrics of a server") from None
         return Samples(found)

@@ -1,6 +1,7 @@
 """The command against stand-ins of servers: errors, exit codes, side by side, and the GPUs that NVML sees."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -47,10 +48,42 @@ def test_no_server_and_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch)
         fetch.read(f"http://{address}", 0.2)
 
 
-@pytest.mark.parametrize("url", ["foo:bar", "ftp://a:1", "http://", "http://a:99999"])
+NO_URLS = [
+    "foo:bar",
+    "ftp://a:1",
+    "http://",
+    "http://a:99999",
+    "a..b:30000",
+    "a" * 70,
+    "a b:1",
+    "http://a:1?b",
+    "a:1#b",
+]
+
+
+@pytest.mark.parametrize("url", NO_URLS)
 def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(InputError, match=f"^{url}: is not the URL of a server"):
+    with pytest.raises(InputError, match=f"^{re.escape(url)}: is not the URL of a server"):
         fetch.base_url(url)
+
+
+def test_a_server_is_read_once_whatever_it_is_called(exporter: Exporter) -> None:
+    exporter.end_round("applied")
+    with answers({"/metrics": exporter.text()}) as address:
+        names = [address, f"http://{address}", f"http://{address}/metrics"]
+        done = CliRunner().invoke(monitor_command, [*names, "--once", "--format", "json"])
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["servers"]) == 1
+
+
+def test_figures_without_a_value_yet_and_states_that_are_not_ours() -> None:
+    text = 'eplb_affinity_rebalances_total{result="applied"} 1\neplb_affinity_balancedness{map="after"} NaN\n'
+    for state in (5, "x", [1], None):
+        info = json.dumps({"internal_states": [{"eplb_affinity": state}]})
+        with answers({"/metrics": text, "/server_info": info}) as address:
+            arguments = [address, "--once", "--format", "json", "--alert", "balancedness=0.8"]
+            done = CliRunner().invoke(monitor_command, arguments)
+        assert done.exit_code == 0 and "balancedness has no value yet" in done.stderr
+        assert "NaN" not in done.stdout and json.loads(done.stdout)["servers"][0]["placements"][0]["balancedness"] == {}
 
 
 def test_json_of_two_servers_one_of_which_is_away(exporter: Exporter) -> None:
