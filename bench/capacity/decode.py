@@ -56,9 +56,11 @@ def decode_rows(
         for redundant in of_eplb:
             found += simulate(system.resized(gpus, redundant), source, phases, ["eplb"], resamples=RESAMPLES)
         for redundant in redundancies:
-            further = (0, FURTHER) if system.resized(gpus, redundant).topology.num_nodes > 1 else (0,)
+            sized = system.resized(gpus, redundant)
+            # All slots of a GPU are `static`.
+            further = (0, FURTHER) if sized.topology.num_nodes > 1 and redundant // gpus > FURTHER else (0,)
             found += simulate(
-                system.resized(gpus, redundant), source, phases, ["none", "eplb", "affinity"], resamples=RESAMPLES,
+                sized, source, phases, ["none", "eplb", "affinity"], resamples=RESAMPLES,
                 rules=RULES, further_slots=further,
             )  # fmt: skip
         for batch in BATCHES:

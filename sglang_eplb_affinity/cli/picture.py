@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.evaluate import NO_PASS_LOAD, ONE_PASS, dealt_sources, even_load, measure_layer
-from sglang_eplb_affinity.dispatch.primaries import tables_of_rule
+from sglang_eplb_affinity.dispatch.rule_tables import tables_of_rule
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow

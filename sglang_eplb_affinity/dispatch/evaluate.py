@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, slots_of_sources, weights_of_passes
-from sglang_eplb_affinity.dispatch.primaries import tables_of_rule
+from sglang_eplb_affinity.dispatch.rule_tables import tables_of_rule
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap

@@ -93,7 +93,7 @@ def choose_slots(  # type: ignore[no-untyped-def]
 
     t: the token's row number, for the hash; row int16 [k]; home: its GPU, or -1 where it is not known; table int32
     [experts, max_replicas]; replicas int32 [experts]; static: :func:`slots_of_sources`; rule: a RuleNumber other than
-    ``primary``, which is ``static`` among other replicas (primaries.tables_of_rule). gpu_mark int64 [gpus] and
+    ``primary``, which is ``static`` among other replicas (rule_tables.tables_of_rule). gpu_mark int64 [gpus] and
     node_mark int64 [nodes] hold the last token that visited each (start with -1); candidates int64 [max_replicas] is
     scratch. For ``cover_balanced``: ties int64 [gpus] counts the choices that had other candidates, unless it is empty;
     weights int64 [gpus] of the candidates, empty for the first choice.

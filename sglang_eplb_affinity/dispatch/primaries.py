@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
@@ -138,17 +137,6 @@ def active_replicas(replicas: np.ndarray, topology: Topology, num_slots: int, fu
     held = np.where(replicas >= 0, np.take_along_axis(active[:, None], np.maximum(replicas, 0), axis=2), False)
     order = np.argsort(~held, axis=2, kind="stable")
     return np.take_along_axis(np.where(held, replicas, -1), order, axis=2).astype(np.int32)
-
-
-def tables_of_rule(
-    expert_map: ExpertMap, topology: Topology, rule: DispatchRule, further_slots: int = 0
-) -> tuple[np.ndarray, np.ndarray, RuleNumber]:
-    """What compiled code is told of a rule: the replicas that may be taken, int32 [layers, experts, max_replicas], how
-    many they are, int32 [layers, experts], and the rule among them. Raises InputError for a rule that there is not."""
-    table = expert_map.logical_to_all_physical()
-    if rule == "primary":
-        table, rule = active_replicas(table, topology, expert_map.num_slots, further_slots), "static"
-    return table, (table >= 0).sum(2).astype(np.int32), RuleNumber.of(rule)
 
 
 def over_share(primary: np.ndarray, topology: Topology, num_slots: int) -> int:

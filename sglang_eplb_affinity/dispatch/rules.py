@@ -66,7 +66,7 @@ class RuleNumber(IntEnum):
 
     @staticmethod
     def of(rule: DispatchRule) -> RuleNumber:
-        """Raises InputError for a rule that there is not; ``primary`` has none (primaries.tables_of_rule)."""
+        """Raises InputError for a rule that there is not; ``primary`` has none (rule_tables.tables_of_rule)."""
         if rule not in KERNEL_RULES:
             raise InputError(f"dispatch rule {rule!r} is not one of {', '.join(KERNEL_RULES)}")
         return RuleNumber[rule.upper()]

@@ -34,6 +34,8 @@ def read_content(path: str | os.PathLike[str], source: str | None = None) -> Any
         return _parse_zip(data, source)
     if data[:6] == b"\x93NUMPY":
         raise InputError(f"{source}: holds one bare array (.npy); expected an .npz trace, .pt, .json or .yaml")
+    if not data.strip():
+        raise InputError(f"{source}: is empty")
     text = text_of(data, f"{source}: neither text nor a file that torch.save or numpy.savez wrote")
     name = Path(path).name.removesuffix(".gz")
     if name.endswith((".yaml", ".yml")) or (str(path) == "-" and not text.lstrip().startswith(("{", "["))):

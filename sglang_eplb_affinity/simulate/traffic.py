@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.numba_rules import choose_slots, slots_of_sources, weights_of_passes
-from sglang_eplb_affinity.dispatch.primaries import tables_of_rule
+from sglang_eplb_affinity.dispatch.rule_tables import tables_of_rule
 from sglang_eplb_affinity.dispatch.rules import DispatchRule, RuleNumber
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel

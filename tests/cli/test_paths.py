@@ -58,6 +58,7 @@ def test_inputs_of_standard_input(trace: Path, placed: Path, tmp_path: Path) -> 
     result = run(*back, given=placed.read_bytes())  # looks at its input twice
     assert len(json.loads(result.stdout)["physical_to_logical_map"]) == 3
     assert "standard input: not JSON" in refusal("inspect", "--map", "-", given=b"[")
+    assert "standard input: is empty" in refusal("inspect", "--map", "-", given=b" \n")
 
 
 def test_outputs_on_standard_output(trace: Path) -> None:

@@ -66,10 +66,13 @@ def test_primary_has_a_column_of_its_own_and_says_what_large_passes_follow(tmp_p
 
 
 def test_decode_arms_beside_eplb_and_its_best(system_file, trace, monkeypatch):
-    monkeypatch.setattr(decode, "RUNS", ((str(system_file), 8, (8,), (0,)),))
+    monkeypatch.setattr(decode, "RUNS", ((str(system_file), 8, (8, 16), (0,)),))
     monkeypatch.setattr(decode, "RESAMPLES", 2)
     monkeypatch.setattr(decode, "BATCHES", (16, 128))  # a small pass and a large one
-    rows = decode.decode_rows(trace, trace)
+    every = decode.decode_rows(trace, trace)
+    with_further = [row for row in every if "further" in row["arm"]]  # where a GPU has more slots than that, two here
+    assert [(row["batch"], row["redundant"], row["served rule"]) for row in with_further] == [(16, 16, "primary")]
+    rows = [row for row in every if row["redundant"] == 8]
     arms = ("contiguous map", "EPLB", "affinity, `static`", "affinity, `cover`", "affinity, `primary`")
     assert [(row["batch"], row["arm"]) for row in rows] == [(batch, arm) for batch in decode.BATCHES for arm in arms]
     served = [row["served rule"] for row in rows]
@@ -79,6 +82,7 @@ def test_decode_arms_beside_eplb_and_its_best(system_file, trace, monkeypatch):
         assert eplb["gain over EPLB %"] == 0 and eplb["best EPLB ms"] <= eplb["step ms"]
         assert eplb["best EPLB redundant"] in (0, 8) and eplb["best EPLB active slots"] <= eplb["active slots"] <= 3
         assert static["gain over EPLB %"] == pytest.approx(100 * (1 - static["step ms"] / eplb["step ms"]), abs=0.5)
+    assert len(decode.decode_table(every).splitlines()) == 6 and len(every) == 21
     lines = decode.decode_table(rows).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert "`cover_balanced`" not in lines[2] and "(as `static`)" in lines[3]
