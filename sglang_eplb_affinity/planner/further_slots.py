@@ -90,6 +90,17 @@ def _add(  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _switch(  # type: ignore[no-untyped-def]
+    slot, on, slot_expert, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, node_weight, load
+):
+    """Make a slot active, or no longer, and load what the GPUs then get."""
+    e = slot_expert[slot]
+    _add(e, -1.0, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, node_weight, load)
+    active[slot] = on
+    _add(e, 1.0, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, node_weight, load)
+
+
+@kernel
 def _choose(  # type: ignore[no-untyped-def]
     slot_expert, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, further_slots, node_weight
 ):
@@ -97,75 +108,22 @@ def _choose(  # type: ignore[no-untyped-def]
     [experts]; active bool [slots], the primaries; counts float64 [experts]."""
     chosen = np.full((num_gpus, further_slots), -1, np.int64)
     load, trial = np.zeros(num_gpus), np.empty(num_gpus)
+    of_map = (slot_expert, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, node_weight)
     for e in range(counts.shape[0]):
-        _add(e, 1.0, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, node_weight, load)
+        _add(e, 1.0, *of_map[1:], load)
     for _ in range(_ROUNDS):
         changed = False
         for place in range(further_slots):
             for gpu in range(num_gpus):
                 old = chosen[gpu, place]
                 if old >= 0:
-                    e = slot_expert[old]
-                    _add(
-                        e,
-                        -1.0,
-                        table,
-                        replicas,
-                        active,
-                        counts,
-                        num_gpus,
-                        slots_per_gpu,
-                        gpus_per_node,
-                        node_weight,
-                        load,
-                    )
-                    active[old] = False
-                    _add(
-                        e,
-                        1.0,
-                        table,
-                        replicas,
-                        active,
-                        counts,
-                        num_gpus,
-                        slots_per_gpu,
-                        gpus_per_node,
-                        node_weight,
-                        load,
-                    )
+                    _switch(old, False, *of_map, load)
                 best, least = -1, np.inf
                 for slot in range(gpu * slots_per_gpu, (gpu + 1) * slots_per_gpu):
                     if active[slot]:
                         continue
-                    e = slot_expert[slot]
                     trial[:] = load
-                    _add(
-                        e,
-                        -1.0,
-                        table,
-                        replicas,
-                        active,
-                        counts,
-                        num_gpus,
-                        slots_per_gpu,
-                        gpus_per_node,
-                        node_weight,
-                        trial,
-                    )
-                    active[slot] = True
-                    _add(
-                        e,
-                        1.0,
-                        table,
-                        replicas,
-                        active,
-                        counts,
-                        num_gpus,
-                        slots_per_gpu,
-                        gpus_per_node,
-                        node_weight,
-                        trial,
-                    )
+                    _switch(slot, True, *of_map, trial)
                     active[slot] = False
                     squares = (trial * trial).sum()
                     # Rounding must not make two equal ones change places for ever.
@@ -173,12 +131,7 @@ def _choose(  # type: ignore[no-untyped-def]
                         best, least = slot, squares
                 changed |= best != old
                 chosen[gpu, place] = best
-                e = slot_expert[best]
-                _add(
-                    e, -1.0, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, node_weight, load
-                )
-                active[best] = True
-                _add(e, 1.0, table, replicas, active, counts, num_gpus, slots_per_gpu, gpus_per_node, node_weight, load)
+                _switch(best, True, *of_map, load)
         if not changed:
             break
     return chosen

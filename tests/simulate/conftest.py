@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from sglang_eplb_affinity.domain.routing import RoutingTrace
+from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.system import load_system
 
 
 def make_trace(
@@ -74,3 +76,13 @@ def system_file(tmp_path):
     path = tmp_path / "toy.yaml"
     path.write_text(SYSTEM)
     return path
+
+
+@pytest.fixture
+def system(system_file):
+    return load_system(str(system_file))
+
+
+@pytest.fixture
+def source(trace, system):
+    return RoutingSource(trace, None, system.model, np.arange(3))

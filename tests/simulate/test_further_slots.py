@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -14,20 +13,8 @@ from sglang_eplb_affinity.dispatch.primaries import most_tokens
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.recommend import candidate_runs, evaluate_candidates, further_choices
 from sglang_eplb_affinity.simulate.scenario import arms_of, simulate
-from sglang_eplb_affinity.simulate.source import RoutingSource
-from sglang_eplb_affinity.simulate.system import load_system
 
 PLAN = Path(__file__).parents[2] / "bench/data/tiny_moe_plan.npz"
-
-
-@pytest.fixture
-def system(system_file):
-    return load_system(str(system_file))
-
-
-@pytest.fixture
-def source(trace, system):
-    return RoutingSource(trace, None, system.model, np.arange(3))
 
 
 def test_further_slots_are_of_small_passes_over_several_nodes(system, source):

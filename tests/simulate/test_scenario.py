@@ -36,20 +36,10 @@ from sglang_eplb_affinity.simulate.scenario import (
     with_overlap,
 )
 from sglang_eplb_affinity.simulate.source import RoutingSource
-from sglang_eplb_affinity.simulate.system import DeepEPMode, load_system
+from sglang_eplb_affinity.simulate.system import DeepEPMode
 from sglang_eplb_affinity.simulate.v2_comparison import compare_v2, comparison_runs
 from tests.sglang_hooks.arguments import server_arguments
 from tests.simulate.conftest import make_trace
-
-
-@pytest.fixture
-def system(system_file):
-    return load_system(str(system_file))
-
-
-@pytest.fixture
-def source(trace, system):
-    return RoutingSource(trace, None, system.model, np.arange(3))
 
 
 @pytest.fixture
