@@ -23,10 +23,10 @@ class Arm:
     """One way to place experts.
 
     ``algorithm`` plans (None: no EPLB), and adds the profile's EPLB flags (redundant experts, rebalance interval,
-    dispatch rule) to the server command; ``dispatch``, ``redundant`` and ``own_flags`` come after them, so that an arm
-    can differ in one of these. ``environment``: variables of its server. ``recorded``: whether the server says what its
-    rebalances moved and how balanced its placement is. ``rebalances``: what an arm with EPLB claims, which the server
-    log must prove, or its rows are void.
+    dispatch rule) to the server command; ``dispatch``, ``redundant``, ``further_slots`` and ``own_flags`` come after
+    them, so that an arm can differ in one of these. ``environment``: variables of its server. ``recorded``: whether the
+    server says what its rebalances moved and how balanced its placement is. ``rebalances``: what an arm with EPLB
+    claims, which the server log must prove, or its rows are void.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Arm:
     recorded: bool = True
     dispatch: str | None = None
     redundant: int | None = None
+    further_slots: int = 0
     own_flags: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     rebalances: Literal["in every row", "at times", "never"] = "in every row"
@@ -63,6 +64,7 @@ class Arm:
         found += (RECORDER,) if self.recorded else ()
         found += (RULE, self.dispatch) if self.dispatch else ()
         found += (REDUNDANT, str(self.redundant)) if self.redundant is not None else ()
+        found += ("--eplb-affinity-further-slots", str(self.further_slots)) if self.further_slots else ()
         return (*found, *self.own_flags)
 
 
@@ -158,6 +160,14 @@ _ARMS = (
     # One active slot an expert in decode, balanced cover in prefill.
     Arm("primary", "affinity EPLB, primary slots", "affinity", dispatch="primary"),
     Arm("primary-32", "affinity EPLB, primary slots, 32 redundant", "affinity", dispatch="primary", redundant=32),
+    Arm(
+        "primary-32-further",
+        "affinity EPLB, primary and 8 further slots a GPU, 32 redundant",
+        "affinity",
+        dispatch="primary",
+        redundant=32,
+        further_slots=8,
+    ),
     Arm("vanilla-primary", "vanilla EPLB, primary slots", "deepseek", dispatch="primary"),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}

@@ -42,7 +42,8 @@ def write_map(config: ServerConfig, arm: Arm, num_layers: int, path: Path) -> No
     window = RoutingWindow.from_trace(_trace(config.plan_trace), PLANNING_TOKENS)
     topology, slots = Topology(config.ranks, config.nodes), window.num_experts + _redundant(config, arm)
     if arm.algorithm == "affinity":
-        planner = PlannerConfig(effort="thorough", dispatch=rule_of(config, arm))  # type: ignore[arg-type]
+        rule = rule_of(config, arm)
+        planner = PlannerConfig(effort="thorough", dispatch=rule, further_slots=arm.further_slots)  # type: ignore[arg-type]
         found = plan(window, topology, slots, planner).expert_map
     else:
         found = eplb_placement(window.counts, topology, slots)

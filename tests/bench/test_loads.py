@@ -178,6 +178,19 @@ def test_arms_serve_their_own_map_and_record_nothing_for_the_benchmark() -> None
     assert server_command(AUTO.server, ARMS["balanced-local"], "m")[-1] == "balanced:local"
 
 
+def test_further_slots_are_planned_for_and_asked_for(tmp_path: Path) -> None:
+    config = replace(AUTO.server, plan_trace="bench/data/tiny_moe_plan.npz", nodes=2)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_hidden_layers": 6}')
+    maps = write_maps(config, ["primary-32", "primary-32-further"], str(model), tmp_path / "maps")
+    without, further = (ExpertMap.load(path).physical_to_logical.reshape(6, 2, 48) for path in maps.values())
+    assert (np.sort(without) == np.sort(further)).all() and (without != further).any()  # another order, no other GPU
+    command = server_command(config, ARMS["primary-32-further"], "m", 0, maps["primary-32-further"])
+    assert command[command.index("--eplb-affinity-further-slots") + 1] == "8"
+    assert "--eplb-affinity-further-slots" not in server_command(config, ARMS["primary-32"], "m")
+
+
 def test_maps_are_planned_once_and_layers_follow_the_replayed_ones(tmp_path: Path) -> None:
     config = replace(AUTO.server, plan_trace="bench/data/tiny_moe_test.npz")
     model = tmp_path / "model"
