@@ -21,7 +21,7 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
-_ROUNDS = 20  # none needed more than 6; each lowers the sum
+_ROUNDS = 20  # at most; each lowers the sum
 
 
 def further_slots_of(

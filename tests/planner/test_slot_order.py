@@ -14,6 +14,7 @@ from sglang_eplb_affinity.domain.routing import RoutingTrace, RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.planner.slot_order import in_order
+from sglang_eplb_affinity.rebalance.layer_moves import rank_table
 from sglang_eplb_affinity.rebalance.plan_round import PlanRequest, PlanSettings, plan_round
 
 TRACE = Path(__file__).parents[2] / "bench/data/tiny_moe_plan.npz"
@@ -56,6 +57,8 @@ def test_what_there_is_memory_to_stage_bounds_the_order_too(
     rows = current.physical_to_logical.copy()
     for layer in reply.layers:
         rows[layer.layer] = layer.slots
+        table = rank_table(layer.replicas, TOPOLOGY, SLOTS, "primary", further)
+        assert np.array_equal(layer.static_choice, table)  # type: ignore[arg-type]
     after = ExpertMap(rows, current.num_experts)
     assert 0 < changed(after, current).max() <= STAGED
     assert not len(uneven_layers(after, TOPOLOGY))
