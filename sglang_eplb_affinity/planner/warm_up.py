@@ -14,6 +14,8 @@ from sglang_eplb_affinity.domain.routing import RoutingWindow
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import PlannerConfig
 from sglang_eplb_affinity.planner.core import plan
+from sglang_eplb_affinity.planner.even_primaries import primaries_first
+from sglang_eplb_affinity.planner.further_slots import with_further_first
 
 
 def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (frozen)
@@ -32,7 +34,9 @@ def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (fr
         for slots in (4, 6):
             for rule in rules_of_servers:
                 even = rule == "primary"
-                rules = dataclasses.replace(config, dispatch=rule, even_primaries=even, max_moves=None, threads=1)
+                rules = dataclasses.replace(
+                    config, dispatch=rule, even_primaries=even, further_slots=0, max_moves=None, threads=1
+                )
                 first = plan(window, topology, slots, rules).expert_map
                 plan(
                     window,
@@ -41,6 +45,10 @@ def warm_up(config: PlannerConfig = PlannerConfig()) -> float:  # noqa: B008 (fr
                     dataclasses.replace(rules, max_moves=1),
                     ExpertMap(first.physical_to_logical, 4),
                 )
+    if config.even_primaries:  # the order of slots, from a map in force
+        row = np.array([0, 1, 2, 3, 2, 3, 0, 1], np.int32)
+        primaries_first(row, counts[0], topology, row)
+        with_further_first(row, counts[0], topology, 1, config.node_weight)
     # What a round calls beside plans: the tables of `static`.
     static_slots(np.zeros((1, 1), np.int32), np.ones(1, np.int32), 1, 1, 1)
     return time.perf_counter() - began

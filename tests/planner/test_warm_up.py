@@ -24,13 +24,14 @@ def compiled():
 random = np.random.default_rng(0)
 tokens = np.array([[random.choice(16, 4, replace=False) for _ in range(300)]], np.int16)
 window = RoutingWindow(np.bincount(tokens.ravel(), minlength=16)[None].astype(np.int64), None, tokens)
-for rule in DISPATCH_RULES:  # `primary` comes last, and has more to compile
-    config = PlannerConfig(dispatch=rule)
+# `primary` comes last, and has more to compile.
+for rule, further in [*((rule, 0) for rule in DISPATCH_RULES), ("primary", 1)]:
+    config = PlannerConfig(dispatch=rule, further_slots=further)
     warm_up(config)
     before = compiled()
     assert len(before) > 10
     for topology in (Topology(4, 2), Topology(2, 1)):
-        for slots in (16, 20):
+        for slots in (16, 20, 24):
             plan(window, topology, slots, config)
             for algorithm in ("affinity", "deepseek"):
                 settings = PlanSettings(algorithm, config, topology)
@@ -39,7 +40,7 @@ for rule in DISPATCH_RULES:  # `primary` comes last, and has more to compile
                 assert first.result in ("planned", "unchanged"), first.reason
                 plan_round(PlanRequest(window, current, settings, history=first.history))
     new = sorted(f"{module}.{name}" for module, name, _ in compiled() - before)
-    assert not new, (rule, new)
+    assert not new, (rule, further, new)
 """
 
 
