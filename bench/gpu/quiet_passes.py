@@ -155,12 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wave = FULL_PASSES * int(profile.server.value("--chunked-prefill-size") or 8192) // prompt
     available = sorted(os.sched_getaffinity(0))
     if options.cpu:
-        profile, prompt, wave, which = (
-            rehearsal(profile),
-            16,
-            8,
-            {ALL: Cores((tuple(available),) * 2, *(tuple(available),) * 2)},
-        )
+        profile, prompt, wave, every = rehearsal(profile), 16, 8, tuple(available)
+        which = {ALL: Cores((every,) * profile.server.ranks, every, every)}
     else:
         need_gpus("quiet_passes", profile.server.ranks)
         which = measures(available, profile.server.ranks)

@@ -9,6 +9,7 @@ import click
 
 from sglang_eplb_affinity.cli.evaluate_output import LOSS_METRICS, as_csv, as_json, as_table
 from sglang_eplb_affinity.cli.options import FILE, check_output, dense_layers_option, topology_of, topology_options
+from sglang_eplb_affinity.cli.plan_flags import check_further_slots
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.cli.recorded import Recorded, of_dumps, of_trace
 from sglang_eplb_affinity.dispatch.evaluate import (
@@ -89,6 +90,7 @@ def evaluate_command(
             for map_path in maps:
                 expert_map = load_map(map_path, dense_layers, experts, gpus)
                 expert_map = recorded.restrict(expert_map, dense_layers, name_of(map_path))
+                check_further_slots(further_slots, expert_map.num_slots - experts, gpus)
                 for rule in rules:
                     results.append(
                         _result(

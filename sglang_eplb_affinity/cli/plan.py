@@ -19,7 +19,7 @@ from sglang_eplb_affinity.cli.options import (
     topology_of,
     topology_options,
 )
-from sglang_eplb_affinity.cli.plan_flags import check_current, check_flags, flags_named, slots_of
+from sglang_eplb_affinity.cli.plan_flags import check_current, check_flags, check_further_slots, flags_named, slots_of
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.primaries import uneven_layers
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
@@ -144,7 +144,9 @@ def plan_command(
     added = dense_layers - dense_rows(window, dense_layers, name_of(trace or dumps[0]))
     if redundant == "auto":
         assert memory_gb is not None and expert_mb is not None
-        slots = window.num_experts + _auto_redundant(window, topology, config, memory_gb, expert_mb)
+        found = _auto_redundant(window, topology, config, memory_gb, expert_mb)
+        check_further_slots(further_slots, found, gpus)
+        slots = window.num_experts + found
     else:
         slots = slots_of(int(redundant), window.num_experts, gpus)
     current = None
@@ -180,6 +182,11 @@ def _auto_redundant(
     """Try redundancies up to the budget at fast effort, print what each saves, and return the knee."""
     if not window.counts.any():
         raise InputError("routing window: empty, no tokens were recorded")
+    if window.tokens is None and window.coactivation is None:
+        raise InputError(
+            "--redundant auto: weighs what replicas save in dispatch, but the recording holds counts only; "
+            "give a number"
+        )
     layers = int(window.counts.any(1).sum())
     per_gpu = slots_within(memory_gb * 1e9, expert_mb * 1e6, layers)
     try:
@@ -192,7 +199,7 @@ def _auto_redundant(
     best = min(row.eplb_cost for row in rows)
     for i, row in enumerate(rows):
         gigabytes = (window.num_experts + row.redundant) // topology.num_gpus * layers * expert_mb / 1e3
-        saved = 100 * (1 - row.cost / best)
+        saved = 100 * (1 - row.cost / best) if best else 0.0  # one GPU: nothing to dispatch
         click.echo(
             f"{row.redundant:5d} redundant, {gigabytes:6.1f} GB a GPU: dispatch cost {-saved:+6.1f} % to EPLB's best, "
             f"GPU fan-out {row.gpu_fanout:.3f}, load {row.load:.3f}{'  <- knee, taken' if i == at else ''}",

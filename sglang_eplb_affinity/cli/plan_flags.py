@@ -38,11 +38,8 @@ def check_flags(topology: Topology, values: dict[str, Any]) -> None:
     further, dispatch = values["further_slots"], values["dispatch"]
     if further and dispatch != "primary":
         raise InputError(f"--further-slots {further}: needs --dispatch primary, not {dispatch}")
-    if further and values["redundant"].isdecimal() and further > int(values["redundant"]) // topology.num_gpus:
-        raise InputError(
-            f"--further-slots {further}: --redundant {values['redundant']} on {topology.num_gpus} GPUs makes "
-            f"{int(values['redundant']) // topology.num_gpus} slots of a GPU besides the primary ones; use no more"
-        )
+    if values["redundant"].isdecimal():
+        check_further_slots(further, int(values["redundant"]), topology.num_gpus)
     if values["prefill_share"] is not None and values["objective"] != "mixed":
         raise InputError(f"--prefill-share {values['prefill_share']}: needs --objective mixed")
     _check_survive(topology, values["survive"], values["redundant"], values["max_moves"])
@@ -108,6 +105,15 @@ def slots_of(redundant: int, num_experts: int, num_gpus: int) -> int:
             f"over {num_gpus} GPUs; use {low} or {low + num_gpus}"
         )
     return slots
+
+
+def check_further_slots(further: int, redundant: int, num_gpus: int) -> None:
+    """Raise InputError where a GPU has fewer slots besides the primary ones, as the server does."""
+    if further > redundant // num_gpus:
+        raise InputError(
+            f"--further-slots {further}: {redundant} redundant experts on {num_gpus} GPUs make {redundant // num_gpus} "
+            "slots of a GPU besides the primary ones; use no more"
+        )
 
 
 def check_current(current: ExpertMap, num_experts: int, redundant: int, source: str) -> None:

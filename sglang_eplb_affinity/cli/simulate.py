@@ -12,6 +12,7 @@ import click
 import numpy as np
 
 from sglang_eplb_affinity.cli.options import FILE, FINITE, check_output, dense_layers_option, seed_option
+from sglang_eplb_affinity.cli.plan_flags import check_further_slots
 from sglang_eplb_affinity.cli.progress import progress
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
@@ -133,7 +134,7 @@ def simulate_command(
     results: list[PhaseResult] = []
     wanted_rules, further = list(dict.fromkeys(rules)), list(dict.fromkeys(further_slots))
     for each in systems:
-        check_further_slots(max(further), each)
+        check_further_slots(max(further), each.serving.redundant_experts, each.cluster.gpus)
     total = sum(runs_of(each, runs, wanted_algorithms, resamples, wanted_rules, further) for each in systems)
     with progress(total, "simulating") as done:
         source = RoutingSource(
@@ -154,15 +155,6 @@ def simulate_command(
             click.echo(f"{path} written", err=True)
     table = {"table": report.text_table, "markdown": lambda _h, r, p: report.markdown_table(r, p)}
     click.echo(full if style == "json" else table[style](head, results, prompt))
-
-
-def check_further_slots(further: int, system: System) -> None:
-    redundant, gpus = system.serving.redundant_experts, system.cluster.gpus
-    if further > redundant // gpus:
-        raise InputError(
-            f"--further-slots {further}: {redundant} redundant experts on {gpus} GPUs make {redundant // gpus} slots "
-            "of a GPU besides the primary ones; use no more"
-        )
 
 
 def configured(topology: str, prefill_mode: str | None, decode_mode: str | None, overlap: str | None) -> System:

@@ -83,4 +83,4 @@ def try_redundancies(
             )
         )  # fmt: skip
     best = min(row.eplb_cost for row in rows)
-    return rows, knee([row.redundant for row in rows], [1 - row.cost / best for row in rows])
+    return rows, knee([row.redundant for row in rows], [1 - row.cost / best if best else 0.0 for row in rows])

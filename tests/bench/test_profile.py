@@ -174,6 +174,15 @@ def test_only_requests_that_decode_together_stream_token_by_token(where: str, st
         Profile.parse(BASE.replace(where, f"{where}\ntoken_streams = {streams}"), name="p", source="p.toml")
 
 
+@pytest.mark.parametrize("spread", [-1, 5, 8])
+def test_lengths_that_cannot_differ_so_much_are_refused(spread: int) -> None:
+    with pytest.raises(InputError, match=f"output_spread is {spread}, but must leave 4 of the 8 output tokens"):
+        parse(MINIMAL.replace("output_tokens = 8", f"output_tokens = 8\noutput_spread = {spread}"))
+    assert parse(MINIMAL.replace("output_tokens = 8", "output_tokens = 8\noutput_spread = 4")).load.lengths.endswith(
+        "tokens in, 4 to 12 out"
+    )
+
+
 def test_a_profile_without_a_model_wants_one() -> None:
     profile = parse(MINIMAL.replace('model = "m"', 'model = ""'))
     with pytest.raises(InputError, match="--model"):

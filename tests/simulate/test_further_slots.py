@@ -52,9 +52,10 @@ PRIMARY = ("--dispatch", "primary", "--further-slots")
     ("arguments", "said"),
     [
         (("plan", "--redundant", 16, "--dispatch", "cover", "--further-slots", 1), "needs --dispatch primary, not cov"),
-        (("plan", "--redundant", 16, *PRIMARY, 3), "--redundant 16 on 8 GPUs makes 2 slots of a GPU"),
+        (("plan", "--redundant", 16, *PRIMARY, 3), "16 redundant experts on 8 GPUs make 2 slots of a GPU"),
         (("plan", "--redundant", 16, "--algorithm", "deepseek", *PRIMARY, 1), "needs --algorithm affinity"),
         (("evaluate", "--map", PLAN, "--further-slots", 1), "--further-slots 1: needs --dispatch primary"),
+        (("plan", "--redundant", "auto", "--memory-gb", 1, "--expert-mb", 17, *PRIMARY, 99), "slots of a GPU besides"),
         (("simulate", "--topology", "deepseek-v3-h200", "--further-slots", 9), "9: 32 redundant experts on"),
     ],
 )
@@ -64,6 +65,12 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, arguments, said):
     found = CliRunner().invoke(cli, [str(a) for a in (*arguments, "--trace", PLAN, *size, "--out", out)])
     assert isinstance(found.exception, InputError) and said in str(found.exception)
     assert not out.exists()
+
+
+def run_refused(*arguments):
+    found = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert isinstance(found.exception, InputError)
+    return str(found.exception)
 
 
 def test_a_plan_is_evaluated_with_the_further_slots_that_it_is_made_for(tmp_path):
@@ -83,3 +90,5 @@ def test_a_plan_is_evaluated_with_the_further_slots_that_it_is_made_for(tmp_path
             assert (values["dispatch"], int(values["further_slots"])) == ("primary", used)
             copies[further, used] = float(values["expert_node_copies"])
     assert copies[1, 1] < copies[0, 1] < copies[0, 0]
+    more = run_refused("evaluate", *size, "--map", out, *PRIMARY, 5)
+    assert "--further-slots 5: 32 redundant experts on 8 GPUs make 4 slots of a GPU" in more
