@@ -109,22 +109,24 @@ def part_in(log: RequestLog, window: Window) -> np.ndarray:
 def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[str, float]:
     """Latencies in ms and rates within the window; a metric without any sample is left out.
 
-    TTFT: of requests that started in the window and got their first token in it. TPOT: of requests that ran wholly
-    inside. Both leave out requests whose first tokens had no text (``unseen_first_tokens``: their part of those that
-    ran wholly inside), and goodput takes them to be like the others. ITL: of every token that came in the window.
+    TTFT: of requests that started in the window and got their first token in it (``timed_ttfts`` of them). TPOT: of
+    requests whose tokens, from first to last, all came in it (``whole_requests``): how long they waited before is no
+    part of it, and where more are in flight than run at once they wait longer than the window. Both leave out requests
+    whose first tokens had no text (``unseen_first_tokens``: their part of ``whole_requests``), and goodput takes them to
+    be like the others. ITL: of every token that came in the window.
     Output tokens/s: of those. QPS and goodput: a request counts with the part of its tokens that came in the window,
     those of its prompt with its first token. (Whole completions would do in a long window; in one of a few seconds it
     matters whether one more batch of them falls inside.)
     """
     out = {"steady_s": window.seconds, "mean_concurrency": in_flight(log, window)}
     seen = first_token_seen(log)
-    inside = log.ok & (log.start >= window.start)
-    began = inside & (log.start + log.ttft <= window.end)
+    first_token = log.start + log.ttft
+    began = log.ok & (log.start >= window.start) & (first_token <= window.end)
     began = began & seen if (began & seen).any() else began
-    whole = inside & (log.end <= window.end) & (log.output_tokens > 1)
+    whole = log.ok & (first_token >= window.start) & (log.end <= window.end) & (log.output_tokens > 1)
     timed = whole & seen if (whole & seen).any() else whole
     tpot = (log.latency - log.ttft) / np.maximum(log.output_tokens - 1, 1)
-    out["whole_requests"] = float(whole.sum())
+    out["timed_ttfts"], out["whole_requests"] = float(began.sum()), float(whole.sum())
     out["unseen_first_tokens"] = float((whole & ~seen).sum() / max(whole.sum(), 1))
     out |= _percentiles("ttft_ms", 1e3 * log.ttft[began], (50, 90, 99))
     out |= _percentiles("tpot_ms", 1e3 * tpot[timed], (50, 90, 99))
@@ -135,7 +137,7 @@ def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[st
         out |= _itl(log.gap[came].astype(np.float64), tokens, times[came], targets)
     share = part_in(log, window)
     out["qps"] = share.sum() / window.seconds
-    first_tokens = (log.ok & window.holds(log.start + log.ttft)).sum()
+    first_tokens = (log.ok & window.holds(first_token)).sum()
     out["output_tokens_per_s"] = (tokens.sum() + first_tokens) / window.seconds
     if targets.slo_ttft_ms or targets.slo_tpot_ms:
         good = seen.copy()

@@ -30,9 +30,10 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
-# Half of the rows of a grouped product's block, up to which a slot takes as long as its weights take to read: the
-# hottest experts have twice the mean's rows.
-TOKENS_PER_SLOT = 32
+# Simulated on 2 to 72 GPUs of one node (docs/design.md): rows of a primary slot up to which one of each expert is no
+# slower than all, for each redundant slot of a GPU; and where that ends, since hot experts' products wait for more tiles.
+ROWS_PER_REDUNDANT_SLOT = 8
+MOST_ROWS = 96
 
 
 @kernel
@@ -151,9 +152,11 @@ def uneven_layers(expert_map: ExpertMap, topology: Topology) -> np.ndarray:
     return np.flatnonzero([over_share(primary, topology, expert_map.num_slots) for primary in of_layers])
 
 
-def most_tokens(num_experts: int, top_k: int, num_gpus: int, own_tokens: bool) -> int:
-    """Rows of a rank up to which a pass is small: TOKENS_PER_SLOT a slot on average, with as many on every rank.
+def most_tokens(num_experts: int, redundant: int, top_k: int, num_gpus: int, own_tokens: bool) -> int:
+    """Rows of a rank up to which a pass is small, with as many on every rank: what ``redundant`` experts in all would
+    cost by their weights grows with their number, what they save by even load with the rows.
 
     ``own_tokens``: each rank routes tokens of its own (an all-to-all backend), else every rank all tokens.
     """
-    return TOKENS_PER_SLOT * num_experts // (top_k * (num_gpus if own_tokens else 1))
+    rows_times_gpus = min(ROWS_PER_REDUNDANT_SLOT * redundant, MOST_ROWS * num_gpus)
+    return rows_times_gpus * num_experts // (num_gpus * top_k * (num_gpus if own_tokens else 1))

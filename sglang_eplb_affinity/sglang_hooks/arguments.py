@@ -23,10 +23,10 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     check_phase,
     check_schedule,
     check_top_k,
-    default_rule,
     is_ours,
     records_affinity,
     replaces_counts,
+    set_default_rule,
 )
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def resolve(args: ServerArguments) -> None:
         args.enable_eplb = True
         logger.info("--eplb-algorithm affinity turns on --enable-eplb")
     if args.ep_dispatch_algorithm is None:
-        args.ep_dispatch_algorithm = default_rule(args)
+        set_default_rule(args)
     if args.expert_affinity_sample_tokens < 1:
         raise InputError(f"--expert-affinity-sample-tokens {args.expert_affinity_sample_tokens}: must be at least 1")
     for flag, share in (

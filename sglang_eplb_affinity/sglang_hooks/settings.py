@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sglang_eplb_affinity.device.recorder import PHASES
 from sglang_eplb_affinity.dispatch.default_rule import DispatchMode
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule, planned_rule
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import MOST_SEED, Objective, PlannerConfig
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
@@ -113,15 +113,16 @@ class Settings:
         rules: dict[str | None, DispatchRule] = {rule: rule for rule in DISPATCH_RULES}
         rule = rules.get(args.ep_dispatch_algorithm, "dynamic")
         shape = MoeShape.of(model.hf_text_config)
+        small = _primary_rows(args, shape) if rule == "primary" else 0
         return Settings(
             algorithm=args.eplb_algorithm,
             table_rule=rule,
-            topology=Topology(args.ep_size, args.eplb_affinity_nodes or args.nnodes),
-            planner=_planner_config(args, rule, num_groups_of(model)),
+            topology=Topology(args.ep_size, topk_flags.planned_nodes(args)),
+            planner=_planner_config(args, _planned_for(rule, small), num_groups_of(model)),
             eplb=args.enable_eplb,
             served_rule=args.ep_dispatch_algorithm,
             redundant=args.ep_num_redundant_experts,
-            primary_rows=_primary_rows(args, shape) if rule == "primary" else 0,
+            primary_rows=small,
             own_tokens=args.moe_a2a_backend != "none",
             dispatch_mode=topk_flags.dispatch_mode(args),
             records=topk_flags.records_affinity(args),
@@ -142,7 +143,7 @@ class Settings:
     @property
     def rule(self) -> DispatchRule:
         """As the planner knows it."""
-        return planned_rule(self.table_rule)
+        return self.planner.dispatch
 
     @property
     def ours(self) -> bool:
@@ -172,7 +173,14 @@ def _primary_rows(args: ServerArguments, shape: MoeShape | None) -> int:
 
     if args.eplb_affinity_primary_tokens is not None or shape is None:
         return args.eplb_affinity_primary_tokens or 0
-    return most_tokens(shape.num_experts, shape.top_k, args.ep_size, args.moe_a2a_backend != "none")
+    redundant, own_tokens = args.ep_num_redundant_experts, args.moe_a2a_backend != "none"
+    return most_tokens(shape.num_experts, redundant, shape.top_k, args.ep_size, own_tokens)
+
+
+def _planned_for(rule: DispatchRule, primary_rows: int) -> DispatchRule:
+    """``primary`` without small passes decodes by ``static``, where a map that keeps copies on their node gains most;
+    prefill gains by its choice on such a map too (docs/design.md)."""
+    return "static" if rule == "primary" and not primary_rows else rule
 
 
 def num_groups_of(model_config: Any) -> int | None:
@@ -196,5 +204,5 @@ def _planner_config(args: ServerArguments, rule: DispatchRule, num_groups: int |
         minimum_gain=args.eplb_min_gain or None,
         num_groups=num_groups,
         survive=args.eplb_affinity_survive,
-        further_slots=args.eplb_affinity_further_slots,
+        further_slots=args.eplb_affinity_further_slots if rule == "primary" else 0,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sglang_eplb_affinity.dispatch.default_rule import DispatchMode, affinity_rule
+from sglang_eplb_affinity.dispatch.default_rule import DispatchMode, affinity_rule, primary_tokens
 from sglang_eplb_affinity.dispatch.rules import OWN_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
@@ -51,9 +51,22 @@ def default_rule(args: ServerArguments) -> DispatchRule | None:
     """A better default than SGLang's, given our maps, replicas, and a mode that gains by it; else None."""
     if not is_ours(args) or args.ep_num_redundant_experts == 0 or not _our_rules_run(args):
         return None
-    nodes = args.eplb_affinity_nodes or args.nnodes
-    rule = affinity_rule(dispatch_mode(args), nodes, args.disaggregation_mode == "prefill")
+    roles: dict[str, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
+    rule = affinity_rule(dispatch_mode(args), planned_nodes(args), roles.get(args.disaggregation_mode))
     return None if rule == "static" else rule
+
+
+def set_default_rule(args: ServerArguments) -> None:
+    """What --ep-dispatch-algorithm is where it was not given, and how large a small pass under it."""
+    args.ep_dispatch_algorithm = default_rule(args)
+    if args.ep_dispatch_algorithm == "primary" and args.eplb_affinity_primary_tokens is None:
+        # Who names slots for small passes wants them.
+        chosen = None if args.eplb_affinity_further_slots else primary_tokens(planned_nodes(args))
+        args.eplb_affinity_primary_tokens = chosen
+
+
+def planned_nodes(args: ServerArguments) -> int:
+    return args.eplb_affinity_nodes or args.nnodes
 
 
 def dispatch_mode(args: ServerArguments) -> DispatchMode | None:

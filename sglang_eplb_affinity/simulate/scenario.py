@@ -48,7 +48,7 @@ def default_arm(
     ``further_slots`` are of ``primary``."""
     if algorithm != "affinity":
         return Arm(algorithm, "static")
-    chosen = rule or affinity_rule(mode_of(system, phase), system.topology.num_nodes, phase == "prefill")
+    chosen = rule or affinity_rule(mode_of(system, phase), system.topology.num_nodes, phase)
     return Arm(algorithm, chosen, further_slots=further_slots if chosen == "primary" else 0)
 
 
@@ -98,8 +98,8 @@ def served_rule(rule: DispatchRule, system: System, tokens_per_gpu: int, mode: D
     """The rule that a server asked for ``rule`` follows in a pass of so many tokens on each GPU, in ``mode``."""
     if rule != "primary":
         return rule
-    most = most_tokens(system.model.experts, system.model.top_k, system.cluster.gpus, True)
-    if tokens_per_gpu <= most:
+    model, redundant = system.model, system.serving.redundant_experts
+    if tokens_per_gpu <= most_tokens(model.experts, redundant, model.top_k, system.cluster.gpus, True):
         return rule
     return "static" if mode == "low_latency" else LARGE_PASS_RULE
 

@@ -52,9 +52,14 @@ def test_where_a_map_allows_no_even_choice() -> None:
 
 
 def test_the_size_of_a_small_pass() -> None:
-    assert most_tokens(256, 8, 32, own_tokens=True) == 32  # 32 tokens for each of 8 experts of a GPU, over a top-8
-    assert most_tokens(64, 8, 2, own_tokens=True) == 128
-    assert most_tokens(64, 8, 2, own_tokens=False) == 256  # every rank has the tokens of both
+    """8 rows of a primary slot for each redundant slot of a GPU: 8 slots of 8 experts, over a top-8."""
+    assert most_tokens(256, 256, 8, 32, own_tokens=True) == 64
+    assert most_tokens(256, 32, 8, 32, own_tokens=True) == 8
+    assert most_tokens(64, 8, 8, 2, own_tokens=True) == 128
+    assert most_tokens(64, 8, 8, 2, own_tokens=False) == 256  # every rank has the tokens of both
+    assert most_tokens(64, 24, 8, 2, own_tokens=True) == most_tokens(64, 64, 8, 2, own_tokens=True) == 96 * 4
+    assert most_tokens(256, 32, 8, 72, own_tokens=True) == 1  # 3 or 4 experts a GPU: all choices uneven
+    assert most_tokens(64, 0, 8, 2, own_tokens=True) == 0
 
 
 def test_layers_are_apart() -> None:

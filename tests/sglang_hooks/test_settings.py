@@ -10,7 +10,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
 from sglang_eplb_affinity.sglang_hooks.settings import Settings, num_groups_of
-from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule
+from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule, set_default_rule
 from tests.sglang_hooks.arguments import TEXT, server_arguments
 
 
@@ -49,9 +49,12 @@ def test_eplbs_own_algorithm_beside_the_forward_passes() -> None:
 
 
 def test_the_size_of_small_passes() -> None:
-    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary")).primary_rows == 32 * 4 // 2
-    assert Settings.of(server_arguments(ep_dispatch_algorithm="primary", moe_a2a_backend="deepep")).primary_rows == 32
-    flags = {"ep_dispatch_algorithm": "primary", "eplb_affinity_primary_tokens": 0}
+    primary = {"ep_dispatch_algorithm": "primary"}  # 4 experts top-2 and 2 redundant on 2 GPUs: 8 rows a slot
+    assert Settings.of(server_arguments(**primary)).primary_rows == 8 * 4 // 2
+    assert Settings.of(server_arguments(**primary, moe_a2a_backend="deepep")).primary_rows == 8
+    more = server_arguments(**primary, moe_a2a_backend="deepep", ep_num_redundant_experts=4)
+    assert Settings.of(more).primary_rows == 16
+    flags = primary | {"eplb_affinity_primary_tokens": 0}
     assert Settings.of(server_arguments(**flags)).primary_rows == 0
     assert Settings.of(server_arguments()).primary_rows == 0
 
@@ -99,7 +102,9 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
         ({"moe_a2a_backend": "deepep", "deepep_mode": "normal"}, "cover_balanced"),
         ({"moe_a2a_backend": "deepep", "deepep_mode": "auto"}, "primary"),
         ({"moe_a2a_backend": "deepep", "deepep_mode": "low_latency"}, "primary"),
-        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "nnodes": 2}, None),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "nnodes": 2}, "primary"),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "nnodes": 2, "disaggregation_mode": "decode"}, None),
+        ({"moe_a2a_backend": "deepep", "deepep_mode": "low_latency", "nnodes": 2}, None),
         ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "ep_num_redundant_experts": 0}, None),
         ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "disaggregation_mode": "decode"}, "primary"),
         ({"moe_a2a_backend": "deepep", "deepep_mode": "auto", "disaggregation_mode": "prefill"}, "cover_balanced"),
@@ -114,3 +119,27 @@ def test_the_phase_that_is_recorded_follows_the_role() -> None:
 )
 def test_the_default_rule(flags: dict, rule: str | None) -> None:
     assert default_rule(server_arguments(**flags)) == rule
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        ({}, 8),
+        ({"nnodes": 2}, 0),
+        ({"eplb_affinity_nodes": 2}, 0),
+        ({"nnodes": 2, "eplb_affinity_further_slots": 1}, 8),
+        ({"nnodes": 2, "eplb_affinity_primary_tokens": 5}, 5),
+        ({"nnodes": 2, "ep_dispatch_algorithm": "primary"}, 8),
+        ({"eplb_affinity_primary_tokens": 0, "ep_dispatch_algorithm": "primary"}, 0),
+    ],
+)
+def test_over_several_nodes_auto_mode_decodes_by_static_and_prefills_by_cover(flags: dict, rows: int) -> None:
+    auto = {"moe_a2a_backend": "deepep", "deepep_mode": "auto", "ep_dispatch_algorithm": None}
+    args = server_arguments(**auto | flags)
+    if args.ep_dispatch_algorithm is None:
+        set_default_rule(args)
+    found = Settings.of(args)
+    assert (found.table_rule, found.primary_rows) == ("primary", rows)
+    assert found.planner.even_primaries == (rows > 0)
+    assert found.rule == found.planner.dispatch == ("cover_balanced" if rows else "static")
+    assert found.planner.further_slots == (args.eplb_affinity_further_slots if rows else 0)

@@ -68,10 +68,10 @@ def test_primary_has_a_column_of_its_own_and_says_what_large_passes_follow(tmp_p
 def test_decode_arms_beside_eplb_and_its_best(system_file, trace, monkeypatch):
     monkeypatch.setattr(decode, "RUNS", ((str(system_file), 8, (8, 16), (0,)),))
     monkeypatch.setattr(decode, "RESAMPLES", 2)
-    monkeypatch.setattr(decode, "BATCHES", (16, 128))  # a small pass and a large one
+    monkeypatch.setattr(decode, "BATCHES", (4, 128))  # a small pass and a large one
     every = decode.decode_rows(trace, trace)
     with_further = [row for row in every if "further" in row["arm"]]  # where a GPU has more slots than that, two here
-    assert [(row["batch"], row["redundant"], row["served rule"]) for row in with_further] == [(16, 16, "primary")]
+    assert [(row["batch"], row["redundant"], row["served rule"]) for row in with_further] == [(4, 16, "primary")]
     rows = [row for row in every if row["redundant"] == 8]
     arms = ("contiguous map", "EPLB", "affinity, `static`", "affinity, `cover`", "affinity, `primary`")
     assert [(row["batch"], row["arm"]) for row in rows] == [(batch, arm) for batch in decode.BATCHES for arm in arms]

@@ -27,7 +27,7 @@ def test_simulate_writes_table_json_and_plots(trace_file, system_file, tmp_path)
     out = tmp_path / "out.json"
     done = run(
         "simulate", "--trace", trace_file, "--topology", system_file, "--layers", 2, "--resamples", 2,
-        "--prefill-tokens", "256,512", "--decode-batch", 16, "--out", out, "--plots", tmp_path,
+        "--prefill-tokens", "256,512", "--decode-batch", 4, "--redundant", 8, "--out", out, "--plots", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SIMULATED. toy") and "recorded routing (trace.npz)" in done.stdout

@@ -25,7 +25,8 @@ def test_further_slots_are_of_small_passes_over_several_nodes(system, source):
     assert further_choices(two_nodes, "prefill") == further_choices(system, "decode") == (0,)
     one_node = replace(two_nodes, cluster=replace(system.cluster, gpus_per_node=system.cluster.gpus))
     assert further_choices(one_node, "decode") == (0,)
-    most = most_tokens(system.model.experts, system.model.top_k, system.cluster.gpus, True)
+    model, redundant = system.model, serving.redundant_experts
+    most = most_tokens(model.experts, redundant, model.top_k, system.cluster.gpus, True)
     small, large = (
         arms_of(["eplb", "affinity"], two_nodes, "decode", ["static", "primary"], n, (0, 1)) for n in (most, most + 1)
     )

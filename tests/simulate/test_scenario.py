@@ -71,11 +71,11 @@ def test_affinity_cuts_fanout_and_prefill_time_where_tokens_have_affinity(result
 def test_primary_has_one_active_slot_an_expert_in_small_passes_only(system, source):
     wide = dataclasses.replace(system, serving=dataclasses.replace(system.serving, redundant_experts=16))
     rules = ("static", "primary")
-    static, primary = simulate(wide, source, [("decode", 16)], ["affinity"], resamples=2, rules=rules)
+    static, primary = simulate(wide, source, [("decode", 8)], ["affinity"], resamples=2, rules=rules)
     assert primary.active_slots == 16 / system.cluster.gpus < static.active_slots
     assert primary.experts_us.value < static.experts_us.value
-    assert runs_of(wide, [("decode", 16)], ["eplb", "affinity"], 2) == 9
-    assert runs_of(wide, [("decode", 17)], ["eplb", "affinity"], 2) == 6
+    assert runs_of(wide, [("decode", 8)], ["eplb", "affinity"], 2) == 9
+    assert runs_of(wide, [("decode", 9)], ["eplb", "affinity"], 2) == 6
 
 
 def test_same_input_gives_same_output(system, source, results):
@@ -166,8 +166,12 @@ def test_rules_and_passes_of_recommend_and_day(system, source):
 
 
 def test_primary_is_served_in_small_passes_only(system):
+    assert served_rule("primary", system, 1, "low_latency") == "static"  # without replicas the two are the same
+    system = replace(
+        system, serving=replace(system.serving, redundant_experts=8)
+    )  # a slot of each GPU: 8 rows an expert
     for mode, large in (("normal", "cover_balanced"), ("low_latency", "static"), ("v2", "cover_balanced")):
-        assert [served_rule("primary", system, n, mode) for n in (16, 17)] == ["primary", large]
+        assert [served_rule("primary", system, n, mode) for n in (4, 5)] == ["primary", large]
     assert served_rule("cover", system, 4096, "low_latency") == "cover"
 
 
@@ -270,12 +274,13 @@ def test_v2_pays_for_fanout_in_decode(system, source):
         with_overlap(v2, "two_batch")
 
 
-@pytest.mark.parametrize("tokens", [16, 17])  # the largest small pass, and one in which `primary` is `static`
+@pytest.mark.parametrize("tokens", [4, 5])  # the largest small pass, and one in which `primary` is `static`
 def test_progress_counts_the_candidates_that_there_are(system, source, tokens):
     reported: list[int] = []
-    found = evaluate_candidates(system, source, "decode", tokens, 2, reported.append, [0])
-    assert [c.result.dispatch_rule for c in found[2:]] == ["static", "primary"][: 18 - tokens]
-    assert sum(reported) == candidate_runs(system, "decode", tokens, 2, [0])
+    found = evaluate_candidates(system, source, "decode", tokens, 2, reported.append, [0, 8])
+    # Without replicas the two are the same.
+    assert [c.result.dispatch_rule for c in found] == ["static"] * 6 + ["primary"] * (5 - tokens)
+    assert sum(reported) == candidate_runs(system, "decode", tokens, 2, [0, 8])
 
 
 def test_v2_is_compared_on_the_same_batches(system, source):
