@@ -148,7 +148,9 @@ class ServedModel:
         if path is not None:
             served = ExpertMap.from_json(json.loads(path.read_text()), experts)
         asked: Any = rule_of(self.profile.server, ARMS[arm])
-        rule = served_rule(asked if path is not None else "static", system, tokens, mode)
+        redundant = 0 if ARMS[arm].primary_tokens == 0 else served.num_slots - experts  # 0: no pass is small
+        filled = replace(system, serving=replace(system.serving, redundant_experts=redundant))
+        rule = served_rule(asked if path is not None else "static", filled, tokens, mode)
         times, waits, fans = [], [], []
         for number in range(PASSES):
             ids = self._tokens(tokens, number)

@@ -13,7 +13,7 @@ from bench.harness.profile import DECODE, PREFILL, REQUESTS
 REACHED_CONCURRENCY = 0.9
 # Where speeds mean nothing anyway: a CPU server leaves the load generator no core of its own.
 REACHED_CONCURRENCY_ON_CPU = 0.7
-MIN_WHOLE_REQUESTS = 4  # that ran wholly inside the steady part: fewer have no percentiles
+MIN_WHOLE_REQUESTS = 4  # that decoded, and that began, inside the steady part: fewer have no percentiles
 # Above this part, requests whose first tokens had no text (and so no time) may differ from those that TTFT is of.
 UNSEEN_FIRST_TOKENS = 0.2
 # A load generator that uses more of its one core cannot take tokens as fast as they come.
@@ -59,7 +59,9 @@ def void_reasons(
     elif kind == DECODE:
         reasons += _decode_reasons(metrics, speeds)
     elif (whole := int(metrics.get("whole_requests", 0))) < MIN_WHOLE_REQUESTS:
-        reasons.append(f"{whole} requests ran wholly in the steady part; a row needs {MIN_WHOLE_REQUESTS}: send more")
+        reasons.append(f"{whole} requests decoded in the steady part; a row needs {MIN_WHOLE_REQUESTS}: send more")
+    elif (timed := int(metrics.get("timed_ttfts", MIN_WHOLE_REQUESTS))) < MIN_WHOLE_REQUESTS:
+        reasons.append(f"{timed} requests began in the steady part and got a token; a row needs {MIN_WHOLE_REQUESTS}")
     else:
         reasons += _load_reasons(concurrency, open_loop, metrics, speeds, held_back)
     return tuple(reasons + _rebalance_reasons(arm, server_life, cell, one_map))

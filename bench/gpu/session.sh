@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A measurement that takes longer than one call on a rented host may. The first call starts PLAN in the background, in a
 # copy of this checkout; it and every later call wait for SECONDS or until PLAN is over, and leave in $OUT (default:
-# ./out) what there is by then: results.tar.gz.* and, once it is over, compile caches, in parts of 15 MiB.
+# ./out) what there is by then: results.tar.gz.* and, once it is over, requests.tar.* and compile caches, in parts of
+# 15 MiB.
 #
 #   bash bench/gpu/session.sh SECONDS PLAN [ARGUMENTS]
 #
@@ -52,6 +53,9 @@ while [ "$(date +%s)" -lt "$end" ] && [ ! -e "$WORK/done" ]; do
 done
 pack_results
 if [ -e "$WORK/done" ]; then
+    # What `bench reevaluate` computes rows from again.
+    (cd "$WORK" && find results -name requests.npz) >"$WORK/requests.list"
+    [ -s "$WORK/requests.list" ] && pack requests.tar -C "$WORK" -cf - -T "$WORK/requests.list"
     # Triton needs its binaries again, not what they were made from.
     pack caches.tar.xz -C "$HOME" --exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' \
         --exclude='*.source' --ignore-failed-read -I 'xz -T0 -4' -cf - .cache .triton

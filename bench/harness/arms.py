@@ -23,8 +23,9 @@ class Arm:
     """One way to place experts.
 
     ``algorithm`` plans (None: no EPLB), and adds the profile's EPLB flags (redundant experts, rebalance interval,
-    dispatch rule) to the server command; ``dispatch``, ``redundant``, ``further_slots`` and ``own_flags`` come after
-    them, so that an arm can differ in one of these. ``environment``: variables of its server. ``recorded``: whether the
+    dispatch rule) to the server command; ``dispatch``, ``redundant``, ``further_slots``, ``primary_tokens`` and
+    ``own_flags`` come after them, so that an arm can differ in one of these. A map is planned for ``planned_for``, if
+    that is not ``dispatch``. ``environment``: variables of its server. ``recorded``: whether the
     server says what its rebalances moved and how balanced its placement is. ``rebalances``: what an arm with EPLB
     claims, which the server log must prove, or its rows are void.
     """
@@ -36,6 +37,8 @@ class Arm:
     dispatch: str | None = None
     redundant: int | None = None
     further_slots: int = 0
+    primary_tokens: int | None = None
+    planned_for: str | None = None
     own_flags: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     rebalances: Literal["in every row", "at times", "never"] = "in every row"
@@ -65,6 +68,8 @@ class Arm:
         found += (RULE, self.dispatch) if self.dispatch else ()
         found += (REDUNDANT, str(self.redundant)) if self.redundant is not None else ()
         found += ("--eplb-affinity-further-slots", str(self.further_slots)) if self.further_slots else ()
+        tokens = self.primary_tokens
+        found += ("--eplb-affinity-primary-tokens", str(tokens)) if tokens is not None else ()
         return (*found, *self.own_flags)
 
 
@@ -167,6 +172,17 @@ _ARMS = (
         dispatch="primary",
         redundant=32,
         further_slots=8,
+    ),
+    # Balanced cover in prefill, static in decode, on a map for the latter: affinity's default over nodes in auto mode.
+    Arm("by-phase", "affinity EPLB, by phase", "affinity", dispatch="primary", primary_tokens=0, planned_for="static"),
+    Arm(
+        "by-phase-32",
+        "affinity EPLB, by phase, 32 redundant",
+        "affinity",
+        dispatch="primary",
+        redundant=32,
+        primary_tokens=0,
+        planned_for="static",
     ),
     Arm("vanilla-primary", "vanilla EPLB, primary slots", "deepseek", dispatch="primary"),
 )

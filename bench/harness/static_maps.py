@@ -31,7 +31,12 @@ _REPLAY = re.compile(r"replay:(?P<trace>[^,]+)")
 
 
 def rule_of(config: ServerConfig, arm: Arm) -> str:
+    """That a server of ``arm`` is asked for."""
     return arm.dispatch or _value(config, RULE, "static")
+
+
+def planned_rule_of(config: ServerConfig, arm: Arm) -> str:
+    return arm.planned_for or rule_of(config, arm)
 
 
 def write_map(config: ServerConfig, arm: Arm, num_layers: int, path: Path) -> None:
@@ -42,7 +47,7 @@ def write_map(config: ServerConfig, arm: Arm, num_layers: int, path: Path) -> No
     window = RoutingWindow.from_trace(_trace(config.plan_trace), PLANNING_TOKENS)
     topology, slots = Topology(config.ranks, config.nodes), window.num_experts + _redundant(config, arm)
     if arm.algorithm == "affinity":
-        rule = rule_of(config, arm)
+        rule = planned_rule_of(config, arm)
         planner = PlannerConfig(effort="thorough", dispatch=rule, further_slots=arm.further_slots)  # type: ignore[arg-type]
         found = plan(window, topology, slots, planner).expert_map
     else:
@@ -74,7 +79,7 @@ def placement_on_replay(config: ServerConfig, arm: Arm, path: Path | None) -> di
     if path is not None:
         served = ExpertMap.from_json(json.loads(path.read_text()), experts)
         served = replace(served, physical_to_logical=served.physical_to_logical[:layers])
-    rule = planned_rule(rule_of(config, arm)) if path is not None else "dynamic"  # type: ignore[arg-type]
+    rule = planned_rule(planned_rule_of(config, arm)) if path is not None else "dynamic"  # type: ignore[arg-type]
     figures = MapFigures.of(window, served, Topology(config.ranks, config.nodes), rule)
     return None if figures is None else asdict(figures)
 

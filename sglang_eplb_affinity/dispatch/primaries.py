@@ -31,7 +31,7 @@ from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
 # Simulated on 2 to 72 GPUs of one node (docs/design.md): rows of a primary slot up to which one of each expert is no
-# slower than all, for each redundant slot of a GPU; and where that ends, since hot experts' products wait for more tiles.
+# slower than all, for each redundant slot of a GPU; and where that ends, since hot experts' products take more tiles.
 ROWS_PER_REDUNDANT_SLOT = 8
 MOST_ROWS = 96
 

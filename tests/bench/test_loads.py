@@ -191,6 +191,19 @@ def test_further_slots_are_planned_for_and_asked_for(tmp_path: Path) -> None:
     assert "--eplb-affinity-further-slots" not in server_command(config, ARMS["primary-32"], "m")
 
 
+def test_by_phase_serves_a_map_for_decode_without_small_passes(tmp_path: Path) -> None:
+    config = replace(AUTO.server, plan_trace="bench/data/tiny_moe_plan.npz", nodes=2)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_hidden_layers": 6}')
+    maps = write_maps(config, ["by-phase", "affinity", "primary"], str(model), tmp_path / "maps")
+    by_phase, static, primary = (path.read_text() for path in maps.values())
+    assert by_phase == static != primary
+    command = server_command(config, ARMS["by-phase"], "m", 0, maps["by-phase"])
+    assert command[len(command) - command[::-1].index("--ep-dispatch-algorithm")] == "primary"
+    assert command[command.index("--eplb-affinity-primary-tokens") + 1] == "0"
+
+
 def test_maps_are_planned_once_and_layers_follow_the_replayed_ones(tmp_path: Path) -> None:
     config = replace(AUTO.server, plan_trace="bench/data/tiny_moe_test.npz")
     model = tmp_path / "model"

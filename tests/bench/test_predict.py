@@ -15,6 +15,7 @@ from bench.harness.engine import ROOT, prepare_engine
 from bench.harness.links import with_link
 from bench.harness.profile import Profile
 from bench.harness.schedule import CellKey
+from bench.harness.static_maps import write_maps
 from bench.publish.table import tidy
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
@@ -45,6 +46,18 @@ def test_an_emulated_link_adds_what_its_bytes_take_and_replicas_save_it() -> Non
     assert waited["vanilla"] == pytest.approx(24 * slow.loc["vanilla", "link_us"] / 1e3, rel=0.02)
     assert waited["cover-balanced-32"] < 0.8 * waited["vanilla"]
     assert slow.loc["vanilla", "ratio_to_vanilla"] == 1 > slow.loc["cover-balanced-32", "ratio_to_vanilla"]
+
+
+def test_over_a_slow_link_decode_is_shorter_with_replicas_on_the_own_node(tmp_path: Path) -> None:
+    """And within a node with one active slot an expert, which `by-phase` has in no pass."""
+    steps = {}
+    for profile in (AUTO, with_link(AUTO, "emulated25")):
+        folder, arms = tmp_path / (profile.link or "nvlink"), ("vanilla", "primary-32", "by-phase-32")
+        write_maps(profile.server, arms, prepare_engine(profile.server).model, folder)
+        found = predict(profile, arms, ("decode",), folder)
+        steps[profile.link] = found[found["concurrency"] == 256].set_index("arm")["ratio_to_vanilla"]
+    assert steps["emulated25"]["by-phase-32"] < 0.9 < 1 < steps["emulated25"]["primary-32"]
+    assert steps[""]["primary-32"] < 1 < steps[""]["by-phase-32"]
 
 
 def test_requests_take_their_own_decode_steps_and_everyones_prefills() -> None:

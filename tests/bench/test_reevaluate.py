@@ -17,7 +17,7 @@ from sglang_eplb_affinity.domain.errors import InputError
 from tests.bench.conftest import AFFINITY_LOG, make_record
 from tests.bench.loads import closed_loop
 
-VOID = ("0 requests ran wholly in the steady part; a row needs 4: send more",)
+VOID = ("0 requests decoded in the steady part; a row needs 4: send more",)
 WORK = [8 * (i + 1) for i in range(8)] + [64] * 80
 DECODE = (
     "[{time} DP0 TP0 EP0] Decode batch, #running-req: 8, #token: 1, token usage: 0.05, cuda graph: False, "

@@ -61,6 +61,16 @@ def test_rates_and_latencies_are_those_of_the_steady_part() -> None:
     assert strict["goodput_qps"] == 0 and "goodput_qps" not in steady_metrics(log, window, Targets())
 
 
+def test_requests_that_waited_since_before_the_steady_part_have_a_tpot_in_it_and_no_ttft() -> None:
+    """As where three times as many are in flight as run at once: TTFT is longer than the steady part."""
+    waits = [(0.0, 0.5), (0.0, 2.0), (1.0, 4.0), (3.2, 0.4), (3.3, 3.0)]
+    log = RequestLog.of_outputs([output(start, ttft, [(0.5, 5)]) for start, ttft in waits], 0.0, EPOCH)
+    found = steady_metrics(log, Window(3.0, 6.0), Targets())
+    assert (found["whole_requests"], found["timed_ttfts"]) == (2, 1)  # of the last one the first token came too late
+    assert found["p50_ttft_ms"] == pytest.approx(400) and found["p50_tpot_ms"] == pytest.approx(100)
+    assert "p50_ttft_ms" not in steady_metrics(log, Window(4.0, 6.0), Targets())
+
+
 def test_a_request_counts_with_the_tokens_that_came_in_the_window() -> None:
     # 10 tokens in; first token at 1.0 s, then 2 chunks of 4 and 1 tokens at 2.0 and 3.0 s: 16 tokens in all.
     log = RequestLog.of_outputs([output(0.5, 0.5, [(1.0, 4), (1.0, 1)], prompt=10)], 0.0, EPOCH)

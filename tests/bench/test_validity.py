@@ -8,7 +8,7 @@ from bench.harness.arms import ARMS
 from bench.harness.profile import Profile
 from sglang_eplb_affinity.rebalance import verify
 
-GOOD = {"completed": 8, "output_tokens": 256, "mean_concurrency": 3.8, "whole_requests": 5}
+GOOD = {"completed": 8, "output_tokens": 256, "mean_concurrency": 3.8, "whole_requests": 5, "timed_ttfts": 9}
 GOOD |= {"client_cores": 0.3, "client_lag_p99_ms": 4.0, "p50_chunk_gap_ms": 20.0}
 GOOD |= {"server_in_flight": 3.7, "server_queue": 0.0}
 NOTHING = LogSummary((), 0)
@@ -84,7 +84,8 @@ def test_concurrency_must_be_reached_in_a_closed_loop_only() -> None:
     ("changed", "why"),
     [
         ({"silent_requests": 2}, "2 requests completed without a token that could be timed"),
-        ({"whole_requests": 3}, "3 requests ran wholly in the steady part; a row needs 4"),
+        ({"whole_requests": 3}, "3 requests decoded in the steady part; a row needs 4"),
+        ({"timed_ttfts": 3}, "3 requests began in the steady part and got a token; a row needs 4"),
         ({"client_cores": 0.95}, "load generator was the bottleneck (0.95 of its one core busy)"),
         ({"client_lag_p99_ms": 25.0}, "load generator was late (event loop lag P99 25.0 ms, a chunk every 20.0 ms)"),
         ({"server_in_flight": 2.0}, "the schedulers held 2.0 of 3.8 requests in flight"),
