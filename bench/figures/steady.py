@@ -113,9 +113,10 @@ def steady_metrics(log: RequestLog, window: Window, targets: Targets) -> dict[st
     requests whose tokens, from first to last, all came in it (``whole_requests``): how long they waited before is no
     part of it, and where more are in flight than run at once they wait longer than the window. Both leave out requests
     whose first tokens had no text (``unseen_first_tokens``: their part of ``whole_requests``), and goodput takes them
-    to be like the others. ITL: of every token that came in the window. Output tokens/s: of those. QPS and goodput: a request counts with the part of its tokens that came in the window,
-    those of its prompt with its first token. (Whole completions would do in a long window; in one of a few seconds it
-    matters whether one more batch of them falls inside.)
+    to be like the others. ITL: of every token that came in the window. Output tokens/s: of those. QPS and goodput: a
+    request counts with the part of its tokens that came in the window, those of its prompt with its first token. (Whole
+    completions would do in a long window; in one of a few seconds it matters whether one more batch of them falls
+    inside.)
     """
     out = {"steady_s": window.seconds, "mean_concurrency": in_flight(log, window)}
     seen = first_token_seen(log)
