@@ -25,9 +25,11 @@ from bench.calibration.calibrate import (
 from bench.calibration.fidelity import fidelity, fidelity_table
 from bench.calibration.measured import load_measured
 from bench.capacity import expert_times
+from bench.capacity.by_phase import phase_rows, phase_table
 from bench.capacity.decode import decode_rows, decode_table
 from bench.capacity.docs import fill
 from bench.capacity.replicas import replica_gains
+from bench.capacity.small_passes import size_rows, size_table
 from bench.capacity.v2 import HEADLINE, V2_MEASURED, fanout_ratio, v2_rows, v2_table
 from bench.harness.engine import ROOT
 from bench.harness.environment import now, provenance, versions
@@ -153,6 +155,29 @@ def decode_command(out: Path) -> None:
     rows = decode_rows(*_own_traces(), done=click.echo)
     _write_csv(folder / "decode-rules.csv", pd.DataFrame(rows))
     write_atomically(folder / "decode-rules.md", (decode_table(rows) + "\n").encode())
+    _fill_page(folder)
+
+
+@main.command("sizes")
+@out_option
+def sizes_command(out: Path) -> None:
+    """One active slot an expert beside all slots, by the size of a decode pass, within a node; some minutes."""
+    folder = ROOT / out
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = size_rows(*_own_traces(), done=click.echo)
+    _write_csv(folder / "small-passes.csv", pd.DataFrame(rows))
+    write_atomically(folder / "small-passes.md", (size_table(rows) + "\n").encode())
+    _fill_page(folder)
+
+
+@main.command("phases")
+@out_option
+def phases_command(out: Path) -> None:
+    """Rules by phase on one map, auto mode over several nodes; some minutes."""
+    folder = ROOT / out
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = phase_rows(*_own_traces(), done=click.echo)
+    write_atomically(folder / "by-phase.md", (phase_table(rows) + "\n").encode())
     _fill_page(folder)
 
 

@@ -199,12 +199,12 @@ def run_batch(
 def simulate(
     system: System, source: RoutingSource, phases: Sequence[tuple[Phase, int]], algorithms: Sequence[Algorithm], *,
     resamples: int = 8, rules: Sequence[DispatchRule] = (), effort: Effort = "fast",
-    further_slots: Sequence[int] = (0,), progress: Callable[[int], object] | None = None,
+    further_slots: Sequence[int] = (0,), progress: Callable[[int], object] | None = None, as_asked: bool = False,
 ) -> list[PhaseResult]:  # fmt: skip
     """All algorithms on the same resampled batches. ``phases``: (phase, tokens on each GPU) to run.
 
     ``rules``, ``further_slots`` (:func:`arms_of`) and ``effort`` are affinity's. ``progress`` is called with 1
-    :func:`runs_of` times.
+    :func:`runs_of` times. ``as_asked``: under those rules whatever a server would do in passes of this size.
     """
     if resamples < 2:
         raise InputError(f"--resamples {resamples}: must be at least 2")
@@ -215,7 +215,7 @@ def simulate(
     for phase, tokens_per_gpu in phases:
         mode = mode_of(system, phase)
         arms = [
-            dataclasses.replace(served_arm(arm, system, tokens_per_gpu, mode), effort=effort)
+            dataclasses.replace(arm if as_asked else served_arm(arm, system, tokens_per_gpu, mode), effort=effort)
             for arm in arms_of(algorithms, system, phase, rules, tokens_per_gpu, further_slots)
         ]
         collected: list[list[tuple[list[LayerTime], np.ndarray, float]]] = [[] for _ in arms]
@@ -227,7 +227,7 @@ def simulate(
         for number in range(resamples):
             batch = source.batch(tokens_per_gpu, system.cluster.gpus, phase == "prefill", number)
             for arm, samples in zip(arms, collected, strict=True):
-                samples.append(_one(batch, maps[arm, mode], arm, model, mode, phase == "prefill", tokens_per_gpu))
+                samples.append(one_batch(batch, maps[arm, mode], arm, model, mode, phase == "prefill", tokens_per_gpu))
                 if progress is not None:
                     progress(1)
         results += [
@@ -237,10 +237,11 @@ def simulate(
     return results
 
 
-def _one(
+def one_batch(
     batch: tuple[np.ndarray, np.ndarray, float], expert_map: ExpertMap, arm: Arm, model: TimeModel, mode: DeepEPMode,
     prefill: bool, tokens_per_gpu: int,
 ) -> tuple[list[LayerTime], np.ndarray, float]:  # fmt: skip
+    """Of a batch of ``source``: as :func:`run_batch`, and the step in ms with the overlap that is served."""
     tokens, source, scale = batch
     times, figures = run_batch(tokens, source, scale, expert_map, arm, model, mode, prefill, tokens_per_gpu)
     half = None

@@ -26,6 +26,7 @@ def main() -> None:
                 record = prepare_server_args(json.loads(line))
                 launch_server.run_server(record)
                 names = ("enable_eplb", "eplb_algorithm", "expert_distribution_recorder_mode", "ep_dispatch_algorithm")
+                names += ("eplb_affinity_primary_tokens",)
                 resolved = {name: getattr(adapter().arguments_of(record), name) for name in names}
             except SystemExit as end:
                 code = end.code

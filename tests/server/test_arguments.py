@@ -122,6 +122,7 @@ def results(models: Path, files: Path) -> dict[str, dict]:
         "cover": [*EP2, "--ep-dispatch-algorithm", "cover"],
         "normal": [*AFFINITY, *REPLICAS, *NORMAL],
         "auto": [*AFFINITY, *REPLICAS, *NORMAL[:-1], "auto"],
+        "auto nodes": [*AFFINITY, *REPLICAS, *NORMAL[:-1], "auto", "--eplb-affinity-nodes", "2"],
         "auto prefill": [*AFFINITY, *REPLICAS, *NORMAL[:-1], "auto", "--disaggregation-mode", "prefill"],
         "normal asked": [*AFFINITY, *REPLICAS, *NORMAL, "--ep-dispatch-algorithm", "static"],
         "normal without replicas": [*AFFINITY, *NORMAL],
@@ -184,6 +185,7 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
             "eplb_algorithm": "affinity",
             "expert_distribution_recorder_mode": "stat",
             "ep_dispatch_algorithm": "dynamic",
+            "eplb_affinity_primary_tokens": None,
         },
     }
     assert results["good map"]["code"] == results["ascend map"]["code"] == 0
@@ -197,16 +199,20 @@ def test_affinity_alone_turns_eplb_on(results: dict[str, dict]) -> None:
                 "eplb_algorithm": "auto",
                 "expert_distribution_recorder_mode": None,
                 "ep_dispatch_algorithm": rule,
+                "eplb_affinity_primary_tokens": None,
             },
         }
 
 
 def test_the_default_rule_of_each_mode(results: dict[str, dict]) -> None:
     cases = ["normal", "normal asked", "normal without replicas", "normal vanilla", "low latency", "auto"]
-    cases += ["auto prefill"]
+    cases += ["auto prefill", "auto nodes"]
     rules = {case: results[case]["resolved"].get("ep_dispatch_algorithm") for case in cases}
     others = {"normal": "cover_balanced", "auto prefill": "cover_balanced", "low latency": "primary", "auto": "primary"}
+    others["auto nodes"] = "primary"  # without small passes
     assert rules == {case: others.get(case, "static") for case in cases}, results
+    sizes = {case: results[case]["resolved"].get("eplb_affinity_primary_tokens") for case in cases}
+    assert sizes == {case: 0 if case == "auto nodes" else None for case in cases}, results
 
 
 @pytest.mark.skipif(not HAS_V2, reason="SGLang 0.5.17 has no DeepEP V2")

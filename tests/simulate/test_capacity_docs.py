@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.capacity import __main__ as commands
-from bench.capacity import decode
+from bench.capacity import by_phase, decode, small_passes
 from bench.capacity.docs import compact_table, fill, gains_table, table_named
 from sglang_eplb_affinity.domain.errors import InputError
 
@@ -87,6 +87,33 @@ def test_decode_arms_beside_eplb_and_its_best(system_file, trace, monkeypatch):
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert "`cover_balanced`" not in lines[2] and "(as `static`)" in lines[3]
     assert f"{rows[0]['step ms']:.1f}" in lines[2] and f"ms, {rows[0]['active slots']:.1f} |" in lines[2]
+
+
+def test_sizes_of_passes_compare_the_two_rules_whatever_servers_do(system_file, trace, monkeypatch):
+    monkeypatch.setattr(small_passes, "RUNS", ((str(system_file), 8, (8, 16)),))
+    monkeypatch.setattr(small_passes, "RESAMPLES", 2)
+    monkeypatch.setattr(small_passes, "ROWS", (8, 16, 64))
+    found = small_passes.size_rows(trace, trace)
+    of = [(row["redundant/GPU"], row["tokens/GPU"], row["rows"], row["small"]) for row in found]
+    assert of == [
+        (1, 4, 8, True), (1, 8, 16, False), (1, 32, 64, False), (2, 4, 8, True), (2, 8, 16, True), (2, 32, 64, False)
+    ]  # fmt: skip
+    assert all(row["ratio"] == pytest.approx(row["primary ms"] / row["static ms"]) for row in found)
+    assert len({round(row["ratio"], 6) for row in found}) == 6  # large passes go by what was asked, too
+    lines = small_passes.size_table(found).splitlines()
+    assert len(lines) == 4 and lines[2].count("**") == 2 and lines[3].count("**") == 4
+    assert lines[0].endswith("| 8 rows | 16 rows | 64 rows |") and "8 GPUs | 2 | 1 |" in lines[2]
+
+
+def test_rules_by_phase_change_prefill_alone(system_file, trace, monkeypatch):
+    monkeypatch.setattr(by_phase, "RUNS", ((str(system_file), 8, (8,)),))
+    monkeypatch.setattr(by_phase, "BATCHES", 2)
+    eplb, static, phases, planned = by_phase.phase_rows(trace, trace)
+    assert [row["arm"] for row in (eplb, static, phases)] == ["EPLB", "`static` in both", "by phase"]
+    assert phases["prefill 4096"] < static["prefill 4096"] != planned["prefill 4096"]
+    for column in ("decode 32", "decode 128"):
+        assert phases[column] == static[column]
+    assert f"| {phases['prefill 4096']:.1f} |" in by_phase.phase_table([eplb, static, phases]).splitlines()[4]
 
 
 def test_fill_replaces_between_markers_only(tmp_path):
