@@ -1,5 +1,5 @@
-"""Simulated server in DeepEP's auto mode over several nodes, one map for both phases: ``static`` in both, and affinity's
-default, ``static`` in decode and ``cover_balanced`` in prefill."""
+"""Simulated server in DeepEP's auto mode over several nodes, one map for both phases: ``static`` in both, and
+affinity's default, ``static`` in decode and ``cover_balanced`` in prefill."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Simulated decode within a node, in DeepEP's low-latency mode: one active slot an expert beside all slots, by the size of
-a pass, whatever size a server would end the former at. What ``dispatch/primaries.most_tokens`` was chosen by."""
+"""Simulated decode within a node, in DeepEP's low-latency mode: one active slot an expert beside all slots, by the size
+of a pass, whatever size a server would end the former at. What ``dispatch/primaries.most_tokens`` was chosen by."""
 
 from __future__ import annotations
 
