@@ -46,12 +46,15 @@ COVER = [
     ServerCase("qwen3moe", 2, 4, False, "affinity", extra=("--ep-dispatch-algorithm", rule, *SAMPLED))
     for rule in ("cover", "cover_balanced")
 ]
-# Decode of up to 8 requests is a small pass, prefill a large one.
-_SMALL = ("--eplb-affinity-primary-tokens", "8")
+# Decode of up to 8 requests is a small pass, prefill a large one. With 0 none is, as over several nodes: the map is planned
+# for another rule than it is served by.
 PRIMARY = [
-    ServerCase("qwen3moe", 2, 4, False, algorithm, extra=("--ep-dispatch-algorithm", "primary", *_SMALL))
-    for algorithm in ("affinity", "deepseek")
-]
+    ServerCase(
+        "qwen3moe", 2, 4, False, algorithm,
+        extra=("--ep-dispatch-algorithm", "primary", "--eplb-affinity-primary-tokens", tokens),
+    )
+    for algorithm, tokens in (("affinity", "8"), ("deepseek", "8"), ("affinity", "0"))
+]  # fmt: skip
 # Classes of SGLang that do not say which weights are their experts', and one that did not make redundant experts.
 OTHER_CLASSES = [("glm4moe", 2, 4, False, "affinity"), ("qwen2moe", 2, 4, False, "deepseek")]
 FULL = bool(os.environ.get("EPLB_AFFINITY_FULL_MATRIX"))
