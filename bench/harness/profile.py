@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,14 +53,17 @@ class ServerConfig:
     remote_shell: tuple[str, ...] = ("ssh", "-tt", "-o", "BatchMode=yes")
 
     def value(self, flag: str) -> str | None:
-        """What follows ``flag``; None without it."""
-        flags = [*self.flags, *self.eplb_flags]
-        return flags[flags.index(flag) + 1] if flag in flags else None
+        """What follows ``flag`` where it stands last, as a server takes it; None without it."""
+        return dict(pairwise((*self.flags, *self.eplb_flags))).get(flag)
+
+    def running(self, concurrency: int) -> int:
+        """Of ``concurrency`` requests, those that run at once."""
+        return min(concurrency, int(self.value("--max-running-requests") or concurrency))
 
     def held_back(self, concurrency: int) -> float:
         """Of ``concurrency`` requests, those that the flags keep waiting while others decode: what is beyond
         --max-running-requests, and what SGLang's prefill delayer collects for one pass."""
-        running = min(concurrency, int(self.value("--max-running-requests") or concurrency))
+        running = self.running(concurrency)
         return concurrency - running + float(self.value("--prefill-delayer-queue-min-ratio") or 0) * running
 
 

@@ -53,16 +53,17 @@ class Preparation:
         return vocabulary_of(self.model)
 
     def workloads(self, block: int) -> dict[WorkKey, Workload]:
-        """Requests of each level, of the warm-up, and (on GPUs) of one short wave at each level."""
+        """Requests of each level, of the warm-up, and (on GPUs) of one short wave of each number that runs at once."""
         main = self.plan.profile.load
         found = {("", WARM_UP): self._write(block, ("", WARM_UP), main, main.warmup_requests, warm_up_level(self.plan))}
         for level in self.plan.levels():
             load, key = self.plan.profile.load_named(level.load), (level.load, level.concurrency)
-            if self.plan.profile.server.engine == "cuda":
+            running = self.plan.profile.server.running(level.concurrency)
+            short = (level.load, -running)
+            if self.plan.profile.server.engine == "cuda" and short not in found:
                 short_output = min(SHORT_OUTPUT, load.output_tokens)
                 wave = replace(load, output_tokens=short_output, output_spread=0, stagger=False, token_streams=0)
-                short = (level.load, -level.concurrency)
-                found[short] = self._write(block, short, wave, level.concurrency, level.concurrency)
+                found[short] = self._write(block, short, wave, running, running)
             found[key] = self._write(block, key, load, load.requests_at(level.concurrency), level.concurrency)
         return found
 
@@ -118,8 +119,9 @@ def warm_up_server(
     budget: Budget,
     folder: RunFolder,
 ) -> int:
-    """One short wave at each concurrency, since kernels are compiled for the sizes that occur, then rounds of the
-    warm-up's requests until ITL is flat; returns their number. Raises OSError if the server ends or does not answer."""
+    """One short wave of each number that runs at once, since kernels are compiled for the sizes that occur, then rounds
+    of the warm-up's requests until ITL is flat; returns their number. Raises OSError if the server ends or does not
+    answer."""
     load, rounds_of = plan.profile.load, works["", WARM_UP]
     for name, level in sorted((name, -level) for name, level in works if level < 0):
         if budget.in_time():

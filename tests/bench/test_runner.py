@@ -328,6 +328,19 @@ def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
     assert asked == [("1", "")]
 
 
+def test_what_waits_for_a_place_is_no_part_of_the_short_waves(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(sitting_module, "load_tokenizer", lambda model: Characters())
+    flags = (*plan.profile.server.flags, "--max-running-requests", "3")
+    server, load = replace(plan.profile.server, engine="cuda", flags=flags), replace(plan.profile.load, requests={8: 9})
+    plan = replace(plan, profile=replace(plan.profile, server=server, load=load), concurrency=(1, 4, 8))
+    turns = [Turn("x" * 20 + str(n), "answer") for n in range(500)]
+    works = sitting_module.Preparation(plan, turns, "model", tmp_path).workloads(0)
+    assert {key[1]: work.requests for key, work in works.items() if key[1] < 0} == {-1: 1, -3: 3}
+
+
 def test_a_server_that_cannot_record_is_not_asked_to(
     bench: Bench, folder: RunFolder, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

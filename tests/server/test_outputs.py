@@ -46,8 +46,8 @@ COVER = [
     ServerCase("qwen3moe", 2, 4, False, "affinity", extra=("--ep-dispatch-algorithm", rule, *SAMPLED))
     for rule in ("cover", "cover_balanced")
 ]
-# Decode of up to 8 requests is a small pass, prefill a large one. With 0 none is, as over several nodes: the map is planned
-# for another rule than it is served by.
+# Decode of up to 8 requests is a small pass, prefill a large one. With 0 none is, as over several nodes: the map is
+# planned for another rule than it is served by.
 PRIMARY = [
     ServerCase(
         "qwen3moe", 2, 4, False, algorithm,
