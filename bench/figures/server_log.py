@@ -110,22 +110,39 @@ def full_prefills(lines: Sequence[BatchLine]) -> dict[str, float]:
     }
 
 
-def decode_steps(text: str) -> dict[str, float]:
-    """``decode_step_ms``: of a scheduler's decode passes with the most requests, median over its log's lines, and
-    ``decode_step_requests`` of a rank in one. Empty without such lines. A line's rate is that of the passes since the
-    line before, which must be of as many requests."""
-    rates: list[tuple[int, float]] = []
-    before: dict[str, tuple[str, int]] = {}
+@dataclass(frozen=True)
+class DecodePeriod:
+    """Passes of one scheduler from ``begin`` to ``end``, Unix times, with ``running`` requests, and their mean."""
+
+    begin: float
+    end: float
+    running: int
+    step_ms: float
+
+
+def decode_periods(text: str) -> list[DecodePeriod]:
+    """Between each two lines of a scheduler that follow each other and are of as many requests: a line's rate is that
+    of the passes since the line before."""
+    found = []
+    before: dict[str, tuple[str, int, float]] = {}
     for line in text.splitlines():
         match, rate = _BATCH.match(line), _RATE.search(line)
         if match is None:
             continue
-        now = (match["phase"], int(match["running"]))
-        if now[0] == "Decode" and rate is not None and before.get(match["rank"]) == now and float(rate["rate"]) > 0:
-            rates.append((now[1], float(rate["rate"])))
-        before[match["rank"]] = now
-    most = max((running for running, _ in rates), default=0)
+        now, time = (match["phase"], int(match["running"])), unix_time(match["time"])
+        *same, begin = before.get(match["rank"], ("", 0, 0.0))
+        if now[0] == "Decode" and rate is not None and tuple(same) == now and float(rate["rate"]) > 0:
+            found.append(DecodePeriod(begin, time, now[1], 1000 * now[1] / float(rate["rate"])))
+        before[match["rank"]] = (*now, time)
+    return found
+
+
+def decode_steps(text: str) -> dict[str, float]:
+    """``decode_step_ms``: of a scheduler's decode passes with the most requests, median over its log's lines
+    (:func:`decode_periods`), and ``decode_step_requests`` of a rank in one. Empty without such lines."""
+    periods = decode_periods(text)
+    most = max((period.running for period in periods), default=0)
     if most == 0:
         return {}
-    steps = [1000 * running / rate for running, rate in rates if running == most]
+    steps = [period.step_ms for period in periods if period.running == most]
     return {"decode_step_ms": round(median(steps), 4), "decode_step_requests": float(most)}
