@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 POISSON = "poisson"
+POISSON_SECONDS = 16
 REQUESTS, PREFILL, DECODE = KINDS = ("requests", "prefill", "decode")
 PROFILE_DIR = Path(__file__).parents[1] / "profiles"
 
@@ -183,11 +184,13 @@ class Profile:
         return profile
 
     def with_poisson(self, rate: float) -> Profile:
-        """With one more load, `poisson`: the main one's requests, arriving at ``rate`` a second on average."""
+        """With one more load, `poisson`: the main one's requests, as many as at its largest concurrency but for at most
+        POISSON_SECONDS, arriving at ``rate`` a second on average."""
         if not rate > 0:
             raise InputError(f"--rate: {rate:g} requests/s is not above 0")
         most = max(self.load.requests)
-        load = replace(self.load, requests={most: self.load.requests[most]}, request_rate=rate, stagger=False)
+        count = min(self.load.requests[most], max(1, round(POISSON_SECONDS * rate)))
+        load = replace(self.load, requests={most: count}, request_rate=rate, stagger=False)
         return replace(self, loads={**self.loads, POISSON: load})
 
     def load_named(self, name: str) -> LoadConfig:

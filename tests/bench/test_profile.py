@@ -164,6 +164,7 @@ def test_a_rate_adds_the_main_loads_requests_as_they_arrive() -> None:
     profile = Profile.parse(BASE, name="p", source="p.toml")
     poisson = profile.with_poisson(2.5).loads["poisson"]
     assert (poisson.request_rate, poisson.requests, poisson.kind) == (2.5, {4: 40}, "requests")
+    assert profile.with_poisson(1.0).loads["poisson"].requests == {4: 16}  # for 16 s
     with pytest.raises(InputError, match="--rate: 0 requests/s is not above 0"):
         profile.with_poisson(0)
 

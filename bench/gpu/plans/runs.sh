@@ -4,8 +4,8 @@
 #
 #   replicas.runs  full passes and requests over the emulated link of 25 GB/s and over NVLink, with few and many replicas;
 #                  then decoding
-#   table-nvlink.runs, table-emulated.runs  five batch sizes of requests: over NVLink, with a noise floor, and over the
-#                  emulated link, with many replicas too; a sitting each
+#   table-nvlink.runs, table-emulated.runs  five batch sizes of requests: over NVLink, with a noise floor and Poisson
+#                  arrivals, and over the emulated link, with many replicas too; a sitting each
 #
 #   bash bench/gpu/session.sh SECONDS bench/gpu/plans/runs.sh FILE
 #
