@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sglang_eplb_affinity.device.recorder import PHASES
 from sglang_eplb_affinity.dispatch.default_rule import DispatchMode
-from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, LARGE_PASS_RULE, DispatchRule
 from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.planner.config import MOST_SEED, Objective, PlannerConfig
 from sglang_eplb_affinity.rebalance.config import AsyncConfig
@@ -118,7 +118,7 @@ class Settings:
             algorithm=args.eplb_algorithm,
             table_rule=rule,
             topology=Topology(args.ep_size, topk_flags.planned_nodes(args)),
-            planner=_planner_config(args, _planned_for(rule, small), num_groups_of(model)),
+            planner=_planner_config(args, _planned_for(rule, args, small), num_groups_of(model)),
             eplb=args.enable_eplb,
             served_rule=args.ep_dispatch_algorithm,
             redundant=args.ep_num_redundant_experts,
@@ -177,10 +177,14 @@ def _primary_rows(args: ServerArguments, shape: MoeShape | None) -> int:
     return most_tokens(shape.num_experts, redundant, shape.top_k, args.ep_size, own_tokens)
 
 
-def _planned_for(rule: DispatchRule, primary_rows: int) -> DispatchRule:
-    """``primary`` without small passes decodes by ``static``, where a map that keeps copies on their node gains most;
-    prefill gains by its choice on such a map too (docs/design.md)."""
-    return "static" if rule == "primary" and not primary_rows else rule
+def _planned_for(rule: DispatchRule, args: ServerArguments, primary_rows: int) -> DispatchRule:
+    """``primary`` without small passes decodes by ``static``: over several nodes a map that keeps copies on their node
+    gains most there, and prefill gains by its choice on such a map too (docs/design.md). Within one only the choice of
+    prefill is worth a map, where there is any."""
+    if rule != "primary" or primary_rows:
+        return rule
+    decode_decides = topk_flags.planned_nodes(args) > 1 or topk_flags.dispatch_mode(args) == "low_latency"
+    return "static" if decode_decides else LARGE_PASS_RULE
 
 
 def num_groups_of(model_config: Any) -> int | None:

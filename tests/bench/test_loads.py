@@ -268,6 +268,7 @@ def test_a_session_goes_on_between_calls(tmp_path: Path) -> None:
     (checkout / ".carry" / "commit").write_text("abcdef1")
     (checkout / "plan.sh").write_text(
         'echo "commit $SOURCE_COMMIT"; until [ -e "$CARRY/more" ]; do sleep 0.1; done; echo $1 >"$WORK/results/found"\n'
+        'mkdir -p "$WORK/results/run/cells/b0"; echo log >"$WORK/results/run/cells/b0/requests.npz"\n'
     )
     home = tmp_path / "home"
     (home / ".cache").mkdir(parents=True)
@@ -284,9 +285,13 @@ def test_a_session_goes_on_between_calls(tmp_path: Path) -> None:
     call[2] = "20"
     assert "over\ncommit abcdef1" in run()
     parts = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert parts == ["caches.tar.xz.aa", "results.tar.gz.aa"]
+    assert parts == ["caches.tar.xz.aa", "requests.tar.aa", "results.tar.gz.aa"]
     subprocess.run(["tar", "-xzf", tmp_path / "out" / "results.tar.gz.aa", "-C", tmp_path], check=True)
     assert (tmp_path / "results" / "found").read_text() == "argument\n"
+    requests = tmp_path / "results" / "run" / "cells" / "b0" / "requests.npz"
+    assert not requests.exists()
+    subprocess.run(["tar", "-xf", tmp_path / "out" / "requests.tar.aa", "-C", tmp_path], check=True)
+    assert requests.read_text() == "log\n"
 
 
 def test_headline_figures_of_loads_are_ratios_to_each_baseline(auto_plan: RunPlan) -> None:

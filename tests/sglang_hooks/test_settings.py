@@ -122,18 +122,21 @@ def test_the_default_rule(flags: dict, rule: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "rows"),
+    ("flags", "rows", "planned"),
     [
-        ({}, 8),
-        ({"nnodes": 2}, 0),
-        ({"eplb_affinity_nodes": 2}, 0),
-        ({"nnodes": 2, "eplb_affinity_further_slots": 1}, 8),
-        ({"nnodes": 2, "eplb_affinity_primary_tokens": 5}, 5),
-        ({"nnodes": 2, "ep_dispatch_algorithm": "primary"}, 8),
-        ({"eplb_affinity_primary_tokens": 0, "ep_dispatch_algorithm": "primary"}, 0),
+        ({}, 8, "cover_balanced"),
+        ({"nnodes": 2}, 0, "static"),
+        ({"eplb_affinity_nodes": 2}, 0, "static"),
+        ({"nnodes": 2, "eplb_affinity_further_slots": 1}, 8, "cover_balanced"),
+        ({"nnodes": 2, "eplb_affinity_primary_tokens": 5}, 5, "cover_balanced"),
+        ({"nnodes": 2, "ep_dispatch_algorithm": "primary"}, 8, "cover_balanced"),
+        ({"eplb_affinity_primary_tokens": 0, "ep_dispatch_algorithm": "primary"}, 0, "cover_balanced"),
+        ({"eplb_affinity_primary_tokens": 0, "deepep_mode": "low_latency"}, 0, "static"),
     ],
 )
-def test_over_several_nodes_auto_mode_decodes_by_static_and_prefills_by_cover(flags: dict, rows: int) -> None:
+def test_over_several_nodes_auto_mode_decodes_by_static_and_prefills_by_cover(
+    flags: dict, rows: int, planned: str
+) -> None:
     auto = {"moe_a2a_backend": "deepep", "deepep_mode": "auto", "ep_dispatch_algorithm": None}
     args = server_arguments(**auto | flags)
     if args.ep_dispatch_algorithm is None:
@@ -141,5 +144,5 @@ def test_over_several_nodes_auto_mode_decodes_by_static_and_prefills_by_cover(fl
     found = Settings.of(args)
     assert (found.table_rule, found.primary_rows) == ("primary", rows)
     assert found.planner.even_primaries == (rows > 0)
-    assert found.rule == found.planner.dispatch == ("cover_balanced" if rows else "static")
+    assert found.rule == found.planner.dispatch == planned
     assert found.planner.further_slots == (args.eplb_affinity_further_slots if rows else 0)
