@@ -60,7 +60,10 @@ def round_steps(text: str) -> RoundSteps:
     middle = float(np.median([period.step_ms for period in kept])) if kept else 0.0
     kept = [period for period in kept if period.step_ms < _OUTLIER * middle]
     if not spans or len(kept) <= len(PHASES) + 1:
-        raise InputError(f"{len(spans)} asynchronous rounds and {len(kept)} decode lines of {most} requests: too few")
+        raise InputError(
+            f"{len(spans)} asynchronous rounds and {len(kept)} decode lines of {most} requests: too few "
+            "(times need milliseconds)"
+        )
     begin, end = np.array([(period.begin, period.end) for period in kept]).T
     parts = np.zeros((len(kept), len(PHASES)))
     for phases in spans:
