@@ -1,5 +1,5 @@
 """Simulated decode within a node, in DeepEP's low-latency mode: one active slot an expert beside all slots, by the size
-of a pass, whatever size a server would end the former at. What ``dispatch/primaries.most_tokens`` was chosen by."""
+of a pass, whatever size a server would end the former at. What ``dispatch/small_passes.py`` was chosen by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_eplb_affinity.dispatch.primaries import most_tokens
+from sglang_eplb_affinity.dispatch.small_passes import most_tokens
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.scenario import Phase, simulate
 from sglang_eplb_affinity.simulate.source import RoutingSource

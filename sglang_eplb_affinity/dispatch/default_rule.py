@@ -31,5 +31,5 @@ def affinity_rule(
 
 
 def primary_tokens(num_nodes: int) -> int | None:
-    """The size of small passes where ``primary`` was not asked for; None: :func:`primaries.most_tokens`."""
+    """The size of small passes where ``primary`` was not asked for; None: :func:`small_passes.most_tokens`."""
     return None if num_nodes == 1 else 0

@@ -30,11 +30,6 @@ from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.numba_kernel import kernel
 from sglang_eplb_affinity.domain.topology import Topology
 
-# Simulated on 2 to 72 GPUs of one node (docs/design.md): rows of a primary slot up to which one of each expert is no
-# slower than all, for each redundant slot of a GPU; and where that ends, since hot experts' products take more tiles.
-ROWS_PER_REDUNDANT_SLOT = 8
-MOST_ROWS = 96
-
 
 @kernel
 def even_choice(table, replicas, chosen, num_gpus, slots_per_gpu):  # type: ignore[no-untyped-def]
@@ -150,13 +145,3 @@ def uneven_layers(expert_map: ExpertMap, topology: Topology) -> np.ndarray:
     """int64: the layers of ``expert_map`` that allow no even choice."""
     of_layers = primaries_of(expert_map.logical_to_all_physical(), topology, expert_map.num_slots)
     return np.flatnonzero([over_share(primary, topology, expert_map.num_slots) for primary in of_layers])
-
-
-def most_tokens(num_experts: int, redundant: int, top_k: int, num_gpus: int, own_tokens: bool) -> int:
-    """Rows of a rank up to which a pass is small, with as many on every rank: what ``redundant`` experts in all would
-    cost by their weights grows with their number, what they save by even load with the rows.
-
-    ``own_tokens``: each rank routes tokens of its own (an all-to-all backend), else every rank all tokens.
-    """
-    rows_times_gpus = min(ROWS_PER_REDUNDANT_SLOT * redundant, MOST_ROWS * num_gpus)
-    return rows_times_gpus * num_experts // (num_gpus * top_k * (num_gpus if own_tokens else 1))

@@ -26,6 +26,7 @@ from sglang_eplb_affinity.sglang_hooks.topk_flags import (
     is_ours,
     records_affinity,
     replaces_counts,
+    rule_text,
     set_default_rule,
 )
 
@@ -128,7 +129,7 @@ def check(args: ServerArguments) -> None:
             "[eplb-affinity] EPLB on: rebalance every %d passes, dispatch %s, %d redundant experts, %d nodes, "
             "load at most %+.1f %% of EPLB's, %d tokens sampled per layer",
             args.eplb_rebalance_num_iterations,
-            args.ep_dispatch_algorithm,
+            rule_text(args, shape),
             args.ep_num_redundant_experts,
             nodes or args.nnodes,
             100 * args.eplb_affinity_max_load_increase,

@@ -113,7 +113,7 @@ class Settings:
         rules: dict[str | None, DispatchRule] = {rule: rule for rule in DISPATCH_RULES}
         rule = rules.get(args.ep_dispatch_algorithm, "dynamic")
         shape = MoeShape.of(model.hf_text_config)
-        small = _primary_rows(args, shape) if rule == "primary" else 0
+        small = topk_flags.primary_rows(args, shape)
         return Settings(
             algorithm=args.eplb_algorithm,
             table_rule=rule,
@@ -166,15 +166,6 @@ def _most_tokens_of_a_pass(args: ServerArguments) -> int:
     if prefill <= 0:
         prefill = max(args.max_prefill_tokens, int(args.get_model_config().context_len))
     return prefill + 8192
-
-
-def _primary_rows(args: ServerArguments, shape: MoeShape | None) -> int:
-    from sglang_eplb_affinity.dispatch.primaries import most_tokens  # needs numba
-
-    if args.eplb_affinity_primary_tokens is not None or shape is None:
-        return args.eplb_affinity_primary_tokens or 0
-    redundant, own_tokens = args.ep_num_redundant_experts, args.moe_a2a_backend != "none"
-    return most_tokens(shape.num_experts, redundant, shape.top_k, args.ep_size, own_tokens)
 
 
 def _planned_for(rule: DispatchRule, args: ServerArguments, primary_rows: int) -> DispatchRule:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from sglang_eplb_affinity.dispatch.default_rule import DispatchMode, affinity_rule, primary_tokens
-from sglang_eplb_affinity.dispatch.rules import OWN_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.rules import LARGE_PASS_RULE, OWN_RULES, DispatchRule
+from sglang_eplb_affinity.dispatch.small_passes import most_tokens
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.server_arguments import ALGORITHM, ServerArguments
 
 # Their top-k output has no ids (SGLang's BYPASSED and TRITON_KERNEL formats, layers/moe/topk.py).
@@ -63,6 +65,25 @@ def set_default_rule(args: ServerArguments) -> None:
         # Who names slots for small passes wants them.
         chosen = None if args.eplb_affinity_further_slots else primary_tokens(planned_nodes(args))
         args.eplb_affinity_primary_tokens = chosen
+
+
+def primary_rows(args: ServerArguments, shape: MoeShape | None) -> int:
+    """Of a rank in a pass that is small under ``primary``; 0 under another rule."""
+    if args.ep_dispatch_algorithm != "primary":
+        return 0
+    if args.eplb_affinity_primary_tokens is not None or shape is None:
+        return args.eplb_affinity_primary_tokens or 0
+    redundant, own_tokens = args.ep_num_redundant_experts, args.moe_a2a_backend != "none"
+    return most_tokens(shape.num_experts, redundant, shape.top_k, args.ep_size, own_tokens)
+
+
+def rule_text(args: ServerArguments, shape: MoeShape | None) -> str:
+    """The rule of --ep-dispatch-algorithm, and what it means by the size of a pass."""
+    if args.ep_dispatch_algorithm != "primary":
+        return str(args.ep_dispatch_algorithm)
+    in_mode = {"low_latency": "static", "auto": f"static in decode, {LARGE_PASS_RULE} in prefill"}
+    large, rows = in_mode.get(str(dispatch_mode(args)), LARGE_PASS_RULE), primary_rows(args, shape)
+    return f"primary (up to {rows} tokens of a rank; else {large})" if rows else f"primary ({large})"
 
 
 def planned_nodes(args: ServerArguments) -> int:

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from sglang_eplb_affinity.dispatch.default_rule import affinity_rule
-from sglang_eplb_affinity.dispatch.primaries import most_tokens
 from sglang_eplb_affinity.dispatch.rules import LARGE_PASS_RULE, DispatchRule
+from sglang_eplb_affinity.dispatch.small_passes import most_tokens
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.routing import RoutingWindow

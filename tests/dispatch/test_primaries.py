@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_eplb_affinity.dispatch.primaries import most_tokens, primaries_of
+from sglang_eplb_affinity.dispatch.primaries import primaries_of
+from sglang_eplb_affinity.dispatch.small_passes import most_tokens
 from sglang_eplb_affinity.domain.expert_map import ExpertMap
 from sglang_eplb_affinity.domain.topology import Topology
 

@@ -10,7 +10,7 @@ from sglang_eplb_affinity.domain.topology import Topology
 from sglang_eplb_affinity.sglang_hooks.model_shape import MoeShape
 from sglang_eplb_affinity.sglang_hooks.redundancy_advice import advice
 from sglang_eplb_affinity.sglang_hooks.settings import Settings, num_groups_of
-from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule, set_default_rule
+from sglang_eplb_affinity.sglang_hooks.topk_flags import default_rule, rule_text, set_default_rule
 from tests.sglang_hooks.arguments import TEXT, server_arguments
 
 
@@ -146,3 +146,6 @@ def test_over_several_nodes_auto_mode_decodes_by_static_and_prefills_by_cover(
     assert found.planner.even_primaries == (rows > 0)
     assert found.rule == found.planner.dispatch == planned
     assert found.planner.further_slots == (args.eplb_affinity_further_slots if rows else 0)
+    static = "static" if args.deepep_mode == "low_latency" else "static in decode, cover_balanced in prefill"
+    told = rule_text(args, found.shape)
+    assert told == (f"primary (up to {rows} tokens of a rank; else {static})" if rows else f"primary ({static})")

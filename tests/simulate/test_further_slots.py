@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from sglang_eplb_affinity.cli import cli
-from sglang_eplb_affinity.dispatch.primaries import most_tokens
+from sglang_eplb_affinity.dispatch.small_passes import most_tokens
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.simulate.recommend import candidate_runs, evaluate_candidates, further_choices
 from sglang_eplb_affinity.simulate.scenario import arms_of, simulate
