@@ -22,6 +22,7 @@ case "$*" in
   *"bench run"*) echo "$@" >> calls; mkdir -p "results/$RUN/cells/a" "results/$RUN/warm-up"
                  echo row >> "results/$RUN/store.jsonl"; touch "results/$RUN/cells/a/requests.npz"; exit ${CODE:-0} ;;
   *"bench report"*) echo "$@" >> calls ;;
+  *quiet_passes*) echo "$@" >> measures ;;
   *) echo /nowhere ;;
 esac
 """
@@ -91,7 +92,7 @@ def test_a_share_without_gpus_is_refused() -> None:
 @pytest.mark.parametrize(
     ("plan", "runs"),
     [
-        ("costs.sh", 4),
+        ("costs.sh", 3),
         ("ep4.sh", 2),
         ("runs.sh {}/replicas.runs", 3),
         ("runs.sh {}/table-nvlink.runs", 1),
@@ -114,6 +115,9 @@ def test_a_plan_asks_for_runs_that_there_are(plan: str, runs: int, tmp_path: Pat
         assert _load_names(options.get("--loads"), profile)
         if "--arms" in options:
             arms_named(options["--arms"].split(","))
+    if plan == "costs.sh":
+        (measured,) = (tmp_path / "measures").read_text().splitlines()
+        assert measured.endswith("--seconds 100 --cpu") and "work/results/quiet-passes.json" in measured
 
 
 FAKE_NCCL = """
