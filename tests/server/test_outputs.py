@@ -77,7 +77,11 @@ def test_outputs_equal_those_without_eplb(case: ServerCase, reference, models: P
         log = server.rebalances()
     check(log, case, [outputs], expected)
     if case.extra and case.algorithm == "affinity":
-        assert f"dispatch {case.extra[1]}, 4 redundant" in (tmp_path / "log").read_text(errors="replace")
+        _, rule, *more = case.extra
+        if rule == "primary":
+            small = f"up to {more[1]} tokens of a rank; else " if more[1] != "0" else ""
+            rule = f"primary ({small}cover_balanced)"
+        assert f"dispatch {rule}, 4 redundant" in (tmp_path / "log").read_text(errors="replace")
 
 
 @pytest.mark.parametrize("case", ASYNC_CASES, ids=lambda case: f"{case.name}-async")
