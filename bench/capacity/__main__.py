@@ -127,11 +127,8 @@ def replicas_command(out: Path) -> None:
 @out_option
 def v2_command(out: Path) -> None:
     """Decode with DeepEP V2 beside V1's low-latency mode; some minutes on 2 cores."""
-    folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
     rows = v2_rows(*_own_traces(), done=click.echo)
-    _write_csv(folder / "deepep-v2.csv", pd.DataFrame(rows))
-    write_atomically(folder / "deepep-v2.md", (v2_table(rows) + "\n").encode())
+    folder = _publish(out, "deepep-v2", rows, v2_table(rows))
     first, source = rows[0], provenance()
     entry = {
         "name": HEADLINE, "value": first["gain %"], "lower": first["lower"], "upper": first["upper"],
@@ -143,42 +140,30 @@ def v2_command(out: Path) -> None:
     measured = fanout_ratio(load_measured(ROOT / V2_MEASURED))
     text = json.dumps({"entries": [entry, measured]}, indent=2) + "\n"
     write_atomically(folder / "deepep_v2_summary_entries.json", text.encode())
-    _fill_page(folder)
 
 
 @main.command("decode")
 @out_option
 def decode_command(out: Path) -> None:
     """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
-    folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
     rows = decode_rows(*_own_traces(), done=click.echo)
-    _write_csv(folder / "decode-rules.csv", pd.DataFrame(rows))
-    write_atomically(folder / "decode-rules.md", (decode_table(rows) + "\n").encode())
-    _fill_page(folder)
+    _publish(out, "decode-rules", rows, decode_table(rows))
 
 
 @main.command("sizes")
 @out_option
 def sizes_command(out: Path) -> None:
     """One active slot an expert beside all slots, by the size of a decode pass, within a node; some minutes."""
-    folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
     rows = size_rows(*_own_traces(), done=click.echo)
-    _write_csv(folder / "small-passes.csv", pd.DataFrame(rows))
-    write_atomically(folder / "small-passes.md", (size_table(rows) + "\n").encode())
-    _fill_page(folder)
+    _publish(out, "small-passes", rows, size_table(rows))
 
 
 @main.command("phases")
 @out_option
 def phases_command(out: Path) -> None:
     """Rules by phase on one map, auto mode over several nodes; some minutes."""
-    folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
     rows = phase_rows(*_own_traces(), done=click.echo)
-    write_atomically(folder / "by-phase.md", (phase_table(rows) + "\n").encode())
-    _fill_page(folder)
+    _publish(out, "by-phase", rows, phase_table(rows))
 
 
 @main.command("calibration")
@@ -228,6 +213,16 @@ def _traces() -> list[str]:
 def _own_traces() -> tuple[RoutingTrace, RoutingTrace]:
     """The tokens planned on, and those held out."""
     return RoutingTrace.load(ROOT / PLAN), RoutingTrace.load(ROOT / TEST)
+
+
+def _publish(out: Path, name: str, rows: Sequence[dict[str, Any]], table: str) -> Path:
+    """Rows as CSV and as the table of the page; returns the folder."""
+    folder = ROOT / out
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / f"{name}.csv", pd.DataFrame(rows))
+    write_atomically(folder / f"{name}.md", (table + "\n").encode())
+    _fill_page(folder)
+    return folder
 
 
 def _fill_page(folder: Path) -> None:

@@ -12,7 +12,7 @@ from sglang_eplb_affinity.dispatch.rules import LARGE_PASS_RULE, DispatchRule
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.planner import PlannerConfig, plan
 from sglang_eplb_affinity.simulate.scenario import Algorithm, Arm, Phase, make_map, one_batch
-from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.source import RoutingSource, sampled_layers
 from sglang_eplb_affinity.simulate.system import DeepEPMode, load_system
 from sglang_eplb_affinity.simulate.timing import TimeModel
 
@@ -44,7 +44,7 @@ def phase_rows(
     for preset, gpus, redundancies in RUNS:
         for redundant in redundancies:
             system = load_system(preset).resized(gpus, redundant)
-            layers = np.unique(np.linspace(0, system.model.moe_layers - 1, LAYERS).astype(int))
+            layers = sampled_layers(system.model, LAYERS)
             source = RoutingSource(plan_trace, test, system.model, layers)
             window, model = source.plan_window(), TimeModel(system)
             for name, algorithm, planned, prefill_rule in ARMS:

@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.scenario import Phase, PhaseResult, gain_pct, simulate
-from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.source import RoutingSource, sampled_layers
 from sglang_eplb_affinity.simulate.system import load_system
 
 LAYERS, RESAMPLES = 2, 4
@@ -49,7 +47,7 @@ def decode_rows(
     phases: list[tuple[Phase, int]] = [("decode", batch) for batch in BATCHES]
     for preset, gpus, redundancies, of_eplb in RUNS:
         system = load_system(preset)
-        layers = np.unique(np.linspace(0, system.model.moe_layers - 1, LAYERS).astype(int))
+        layers = sampled_layers(system.model, LAYERS)
         source = RoutingSource(plan, test, system.model, layers)
         source.batch = lru_cache(len(BATCHES) * RESAMPLES)(source.batch)  # type: ignore[assignment, method-assign]
         found: list[PhaseResult] = []

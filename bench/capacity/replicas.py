@@ -14,7 +14,7 @@ from sglang_eplb_affinity.dispatch.rules import DispatchRule
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.memory import expert_gb
 from sglang_eplb_affinity.simulate.scenario import Interval, Phase, PhaseResult, simulate
-from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.source import RoutingSource, sampled_layers
 from sglang_eplb_affinity.simulate.system import load_system
 
 LAYERS, RESAMPLES = 3, 4
@@ -32,7 +32,7 @@ def replica_gains(plan: RoutingTrace, test: RoutingTrace) -> list[dict[str, Any]
     rows = []
     for name, preset, gpus, phase, of_eplb, redundant in RUNS:
         system = load_system(preset)
-        layers = np.unique(np.linspace(0, system.model.moe_layers - 1, LAYERS).astype(int))
+        layers = sampled_layers(system.model, LAYERS)
         source = RoutingSource(plan, test, system.model, layers)
         source.batch = lru_cache(RESAMPLES)(source.batch)  # type: ignore[assignment, method-assign]
         serving = system.serving

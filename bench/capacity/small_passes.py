@@ -6,12 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from sglang_eplb_affinity.dispatch.small_passes import most_tokens
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.scenario import Phase, simulate
-from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.source import RoutingSource, sampled_layers
 from sglang_eplb_affinity.simulate.system import load_system
 
 LAYERS, RESAMPLES = 2, 4
@@ -35,7 +33,7 @@ def size_rows(
     found = []
     for preset, gpus, redundancies in RUNS:
         system = load_system(preset)
-        layers = np.unique(np.linspace(0, system.model.moe_layers - 1, LAYERS).astype(int))
+        layers = sampled_layers(system.model, LAYERS)
         source = RoutingSource(plan, test, system.model, layers)
         per_row = system.model.experts / (gpus * system.model.top_k)
         tokens = dict.fromkeys(max(1, round(rows * per_row)) for rows in ROWS)

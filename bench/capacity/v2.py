@@ -11,7 +11,7 @@ import numpy as np
 from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate.memory import expert_gb
 from sglang_eplb_affinity.simulate.scenario import Algorithm, Interval, Phase, PhaseResult, simulate
-from sglang_eplb_affinity.simulate.source import RoutingSource
+from sglang_eplb_affinity.simulate.source import RoutingSource, sampled_layers
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System, load_system
 
 LAYERS, RESAMPLES = 2, 4
@@ -39,7 +39,7 @@ def v2_rows(
     rows = []
     for preset, gpus, redundancies in RUNS:
         system = load_system(preset)
-        layers = np.unique(np.linspace(0, system.model.moe_layers - 1, LAYERS).astype(int))
+        layers = sampled_layers(system.model, LAYERS)
         source = RoutingSource(plan, test, system.model, layers)
 
         sizes = [system.resized(gpus, redundant) for redundant in redundancies]

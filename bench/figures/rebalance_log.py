@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -93,6 +94,19 @@ def parse_log(text: str) -> LogSummary:
         elif match := _UPSTREAM_END.match(line):
             ends[match.group("rank")] = ends.get(match.group("rank"), 0) + 1
     return LogSummary(tuple(found), max(ends.values(), default=0), malformed, text.count(WRONG_WEIGHTS))
+
+
+def round_records(text: str) -> list[tuple[str | None, dict[str, Any]]]:
+    """All that our lines of rounds say, and the local time of each (None: not logged); what cannot be read is left
+    out."""
+    found = []
+    for line in text.splitlines():
+        if match := _RECORD.search(line):
+            stamp = LOG_TIME.match(line)
+            with suppress(ValueError):
+                data = json.loads(match.group(1))
+                found.append((stamp.group("time") if stamp else None, data))
+    return found
 
 
 def _read(payload: str, line: str) -> Rebalance | None:

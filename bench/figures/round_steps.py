@@ -10,8 +10,6 @@ may be shorter than the time between two lines; `--decode-log-interval 4` resolv
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench.figures.server_log import LOG_TIME, decode_periods, unix_time
+from bench.figures.rebalance_log import round_records
+from bench.figures.server_log import decode_periods, unix_time
 from sglang_eplb_affinity.domain.errors import InputError
 
 PHASES = ("gather", "plan", "move", "end")  # of round_state.RoundState.record
-_ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})\s*$")
 _OUTLIER = 3.0  # times the median step: the server was paused meanwhile
 
 
@@ -90,16 +88,11 @@ def round_steps(text: str) -> RoundSteps:
 def _phases(text: str) -> list[tuple[tuple[float, float], ...]]:
     """Unix times of the phases of each asynchronous round that moved weights, which is logged when it is over."""
     found = []
-    for line in text.splitlines():
-        record, stamp = _ROUND.search(line), LOG_TIME.match(line)
-        if record is None or stamp is None:
-            continue
-        data = json.loads(record.group(1))
-        if data.get("mode") != "asynchronous" or "move_seconds" not in data:
-            continue
-        lasted = [float(data[f"{phase}_seconds"]) for phase in PHASES]
-        began = unix_time(stamp.group("time")) - sum(lasted)
-        found.append(tuple(pairwise(accumulate(lasted, initial=began))))
+    for time, record in round_records(text):
+        lasted = [float(record[f"{phase}_seconds"]) for phase in PHASES if f"{phase}_seconds" in record]
+        if time is not None and record.get("mode") == "asynchronous" and len(lasted) == len(PHASES):
+            began = unix_time(time) - sum(lasted)
+            found.append(tuple(pairwise(accumulate(lasted, initial=began))))
     return found
 
 

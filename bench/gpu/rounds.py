@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import numpy as np
 
-from bench.figures.rebalance_log import WRONG_WEIGHTS
+from bench.figures.rebalance_log import WRONG_WEIGHTS, round_records
 
-_ROUND = re.compile(r"\[eplb-affinity\] rebalance (\{.*\})")
 _UPSTREAM = re.compile(r"TP0.*\[EPLBManager\] rebalance end time=([\d.]+)s")
 
 
@@ -20,7 +18,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 def rounds(log: str) -> dict[str, Any]:
     """How rebalances ended, and times of both kinds of them: ours and SGLang's own."""
-    ours = [json.loads(match) for match in _ROUND.findall(log)]
+    ours = [record for _, record in round_records(log)]
     upstream = [float(match) for match in _UPSTREAM.findall(log)]
     applied = [record for record in ours if record["result"] == "applied"]
     commits = [value for record in applied for value in record.get("commit_ms", [])]

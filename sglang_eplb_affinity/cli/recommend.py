@@ -11,7 +11,7 @@ import numpy as np
 
 from sglang_eplb_affinity.cli.options import FILE, FINITE, check_output, check_png, dense_layers_option, seed_option
 from sglang_eplb_affinity.cli.progress import progress
-from sglang_eplb_affinity.cli.simulate import command_line, configured, sampled_layers
+from sglang_eplb_affinity.cli.simulate import command_line, configured
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -29,7 +29,7 @@ from sglang_eplb_affinity.simulate.recommend import (
 )
 from sglang_eplb_affinity.simulate.replay import DayResult
 from sglang_eplb_affinity.simulate.scenario import PHASES, Interval, Phase
-from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
+from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording, sampled_layers
 from sglang_eplb_affinity.simulate.system import System, preset_names
 from sglang_eplb_affinity.simulate.v2_comparison import V2Comparison, compare_v2, comparison_runs
 
@@ -90,7 +90,7 @@ def recommend_command(
     tried = None if memory_gb is None else memory.redundancies(system, _gigabytes(memory_gb, system))
     test = None if test_trace is None else RoutingTrace.load(test_trace)
     source = RoutingSource(
-        load_recording(trace, dumps, dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
+        load_recording(trace, dumps, dense_layers), test, system.model, sampled_layers(system.model, layers), seed=seed
     )
     domains = source.trace.domain
     drifts = domains is not None and len(np.unique(domains)) > 1

@@ -9,7 +9,7 @@ import click
 
 from sglang_eplb_affinity.cli.options import FILE, FINITE, check_output, dense_layers_option, seed_option
 from sglang_eplb_affinity.cli.progress import progress
-from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers, sampled_layers
+from sglang_eplb_affinity.cli.simulate import command_line, configured, numbers
 from sglang_eplb_affinity.dispatch.rules import DISPATCH_RULES, DispatchRule
 from sglang_eplb_affinity.domain.errors import InputError
 from sglang_eplb_affinity.domain.files import write_atomically
@@ -17,7 +17,7 @@ from sglang_eplb_affinity.domain.routing import RoutingTrace
 from sglang_eplb_affinity.simulate import report
 from sglang_eplb_affinity.simulate.day_report import day_table, plot_day
 from sglang_eplb_affinity.simulate.replay import HOURS, Day, standard_policies
-from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
+from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording, sampled_layers
 from sglang_eplb_affinity.simulate.system import preset_names
 
 
@@ -74,7 +74,7 @@ def replay_command(
     policies = standard_policies([*numbers(every, "--every"), -1], max_moves, min_gain, rounds, rule)
     test = None if test_trace is None else RoutingTrace.load(test_trace)
     source = RoutingSource(
-        load_recording(trace, (), dense_layers), test, system.model, sampled_layers(system, layers), seed=seed
+        load_recording(trace, (), dense_layers), test, system.model, sampled_layers(system.model, layers), seed=seed
     )
     day = Day(system, source, prefill=phase == "prefill", windows=windows, tokens_per_gpu=pass_tokens)
     with progress(windows, "replaying") as done:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import get_args
 
 import click
-import numpy as np
 
 from sglang_eplb_affinity.cli.options import FILE, FINITE, check_output, dense_layers_option, seed_option
 from sglang_eplb_affinity.cli.plan_flags import check_further_slots
@@ -31,7 +30,7 @@ from sglang_eplb_affinity.simulate.scenario import (
     simulate,
     with_overlap,
 )
-from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording
+from sglang_eplb_affinity.simulate.source import RoutingSource, load_recording, sampled_layers
 from sglang_eplb_affinity.simulate.system import DeepEPMode, System, load_system, preset_names
 
 
@@ -46,14 +45,6 @@ def numbers(text: str | None, flag: str) -> list[int]:
     if min(values) < 1:
         raise InputError(f"{flag} {text}: expected whole numbers above 0, separated by commas")
     return list(dict.fromkeys(values))
-
-
-def sampled_layers(system: System, count: int) -> np.ndarray:
-    """Indices of ``count`` MoE layers, spread evenly over the depth; 0: all of them."""
-    if count < 0:
-        raise InputError(f"--layers {count}: must be 0 (all) or more")
-    total = system.model.moe_layers
-    return np.unique(np.linspace(0, total - 1, min(count or total, total)).astype(int))
 
 
 def command_line() -> str:
@@ -138,7 +129,7 @@ def simulate_command(
     total = sum(runs_of(each, runs, wanted_algorithms, resamples, wanted_rules, further) for each in systems)
     with progress(total, "simulating") as done:
         source = RoutingSource(
-            recording, test, system.model, sampled_layers(system, layers), seed=seed, child_spread=child_spread
+            recording, test, system.model, sampled_layers(system.model, layers), seed=seed, child_spread=child_spread
         )
         for each in systems:
             results += simulate(

@@ -16,6 +16,8 @@ _FUSED_TOP_K_BACKENDS = ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel
 # SGLang's top-k hands out logical ids in front of each of these.
 _RECORDED_ALL_TO_ALL = ("none", "deepep", "mooncake", "nixl", "mori", "flashinfer", "megamoe", "pplx", "deepep_v2")
 
+_ROLES: dict[str, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
+
 
 def is_ours(args: ServerArguments) -> bool:
     return bool(args.enable_eplb and args.eplb_algorithm == ALGORITHM)
@@ -53,8 +55,7 @@ def default_rule(args: ServerArguments) -> DispatchRule | None:
     """A better default than SGLang's, given our maps, replicas, and a mode that gains by it; else None."""
     if not is_ours(args) or args.ep_num_redundant_experts == 0 or not _our_rules_run(args):
         return None
-    roles: dict[str, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
-    rule = affinity_rule(dispatch_mode(args), planned_nodes(args), roles.get(args.disaggregation_mode))
+    rule = affinity_rule(dispatch_mode(args), planned_nodes(args), _ROLES.get(args.disaggregation_mode))
     return None if rule == "static" else rule
 
 
@@ -112,8 +113,7 @@ def recorded_phase(args: ServerArguments) -> Literal["prefill", "decode", "both"
     """Of --eplb-affinity-phase; a server of prefill-decode disaggregation runs passes of its role only."""
     if args.eplb_affinity_phase is not None:
         return args.eplb_affinity_phase
-    roles: dict[str, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
-    return roles.get(args.disaggregation_mode, "both")
+    return _ROLES.get(args.disaggregation_mode, "both")
 
 
 def check_phase(args: ServerArguments) -> None:

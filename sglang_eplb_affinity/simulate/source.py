@@ -19,6 +19,13 @@ PREFILL_RUN = 128
 MOST_TOKENS = 1 << 17
 
 
+def sampled_layers(model: Model, count: int) -> np.ndarray:
+    """Indices of ``count`` MoE layers, spread evenly over the depth; 0: all of them."""
+    if count < 0:
+        raise InputError(f"--layers {count}: must be 0 (all) or more")
+    return np.unique(np.linspace(0, model.moe_layers - 1, min(count or model.moe_layers, model.moe_layers)).astype(int))
+
+
 def load_recording(trace: Path | None, dumps: tuple[Path, ...], dense_layers: int = 0) -> RoutingTrace:
     """A trace file, or recorder dumps with token sets (counts alone cannot say which experts fire together).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from bench.figures.round_steps import main, round_steps
 from sglang_eplb_affinity.domain.errors import InputError
+from sglang_eplb_affinity.rebalance.round_record import Result, RoundRecord
 
 START = 1_795_000_000.0
 LONGER = {"gather": 0.0, "plan": 0.5, "move": 2.0, "end": 0.0}  # ms, of steps of 6 ms
@@ -26,6 +28,11 @@ def decode_line(seconds: float, running: int, rate: float) -> str:
         f"[{stamp(seconds)} DP0 TP0 EP0] Decode batch, #running-req: {running}, #token: 66048, token usage: 0.66, "
         f"cuda graph: True, gen throughput (token/s): {rate:.2f}, #queue-req: 0"
     )
+
+
+def round_line(ended: float, result: Result, phases: Mapping[str, float], seconds: float) -> str:
+    record = RoundRecord(result, "affinity", 1, "asynchronous", moved_experts=9, phase_seconds=phases, seconds=seconds)
+    return f"[{stamp(ended)} DP0 TP0 EP0] [eplb-affinity] rebalance {json.dumps(record.to_json())}"
 
 
 def server_log(rounds: int, every: float = 0.8) -> str:
@@ -44,9 +51,7 @@ def server_log(rounds: int, every: float = 0.8) -> str:
         lines.append((now, decode_line(now, 64, 4 * 64 / (now - begin))))
         lines += [(now, f"[{stamp(now)} DP1 TP1 EP1] Prefill batch, #new-seq: 1, #running-req: 3, #queue-req: 0")]
     for began, ended in phase_ends:
-        record = {"result": "applied", "mode": "asynchronous", "moved_experts": 9}
-        record |= {f"{phase}_seconds": seconds for phase, seconds in LASTS.items()} | {"seconds": ended - began}
-        lines.append((ended, f"[{stamp(ended)} DP0 TP0 EP0] [eplb-affinity] rebalance {json.dumps(record)}"))
+        lines.append((ended, round_line(ended, "applied", LASTS, ended - began)))
     lines.append((now, decode_line(now, 12, 900.0)))  # the last requests of a wave
     lines.append((now + 9, decode_line(now + 9, 12, 7.0)))
     return "\n".join(line for _, line in sorted(lines))
@@ -66,10 +71,10 @@ def test_each_phase_has_what_it_costs() -> None:
 
 def test_lines_that_a_pause_is_in_and_rounds_that_move_nothing_are_left_out() -> None:
     plain = server_log(20)
-    unchanged = {"result": "unchanged", "mode": "asynchronous", "seconds": 0.1}
-    pause = decode_line(30.0, 64, 9.0)
-    text = f"{plain}\n{pause}\n{decode_line(33.0, 64, 85.0)}\n[{stamp(2.0)} DP0 TP0 EP0] [eplb-affinity] rebalance "
-    found = round_steps(text + json.dumps(unchanged))
+    unchanged = round_line(2.0, "unchanged", {"gather": 0.02, "plan": 0.08}, 0.1)
+    cut_short = round_line(3.0, "applied", LASTS, 0.4)[:90] + "}"
+    paused = f"{decode_line(30.0, 64, 9.0)}\n{decode_line(33.0, 64, 85.0)}"
+    found = round_steps("\n".join((plain, paused, unchanged, cut_short)))
     assert (found.rounds, found.base_ms) == (20, round_steps(plain).base_ms)
 
 

@@ -2,105 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.figures.rebalance_log import parse_log
 from bench.harness import runner as runner_module
 from bench.harness import sitting as sitting_module
-from bench.harness.arms import ARMS
 from bench.harness.engine import Engine
-from bench.harness.load import LoadResult
 from bench.harness.probe import ProbeFailed
 from bench.harness.run_folder import RunFolder, RunPlan
 from bench.harness.runner import Progress, Runner
 from bench.harness.schedule import CellKey
 from bench.harness.server import ServerFailed
 from bench.harness.sharegpt import Turn
-from bench.harness.workload import Workload, requests_of
-from tests.bench.loads import closed_loop
-
-MOVED = (
-    '[2026-11-21 20:05:09.5 TP0] [eplb-affinity] rebalance {"result": "applied", "moved_experts": 3, '
-    '"gpu_fanout_before": 1.9, "gpu_fanout_after": 1.5}\n'
-)
-Event = tuple[str, str]
-
-
-class Bench:
-    """Stands in for servers and load; notes what happened in order. ``trouble`` may raise for a cell or a server."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.trouble: Callable[[str], None] = lambda name: None
-        self.servers: list[FakeServer] = []
-
-    def server(self, command: list[str], engine: Engine, log: Path, port: int, *_: Any) -> FakeServer:
-        self.servers.append(FakeServer(self, command, log.stem, port))
-        return self.servers[-1]
-
-
-class FakeServer:
-    def __init__(self, bench: Bench, command: list[str], name: str, port: int) -> None:
-        self.bench, self.command, self.name, self.port = bench, command, name, port
-        self.alive = self.paused = False
-
-    def pause(self) -> None:
-        self.paused = True
-
-    def resume(self) -> None:
-        self.paused = False
-
-    def __enter__(self) -> FakeServer:
-        self.bench.trouble(self.name)
-        self.bench.events.append(("start", self.name))
-        self.alive = True
-        return self
-
-    def stop(self) -> None:
-        if self.alive:
-            self.bench.events.append(("stop", self.name))
-        self.alive = False
-
-    def log_size(self) -> int:
-        return 0
-
-    def log_text(self, start: int | None = None) -> str:
-        return "" if "none" in self.name else MOVED
-
-
-class FakeClient:
-    """A load generator that is busy for as long as the requests say, in no time."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-
-    def __enter__(self) -> FakeClient:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def start(self) -> None: ...
-
-    def run(self, arguments: list[str], work: Workload, folder: Path, server: FakeServer, *rest: Any) -> LoadResult:
-        self.bench.trouble(folder.name)
-        self.bench.events.append(("cell", folder.name))
-        assert arguments[arguments.index("--port") + 1] == str(server.port)
-        assert [other.name for other in self.bench.servers if other.alive and not other.paused] == [server.name]
-        level = int(arguments[arguments.index("--max-concurrency") + 1])
-        return LoadResult({}, closed_loop(level, [r.output_tokens for r in requests_of(work.path)]))
-
-
-class Characters:
-    def encode(self, text: str, /) -> list[int]:
-        return [ord(c) for c in text]
-
-    def decode(self, ids: list[int], /) -> str:
-        return "".join(map(chr, ids))
+from tests.bench.stand_ins import Bench, Characters, FakeClient
 
 
 @pytest.fixture
@@ -291,54 +208,6 @@ def test_a_row_without_the_emulated_link_in_its_log_is_void(bench: Bench, folder
     (reason,) = folder.store.latest()[CellKey(0, "vanilla", 1)].void
     assert reason == "the server's log does not show the emulated link (emulated link, 50 GB/s a GPU between nodes)"
     assert folder.store.latest()[CellKey(0, "vanilla", 1)].provenance["kind"] == "emulated"
-
-
-def test_a_gpu_server_warms_up_at_every_concurrency_until_it_is_flat(
-    bench: Bench, folder: RunFolder, plan: RunPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(sitting_module, "load_tokenizer", lambda model: Characters())
-    server = replace(plan.profile.server, engine="cuda")
-    plan = replace(plan, profile=replace(plan.profile, server=server))
-    turns = [Turn("x" * 20 + str(n), "answer") for n in range(500)]
-    works = sitting_module.Preparation(plan, turns, "model", tmp_path).workloads(0)
-    assert {key: work.requests for key, work in works.items() if key[1] < 0} == {("", -1): 1, ("", -4): 4}
-    asked: list[tuple[str, str]] = []
-
-    class Client(FakeClient):
-        def run(self, arguments: list[str], work: Workload, *rest: Any) -> LoadResult:
-            asked.append((arguments[arguments.index("--max-concurrency") + 1], work.path.name))
-            return super().run(arguments, work, *rest)
-
-    running = bench.server([], Engine("model", {}), Path("vanilla.log"), 1).__enter__()
-    running.summary = lambda: parse_log(MOVED)  # type: ignore[attr-defined]
-    arm, budget = ARMS["vanilla"], sitting_module.Budget(None)
-    rounds = sitting_module.warm_up_server(running, arm, works, plan, "model", Client(bench), budget, folder)  # type: ignore[arg-type]
-    assert rounds == 2
-    assert asked == [("1", "b0-c-1.json"), ("4", "b0-c-4.json"), ("4", "b0-c0.json"), ("4", "b0-c0.json")]
-
-    class Silent(Client):
-        def run(self, arguments: list[str], *rest: Any) -> LoadResult:
-            asked.append((arguments[arguments.index("--max-concurrency") + 1], ""))
-            return LoadResult({}, None, "no result after 60 s")
-
-    asked.clear()
-    with pytest.raises(OSError, match="warm-up wave of 1 requests: no result after 60 s"):
-        sitting_module.warm_up_server(running, arm, works, plan, "model", Silent(bench), budget, folder)  # type: ignore[arg-type]
-    assert asked == [("1", "")]
-
-
-def test_what_waits_for_a_place_is_no_part_of_the_short_waves(
-    plan: RunPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(sitting_module, "load_tokenizer", lambda model: Characters())
-    flags = (*plan.profile.server.flags, "--max-running-requests", "3")
-    server, load = replace(plan.profile.server, engine="cuda", flags=flags), replace(plan.profile.load, requests={8: 9})
-    plan = replace(plan, profile=replace(plan.profile, server=server, load=load), concurrency=(1, 4, 8))
-    turns = [Turn("x" * 20 + str(n), "answer") for n in range(500)]
-    works = sitting_module.Preparation(plan, turns, "model", tmp_path).workloads(0)
-    assert {key[1]: work.requests for key, work in works.items() if key[1] < 0} == {-1: 1, -3: 3}
 
 
 def test_a_server_that_cannot_record_is_not_asked_to(
