@@ -70,8 +70,7 @@ def main() -> None:
 @click.option("--keep", is_flag=True, help="Keep the results that are there already, and make the others.")
 def everything(out: Path, keep: bool) -> None:
     """All runs; some minutes on 2 cores."""
-    folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     began = time.monotonic()
     for preset, gpus, size in RUNS:
         _cli("simulate", *_traces(), "--topology", preset, "--gpus", gpus, *size, "--format", "markdown",
@@ -105,8 +104,7 @@ def everything(out: Path, keep: bool) -> None:
 @out_option
 def replicas_command(out: Path) -> None:
     """Gains of many replicas over EPLB at its best redundancy, served with the rule that affinity takes."""
-    folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     figures = replica_gains(*_own_traces())
     _write_csv(folder / "replicas.csv", pd.DataFrame(figures).drop(columns=["hardware", "unit"]))
     source = provenance()
@@ -127,8 +125,9 @@ def replicas_command(out: Path) -> None:
 @out_option
 def v2_command(out: Path) -> None:
     """Decode with DeepEP V2 beside V1's low-latency mode; some minutes on 2 cores."""
+    folder = _folder(out)
     rows = v2_rows(*_own_traces(), done=click.echo)
-    folder = _publish(out, "deepep-v2", rows, v2_table(rows))
+    _publish(folder, "deepep-v2", rows, v2_table(rows))
     first, source = rows[0], provenance()
     entry = {
         "name": HEADLINE, "value": first["gain %"], "lower": first["lower"], "upper": first["upper"],
@@ -146,24 +145,27 @@ def v2_command(out: Path) -> None:
 @out_option
 def decode_command(out: Path) -> None:
     """Replica choices and redundancies in decode (low latency); some minutes on 2 cores."""
+    folder = _folder(out)
     rows = decode_rows(*_own_traces(), done=click.echo)
-    _publish(out, "decode-rules", rows, decode_table(rows))
+    _publish(folder, "decode-rules", rows, decode_table(rows))
 
 
 @main.command("sizes")
 @out_option
 def sizes_command(out: Path) -> None:
     """One active slot an expert beside all slots, by the size of a decode pass, within a node; some minutes."""
+    folder = _folder(out)
     rows = size_rows(*_own_traces(), done=click.echo)
-    _publish(out, "small-passes", rows, size_table(rows))
+    _publish(folder, "small-passes", rows, size_table(rows))
 
 
 @main.command("phases")
 @out_option
 def phases_command(out: Path) -> None:
     """Rules by phase on one map, auto mode over several nodes; some minutes."""
+    folder = _folder(out)
     rows = phase_rows(*_own_traces(), done=click.echo)
-    _publish(out, "by-phase", rows, phase_table(rows))
+    _publish(folder, "by-phase", rows, phase_table(rows))
 
 
 @main.command("calibration")
@@ -177,8 +179,7 @@ def calibration_command(out: Path) -> None:
 @out_option
 def experts_command(out: Path) -> None:
     """The time of experts against every measured one, and its entry for the summary."""
-    folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     times = expert_times.compare(ROOT)
     origin = provenance()
     common = {"versions": versions(), "commit": origin["commit"], "date": now(),
@@ -215,14 +216,21 @@ def _own_traces() -> tuple[RoutingTrace, RoutingTrace]:
     return RoutingTrace.load(ROOT / PLAN), RoutingTrace.load(ROOT / TEST)
 
 
-def _publish(out: Path, name: str, rows: Sequence[dict[str, Any]], table: str) -> Path:
-    """Rows as CSV and as the table of the page; returns the folder."""
+def _folder(out: Path) -> Path:
+    """Made before what takes minutes is computed."""
     folder = ROOT / out
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; name a folder that can be made") from None
+    return folder
+
+
+def _publish(folder: Path, name: str, rows: Sequence[dict[str, Any]], table: str) -> None:
+    """Rows as CSV and as the table of the page."""
     _write_csv(folder / f"{name}.csv", pd.DataFrame(rows))
     write_atomically(folder / f"{name}.md", (table + "\n").encode())
     _fill_page(folder)
-    return folder
 
 
 def _fill_page(folder: Path) -> None:

@@ -116,6 +116,15 @@ def test_rules_by_phase_change_prefill_alone(system_file, trace, monkeypatch):
     assert f"| {phases['prefill 4096']:.1f} |" in by_phase.phase_table([eplb, static, phases]).splitlines()[4]
 
 
+@pytest.mark.parametrize("command", ["decode", "sizes", "phases", "v2"])
+def test_a_folder_that_cannot_be_made_is_told_before_minutes_are_spent(command, monkeypatch):
+    for name in ("decode_rows", "size_rows", "phase_rows", "v2_rows"):
+        monkeypatch.setattr(commands, name, lambda *_, **__: pytest.fail("computed first"))
+    done = CliRunner().invoke(commands.main, [command, "--out", "/proc/results"])
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception).startswith("--out /proc/results: No such file or directory")
+
+
 def test_fill_replaces_between_markers_only(tmp_path):
     (tmp_path / "x.md").write_text("title\n| a |\n|---|\n")
     page = tmp_path / "page.md"
